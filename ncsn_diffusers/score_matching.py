@@ -1,0 +1,84 @@
+"""
+Denoising score matching (Vincent 2011; Song & Ermon 2019, equations 2, 5 and 6) through the scheduler's conversions.
+
+A level sigma is drawn, the data x0 are perturbed to x = x0 + sigma z with z ~ N(0, I), and the network's score is
+compared with that of the perturbation, -z/sigma. With the weight lambda(sigma) = sigma² the loss is
+
+    ½ E ‖sigma score(x, sigma) + z‖²,
+
+and since score = (D - x)/sigma² with the denoised estimate D, sigma score + z = (D - x0)/sigma for every
+`prediction_type`. Nothing here draws a random number: the caller hands in what is random.
+"""
+
+import torch
+
+DISTRIBUTIONS = ("lognormal", "uniform")
+
+
+def draw_timesteps(
+    scheduler, uniform: torch.Tensor, distribution: str = "lognormal", log_sigma_mean=-0.8, log_sigma_std=1.4
+) -> torch.Tensor:
+    """
+    Levels to train on, by inverting the distribution function.
+
+    Args:
+        scheduler ([`AnnealedLangevinScheduler`]): whose ladder the levels are on.
+        uniform (`torch.Tensor` of shape `(batch_size,)`): uniform draws from [0, 1). See [`stratified`].
+        distribution (`str`, defaults to `"lognormal"`):
+            `"lognormal"`: log sigma is normal (EDM: Karras et al. 2022, arXiv:2206.00364), within the ladder;
+            `"uniform"`: each level is as likely as any other (the 2019 paper).
+        log_sigma_mean (`float`, defaults to -0.8): mean of log sigma for `"lognormal"`, sigma in units of the data.
+        log_sigma_std (`float`, defaults to 1.4): standard deviation of log sigma for `"lognormal"`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: timesteps, whole numbers for `"uniform"`.
+
+    Raises:
+        ValueError: the distribution is not one of the two.
+    """
+    ladder = scheduler.train_sigmas.to(uniform.device)
+    if distribution == "uniform":
+        return scheduler.sigma_to_t(ladder[(uniform * len(ladder)).long()])
+    if distribution == "lognormal":
+        # ndtri(0) is -infinity, which the ladder's end catches
+        sigmas = torch.exp(log_sigma_mean + log_sigma_std * torch.special.ndtri(uniform))
+        return scheduler.sigma_to_t(sigmas.clamp(ladder[0], ladder[-1]))
+    raise ValueError(f"`distribution` must be one of {DISTRIBUTIONS}, not {distribution!r}.")
+
+
+def stratified(uniform: torch.Tensor) -> torch.Tensor:
+    """
+    Spread uniform draws evenly over a batch, one in each of `batch_size` equal intervals: each is uniform still, and
+    the loss, averaged over the batch, varies less (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+
+    Args:
+        uniform (`torch.Tensor` of shape `(batch_size,)`): independent uniform draws from [0, 1).
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: rising draws from [0, 1).
+    """
+    return (torch.arange(len(uniform), device=uniform.device) + uniform) / len(uniform)
+
+
+def score_matching_loss(
+    model, scheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """
+    ½ ‖sigma score(x, sigma) + z‖² of each picture, divided by its number of dimensions: ½ for a network that returns
+    the score 0.
+
+    Args:
+        model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
+        scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
+        images (`torch.Tensor` of shape `(batch_size, ...)`): x0, in units of the data.
+        noise (`torch.Tensor` of shape `(batch_size, ...)`): z, standard normal.
+        timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each picture. See [`draw_timesteps`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: the losses.
+    """
+    x = scheduler.add_noise(images, noise, timesteps)
+    model_output = model(scheduler.scale_model_input(x, timesteps), timesteps, return_dict=False)[0]
+    denoised = scheduler.convert_model_output(model_output.float(), timesteps, x)
+    sigma = scheduler.t_to_sigma(timesteps).reshape(-1, *[1] * (images.ndim - 1))
+    return 0.5 * ((denoised - images) / sigma).square().flatten(1).mean(1)

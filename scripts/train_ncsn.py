@@ -1,0 +1,8 @@
+"""Train a noise conditional score network: `accelerate launch scripts/train_ncsn.py --help`."""
+
+import tyro
+
+from ncsn_diffusers.training import TrainingConfig, train
+
+if __name__ == "__main__":
+    train(tyro.cli(TrainingConfig, config=(tyro.conf.AvoidSubcommands,), use_underscores=True))

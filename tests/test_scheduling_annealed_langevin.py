@@ -1,0 +1,682 @@
+import inspect
+import json
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from analytic import MIXTURE, GaussianMixture, to_model_output
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel
+
+from ncsn_diffusers import AnnealedLangevinScheduler
+
+CHAINS = 20_000
+
+
+def run_chain(scheduler, denoised, x, seed=0):
+    """The sampling loop of a pipeline, for a network that knows the denoised estimate at every sigma."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler.set_begin_index(0)
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+        output = to_model_output(denoised(x, sigma), x, sigma, scheduler.config.prediction_type)
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+    return x
+
+
+# --- The papers, number for number ---
+
+
+def plain_langevin(score, x, sigmas, num_steps, update, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for sigma in sigmas:
+        for _ in range(num_steps):
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            x = update(x, score(x, sigma), noise, sigma**2 / sigmas[-1] ** 2)
+    return x
+
+
+def ncsn_2019(x, score, noise, ratio, epsilon=2e-5):
+    alpha = epsilon * ratio
+    return x + alpha / 2 * score + math.sqrt(alpha) * noise
+
+
+def ncsn_code(x, score, noise, ratio, step_lr=2e-5):
+    step_size = step_lr * ratio
+    return x + step_size * score + math.sqrt(2 * step_size) * noise
+
+
+def ncsnv2(x, score, noise, ratio):
+    return ncsn_code(x, score, noise, ratio, step_lr=6.2e-6)
+
+
+@pytest.mark.parametrize(
+    ("update", "sigma_max", "num_levels", "num_steps", "step_size", "denoise"),
+    [
+        (ncsn_2019, 1.0, 10, 100, 2e-5 / (2 * 0.01**2), False),
+        (ncsn_code, 1.0, 10, 100, 2e-5 / 0.01**2, False),
+        (ncsnv2, 50.0, 232, 5, 6.2e-6 / 0.01**2, True),
+    ],
+)
+@pytest.mark.parametrize("prediction_type", ["score", "v_prediction"])
+def test_the_papers_chains(update, sigma_max, num_levels, num_steps, step_size, denoise, prediction_type):
+    def score(x, sigma):
+        return (MIXTURE.denoised(x, sigma) - x) / sigma**2
+
+    start = torch.rand(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sigmas = np.geomspace(sigma_max, 0.01, num_levels)
+    expected = plain_langevin(score, start, sigmas, num_steps, update, seed=2)
+    if denoise:
+        expected = expected + sigmas[-1] ** 2 * score(expected, sigmas[-1])
+
+    scheduler = AnnealedLangevinScheduler(
+        num_train_timesteps=num_levels,
+        sigma_max=sigma_max,
+        noise_rule="euler_maruyama",
+        num_langevin_steps=num_steps,
+        step_size=step_size,
+        denoise_final=denoise,
+        prediction_type=prediction_type,
+    )
+    scheduler.set_timesteps(num_levels)
+    assert len(scheduler.timesteps) == num_levels * num_steps + denoise
+    # sigmas in float64, as the plain chain has them: `scheduler.sigmas` are float32
+    every_sigma = np.append(np.repeat(sigmas, num_steps), sigmas[-1:] if denoise else [])
+    generator, x = torch.Generator().manual_seed(2), start
+    for t, sigma in zip(scheduler.timesteps, every_sigma, strict=True):
+        output = to_model_output(MIXTURE.denoised(x, sigma), x, sigma, prediction_type)
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_technique_4_finds_the_step_size_of_ncsnv2():
+    scheduler = AnnealedLangevinScheduler(noise_rule="euler_maruyama", num_langevin_steps=5)
+    scheduler.set_timesteps(232)
+    kappa = {row.kappa for row in scheduler._table[:-1]}
+    assert len(kappa) == 1
+    assert 1 - kappa.pop() == pytest.approx(6.2e-6 / 0.01**2, rel=0.02)
+
+
+# --- The analytic oracle ---
+
+
+def gaussian_recursion(scheduler, mean, variance, start_variance):
+    """
+    Mean and variance, along one eigenvector, of the chain's end for Gaussian data and the exact score.
+
+    D = mean + g (x - mean) makes each step linear in the state (x - mean, D_ - mean), so the state's mean and 2×2
+    covariance follow exactly. Written from the rules of the design, with the table's sigma, kappa and c.
+    """
+    rows = scheduler._table
+    second_order = scheduler.config.solver_order == 2 and scheduler.config.noise_rule == "consistent"
+    sigmas = [row.sigma for row in rows]
+    state, covariance = np.array([-mean, 0.0]), np.diag([start_variance, 0.0])
+    level_before = None  # the level that D_ is from
+    for i, row in enumerate(rows):
+        gain = variance / (variance + row.sigma**2)
+        kappa = row.kappa
+        step = np.array([[kappa + (1 - kappa) * gain, 0.0], [0.0, 1.0]])
+        leaves_level = i + 1 < len(rows) and sigmas[i + 1] < row.sigma
+        if second_order and leaves_level:
+            if level_before is not None:
+                h, h_ = math.log(row.sigma / sigmas[i + 1]), math.log(level_before / row.sigma)
+                weight = (h - (1 - kappa) * h / -math.log(kappa)) / h_
+                step[0] += weight * np.array([gain, -1.0])
+            step[1] = [gain, 0.0]
+            level_before = row.sigma
+        state = step @ state
+        covariance = step @ covariance @ step.T + np.diag([row.c**2, 0.0])
+    return mean + state[0], covariance[0, 0]
+
+
+@pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
+@pytest.mark.parametrize("solver_order", [1, 2])
+@pytest.mark.parametrize(("num_levels", "num_steps"), [(50, 1), (20, 4)])
+@pytest.mark.parametrize("denoise", [True, False])
+def test_gaussian_chain_follows_its_recursion(noise_rule, solver_order, num_levels, num_steps, denoise):
+    deviations = torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    eigenvectors = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))[0]
+    mean = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+    def denoised(x, sigma):
+        gain = eigenvectors @ torch.diag(deviations**2 / (deviations**2 + sigma**2)) @ eigenvectors.T
+        return mean + (x - mean) @ gain
+
+    scheduler = AnnealedLangevinScheduler(
+        noise_rule=noise_rule, solver_order=solver_order, num_langevin_steps=num_steps, denoise_final=denoise
+    )
+    scheduler.set_timesteps(num_levels)
+    start = torch.randn(CHAINS, 3, dtype=torch.float64, generator=generator) * scheduler.init_noise_sigma
+    along = run_chain(scheduler, denoised, start) @ eigenvectors
+    for i, deviation in enumerate(deviations.tolist()):
+        expected_mean, expected_variance = gaussian_recursion(
+            scheduler, float(mean @ eigenvectors[:, i]), deviation**2, scheduler.init_noise_sigma**2
+        )
+        error = math.sqrt(expected_variance / CHAINS)
+        assert abs(along[:, i].mean().item() - expected_mean) < 3 * error
+        assert abs(along[:, i].var().item() - expected_variance) < 3 * expected_variance * math.sqrt(2 / CHAINS)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("r", [0.1, 0.6])
+def test_stationary_variances(deviation, r):
+    sigma = 0.5
+    q = sigma**2 / (deviation**2 + sigma**2)
+    factors = {"euler_maruyama": 1 / (1 - r * q / 2), "consistent": (2 - r) / (2 - r * q)}
+    for noise_rule, factor in factors.items():
+        scheduler = AnnealedLangevinScheduler(noise_rule=noise_rule, step_size=r, denoise_final=False)
+        scheduler.set_timesteps(sigmas=[sigma], num_langevin_steps=10_000)
+        _, variance = gaussian_recursion(scheduler, 0.0, deviation**2, 1.0)
+        assert variance == pytest.approx((deviation**2 + sigma**2) * factor, rel=1e-6)
+
+
+def test_second_order_is_near_the_truth_and_nearer_than_first_order():
+    for num_levels, tolerance in ((50, 0.06), (100, 0.015), (250, 0.005)):
+        for deviation in (0.3, 1.0, 3.0):
+            errors = []
+            for solver_order in (1, 2):
+                scheduler = AnnealedLangevinScheduler(solver_order=solver_order)
+                scheduler.set_timesteps(num_levels)
+                _, variance = gaussian_recursion(scheduler, 0.0, deviation**2, scheduler.init_noise_sigma**2)
+                errors.append(abs(variance / deviation**2 - 1))
+            assert errors[1] < tolerance
+            assert errors[1] < errors[0] / 2
+
+
+def test_default_finds_the_shares_of_a_mixture():
+    scheduler = AnnealedLangevinScheduler()
+    scheduler.set_timesteps(100)
+    assert len(scheduler.timesteps) == 100
+    generator = torch.Generator().manual_seed(7)
+    start = torch.randn(CHAINS, 8, dtype=torch.float64, generator=generator) * scheduler.init_noise_sigma
+    x = run_chain(scheduler, MIXTURE.denoised, start)
+    weights = MIXTURE.weights.numpy()
+    assert np.all(np.abs(MIXTURE.shares(x) - weights) < 3 * np.sqrt(weights * (1 - weights) / CHAINS))
+
+
+def test_consistent_rule_lands_on_the_next_noise_level():
+    # For data that are one point, D is that point, and the sample's deviation is the noise level itself.
+    point = GaussianMixture([1.0], [[0.3, -0.2]], [0.0])
+    scheduler = AnnealedLangevinScheduler(num_langevin_steps=2, denoise_final=False)
+    scheduler.set_timesteps(sigmas=[5.0, 2.0, 0.5])
+    x = point.means + 5.0 * torch.randn(CHAINS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(4)
+    for t, sigma, sigma_after in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+        output = to_model_output(point.denoised(x, sigma), x, sigma, "v_prediction")
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+        assert (x - point.means).std().item() == pytest.approx(sigma_after.item(), rel=3 * math.sqrt(1 / (4 * CHAINS)))
+
+
+def test_denoise_final_ends_on_the_denoised_estimate():
+    for noise_rule in ("consistent", "euler_maruyama"):
+        scheduler = AnnealedLangevinScheduler(noise_rule=noise_rule, prediction_type="sample")
+        scheduler.set_timesteps(sigmas=[1.0, 0.1])
+        x = torch.randn(4, 1, 2, 2)
+        for t in scheduler.timesteps:
+            output = scheduler.step(torch.full_like(x, 0.7), t, x)
+            x = output.prev_sample
+        assert torch.equal(x, torch.full_like(x, 0.7))
+        assert scheduler.sigmas[-1] == 0
+        assert len(scheduler.timesteps) == (2 if noise_rule == "consistent" else 3)
+
+
+# --- Ladders, configs and swaps ---
+
+
+def json_reload(config):
+    return json.loads(json.dumps({k: v for k, v in config.items() if not k.startswith("_")}))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"sigma_max": 20.0, "num_train_timesteps": 10}, {"beta_schedule": "linear"}])
+def test_config_equals_its_reload(tmp_path, arguments):
+    scheduler = AnnealedLangevinScheduler(**arguments)
+    scheduler.save_pretrained(tmp_path)
+    reloaded = AnnealedLangevinScheduler.from_pretrained(tmp_path)
+    # saving writes the class and the version into both; what is listed as a default is not saved
+    assert dict(reloaded.config) == {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    public = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    assert json_reload(scheduler.config) == public
+    assert {k: reloaded.config[k] for k in public} == public
+
+
+def test_ladder_is_geometric_and_alphas_follow():
+    scheduler = AnnealedLangevinScheduler(num_train_timesteps=5, sigma_min=0.1, sigma_max=10.0)
+    expected = torch.tensor([0.1, 10**-0.5, 1.0, 10**0.5, 10.0])
+    torch.testing.assert_close(scheduler.train_sigmas, expected)
+    torch.testing.assert_close(scheduler.alphas_cumprod, 1 / (1 + expected**2))
+    torch.testing.assert_close(torch.cumprod(1 - scheduler.betas, 0), 1 / (1 + expected**2))
+    assert len(scheduler) == 5
+
+
+def test_timesteps_and_sigmas_convert_both_ways():
+    for scheduler in (AnnealedLangevinScheduler(), AnnealedLangevinScheduler(beta_schedule="scaled_linear")):
+        timesteps = torch.tensor([[0.0, 0.5], [333.25, 999.0]], dtype=torch.float64)
+        sigmas = scheduler.t_to_sigma(timesteps)
+        assert sigmas.shape == timesteps.shape
+        torch.testing.assert_close(scheduler.sigma_to_t(sigmas), timesteps)
+        torch.testing.assert_close(sigmas[0, 1].log(), (scheduler._log_sigmas[0] + scheduler._log_sigmas[1]) / 2)
+    assert scheduler.t_to_sigma(0).item() == pytest.approx(scheduler.config.sigma_min)
+    assert scheduler.t_to_sigma(5000).item() == pytest.approx(scheduler.config.sigma_max)
+    assert scheduler.sigma_to_t(1e9).item() == 999
+    by_sigma = AnnealedLangevinScheduler(conditioning="sigma")
+    assert by_sigma.t_to_sigma(3.5) == 3.5
+    assert by_sigma.sigma_to_t(3.5) == 3.5
+
+
+def test_override_replaces_the_exported_ladder_but_not_a_users():
+    scheduler = AnnealedLangevinScheduler()
+    assert AnnealedLangevinScheduler.from_config(scheduler.config, sigma_max=20.0).train_sigmas[-1] == pytest.approx(20)
+    fewer = AnnealedLangevinScheduler.from_config(scheduler.config, num_train_timesteps=10)
+    assert len(fewer.config.trained_betas) == 10
+    through_ddim = DDIMScheduler.from_config(scheduler.config)
+    again = AnnealedLangevinScheduler.from_config(through_ddim.config, sigma_min=0.02)
+    assert again.train_sigmas[0] == pytest.approx(0.02)
+
+    betas = [0.1, 0.2, 0.4]
+    own = AnnealedLangevinScheduler(trained_betas=np.array(betas))
+    assert own.config.trained_betas == betas
+    assert own.config.num_train_timesteps == 3
+    for config in (own.config, json_reload(own.config), DDIMScheduler.from_config(own.config).config):
+        reloaded = AnnealedLangevinScheduler.from_config(config)
+        assert reloaded.config.trained_betas == betas
+        torch.testing.assert_close(reloaded.train_sigmas[-1], torch.tensor(math.sqrt(1 / (0.9 * 0.8 * 0.6) - 1)))
+    with pytest.raises(ValueError, match=r"`sigma_max`=20.*contradicts.*set_timesteps"):
+        AnnealedLangevinScheduler.from_config(own.config, sigma_max=20.0)
+
+
+@pytest.mark.parametrize("name", AnnealedLangevinScheduler._compatibles)
+@pytest.mark.parametrize("saved", [False, True])
+def test_swap_and_back(name, saved, caplog, tmp_path):
+    diffusers.logging.enable_propagation()
+    scheduler = AnnealedLangevinScheduler(sigma_max=30.0, noise_rule="euler_maruyama", prediction_type="epsilon")
+    if saved:
+        scheduler.save_pretrained(tmp_path)
+        scheduler = AnnealedLangevinScheduler.from_pretrained(tmp_path)
+    other = getattr(diffusers, name).from_config(scheduler.config)
+    back = AnnealedLangevinScheduler.from_config(other.config)
+    diffusers.logging.disable_propagation()
+    assert "not expected" not in caplog.text
+    torch.testing.assert_close(other.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3, atol=0)
+    assert other.config.prediction_type == "epsilon"
+    assert {k: back.config[k] for k in scheduler.config} == dict(scheduler.config)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_ddpm_config_loads_as_it_is(schedule, saved):
+    # a fresh config lists its defaults (epsilon, linear) as such, and other classes leave those out
+    ddpm = DDPMScheduler() if schedule == "linear" else DDPMScheduler(beta_schedule=schedule)
+    scheduler = AnnealedLangevinScheduler.from_config(json_reload(ddpm.config) if saved else ddpm.config)
+    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.beta_schedule == schedule
+    expected = ((1 - ddpm.alphas_cumprod.double()) / ddpm.alphas_cumprod.double()).sqrt()
+    torch.testing.assert_close(scheduler.train_sigmas.double(), expected, rtol=2e-3, atol=0)
+    again = DDPMScheduler.from_config(scheduler.config)
+    torch.testing.assert_close(again.betas, ddpm.betas, rtol=1e-5, atol=0)
+
+
+def test_zero_terminal_snr_is_refused():
+    config = DDIMScheduler(rescale_betas_zero_snr=True).config
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        AnnealedLangevinScheduler.from_config(config)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_score_sde_ve_config(saved):
+    config = ScoreSdeVeScheduler(sigma_max=380.0).config
+    scheduler = AnnealedLangevinScheduler.from_config(json_reload(config) if saved else config)
+    assert (scheduler.config.conditioning, scheduler.config.prediction_type) == ("sigma", "score")
+    assert len(scheduler) == 2000
+    scheduler.set_timesteps(3)
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([380.0, math.sqrt(3.8), 0.01]))
+    torch.testing.assert_close(scheduler.timesteps, scheduler.sigmas[:-1])
+
+
+def test_fourier_unet_is_given_sigma_and_the_unscaled_sample():
+    # the layout of the google/ncsnpp-* checkpoints: the network itself divides by the sigma it is given
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        time_embedding_type="fourier",
+        block_out_channels=(32, 32),
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        layers_per_block=1,
+    ).eval()
+    scheduler = AnnealedLangevinScheduler.from_config(ScoreSdeVeScheduler(sigma_max=50.0).config)
+    scheduler.set_timesteps(10)
+    x = torch.randn(2, 3, 8, 8) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+            assert t == sigma
+            assert torch.equal(scheduler.scale_model_input(x, t), x)
+            score = unet(x, t).sample
+            output = scheduler.step(score, t, x)
+            torch.testing.assert_close(output.pred_original_sample, x + sigma**2 * score, rtol=1e-4, atol=1e-3)
+            x = output.prev_sample
+    assert torch.equal(x, output.pred_original_sample)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
+def test_timestep_spacing(spacing, conditioning):
+    scheduler = AnnealedLangevinScheduler(timestep_spacing=spacing, conditioning=conditioning)
+    all_expected = {"linspace": [999, 666, 333, 0], "leading": [750, 500, 250, 0], "trailing": [999, 749, 499, 249]}
+    expected = all_expected[spacing]
+    scheduler.set_timesteps(4)
+    sigmas = 0.01 * 5000 ** (torch.tensor(expected) / 999)
+    torch.testing.assert_close(scheduler.sigmas[:-1], sigmas)
+    torch.testing.assert_close(
+        scheduler.timesteps, sigmas if conditioning == "sigma" else torch.tensor(expected, dtype=torch.float32)
+    )
+    assert scheduler.init_noise_sigma == pytest.approx(math.sqrt(sigmas[0].item() ** 2 + 1), rel=1e-5)
+    if spacing != "trailing":
+        scheduler.set_timesteps(1500)
+        assert len(scheduler.timesteps) == 1500
+        assert torch.all(scheduler.timesteps.diff() < 0)
+    else:
+        with pytest.raises(ValueError, match=r"`num_inference_steps`=1500.*linspace"):
+            scheduler.set_timesteps(1500)
+
+
+def test_levels_by_sigmas_timesteps_and_count_agree():
+    chains = []
+    for arguments in ({"num_inference_steps": 7}, {"timesteps": np.linspace(999, 0, 7)}, {"sigmas": None}):
+        scheduler = AnnealedLangevinScheduler()
+        if "sigmas" in arguments:
+            arguments = {"sigmas": chains[0].sigmas[:-1].tolist()[::2]}
+        scheduler.set_timesteps(num_langevin_steps=2, **arguments)
+        chains.append(scheduler)
+    torch.testing.assert_close(chains[0].timesteps, chains[1].timesteps)
+    torch.testing.assert_close(chains[0].timesteps, chains[2].timesteps)
+    torch.testing.assert_close(chains[0].sigmas, chains[2].sigmas)
+    assert chains[0].num_inference_steps == 7
+    assert chains[0].timesteps[::2].tolist() == chains[0].timesteps[1::2].tolist()
+
+
+@pytest.mark.parametrize("num_levels", [1, 2, 3, 1000, 1234])
+@pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_any_number_of_levels(num_levels, noise_rule, denoise, num_steps):
+    scheduler = AnnealedLangevinScheduler(noise_rule=noise_rule, denoise_final=denoise)
+    scheduler.set_timesteps(num_levels, num_langevin_steps=num_steps)
+    extra = denoise and noise_rule == "euler_maruyama"
+    assert len(scheduler.timesteps) == num_levels * num_steps + extra
+    for row in scheduler._table:
+        assert 0 <= row.kappa < 1
+        assert math.isfinite(row.c) and row.c >= 0
+        assert math.isfinite(row.extrapolation)
+
+
+# --- The chain's index ---
+
+
+def test_step_index_follows_the_chain_and_resets():
+    scheduler = AnnealedLangevinScheduler(prediction_type="sample")
+    scheduler.set_timesteps(5, num_langevin_steps=2)
+    assert scheduler.step_index is None
+    for _ in range(2):
+        x = torch.zeros(1, 1, 2, 2)
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(torch.zeros_like(x), t, x, generator=torch.Generator().manual_seed(i)).prev_sample
+            assert scheduler.step_index == i + 1
+        with pytest.raises(ValueError, match="chain of 10 steps has ended"):
+            scheduler.step(torch.zeros_like(x), t, x)
+        scheduler.set_timesteps(5, num_langevin_steps=2)
+
+
+def test_chain_may_begin_in_the_middle():
+    def run(begin, use_begin_index):
+        scheduler = AnnealedLangevinScheduler(prediction_type="sample")
+        scheduler.set_timesteps(10, num_langevin_steps=2)
+        if use_begin_index:
+            scheduler.set_begin_index(begin)
+            assert scheduler.begin_index == begin
+        x, generator = torch.ones(1, 1, 2, 2), torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps[begin:]:
+            x = scheduler.step(x / 2, t, x, generator=generator).prev_sample
+        return x
+
+    assert torch.equal(run(6, True), run(6, False))
+    assert not torch.equal(run(6, True), run(4, True))
+
+
+def test_step_works_right_after_construction_and_names_a_foreign_timestep():
+    scheduler = AnnealedLangevinScheduler()
+    assert len(scheduler.timesteps) == len(scheduler.sigmas) - 1 == 1000
+    assert scheduler.num_inference_steps is None
+    x = torch.randn(1, 1, 2, 2)
+    output = scheduler.step(x, 500, x)
+    assert scheduler.step_index == 500
+    assert output.prev_sample.shape == x.shape
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 555"):
+        scheduler.step(x, 500, x)
+
+
+def test_second_order_starts_afresh_with_each_chain():
+    scheduler = AnnealedLangevinScheduler()
+    results = []
+    for _ in range(2):
+        scheduler.set_timesteps(10)
+        results.append(run_chain(scheduler, MIXTURE.denoised, torch.ones(3, 8, dtype=torch.float64)))
+    assert torch.equal(*results)
+    scheduler.set_timesteps(10)
+    run_chain(scheduler, MIXTURE.denoised, torch.ones(5, 8, dtype=torch.float64))  # another batch
+
+
+# --- Conversions ---
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample", "score"])
+def test_prediction_types_are_conversions_of_one_another(prediction_type):
+    scheduler = AnnealedLangevinScheduler(prediction_type=prediction_type)
+    timesteps = torch.tensor([0.0, 400.5, 999.0])
+    sigma = scheduler.t_to_sigma(timesteps)[:, None]
+    x0, noise = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    x = scheduler.add_noise(x0, noise, timesteps)
+    torch.testing.assert_close(x, x0 + sigma * noise)
+    output = to_model_output(x0, x, sigma, prediction_type)
+    if prediction_type == "v_prediction":
+        torch.testing.assert_close(scheduler.get_velocity(x0, noise, timesteps), output, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scheduler.convert_model_output(output, timesteps, x), x0, rtol=1e-4, atol=2e-4)
+    scheduler.set_timesteps(timesteps=[999.0, 400.5, 0.0])
+    scheduler.set_begin_index(1)
+    denoised = scheduler.step(output[1:2], 400.5, x[1:2]).pred_original_sample
+    torch.testing.assert_close(denoised, x0[1:2], rtol=1e-4, atol=2e-4)
+
+
+def test_scale_model_input_takes_one_timestep_or_one_a_sample():
+    scheduler = AnnealedLangevinScheduler()
+    x = torch.randn(3, 1, 2, 2)
+    timesteps = torch.tensor([0.0, 500.0, 999.0])
+    expected = x / (1 + scheduler.t_to_sigma(timesteps)[:, None, None, None] ** 2).sqrt()
+    torch.testing.assert_close(scheduler.scale_model_input(x, timesteps), expected)
+    for form in (500, 500.0, torch.tensor(500), torch.tensor([500.0])):
+        torch.testing.assert_close(scheduler.scale_model_input(x, form)[1], expected[1])
+    assert scheduler.scale_model_input(x.half(), 500).dtype == torch.float16
+    # alphas_cumprod is that of the variance preserving form
+    torch.testing.assert_close(scheduler.scale_model_input(x, 999), x * scheduler.alphas_cumprod[-1].sqrt())
+
+
+def test_clip_sample_clips_the_denoised_estimate():
+    scheduler = AnnealedLangevinScheduler(prediction_type="sample", clip_sample=True, clip_sample_range=0.5)
+    scheduler.set_timesteps(1)
+    output = scheduler.step(torch.tensor([[-2.0, 0.2, 2.0]]), 999, torch.zeros(1, 3))
+    assert output.pred_original_sample.tolist() == output.prev_sample.tolist() == [[-0.5, pytest.approx(0.2), 0.5]]
+
+
+def test_half_precision_samples_keep_their_dtype():
+    scheduler = AnnealedLangevinScheduler()
+    scheduler.set_timesteps(10)
+    x = torch.randn(2, 1, 4, 4).half() * scheduler.init_noise_sigma
+    output = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x)
+    assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.float16
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    def draw(seeds):
+        scheduler = AnnealedLangevinScheduler()
+        scheduler.set_timesteps(20)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        x = torch.cat([torch.randn(1, 8, generator=g, dtype=torch.float64) for g in generators]) * 50
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+            output = to_model_output(MIXTURE.denoised(x, sigma), x, sigma, "v_prediction")
+            x = scheduler.step(output, t, x, generator=generators).prev_sample
+        return x
+
+    torch.testing.assert_close(draw([3, 1, 4])[2], draw([4])[0])
+
+
+# --- What diffusers asks of every scheduler ---
+
+
+def test_compatibles_resolve():
+    scheduler = AnnealedLangevinScheduler(num_train_timesteps=100)
+    assert set(AnnealedLangevinScheduler._compatibles) <= {cls.__name__ for cls in scheduler.compatibles}
+    for cls in scheduler.compatibles:
+        other = cls.from_config(scheduler.config)
+        back = AnnealedLangevinScheduler.from_config(other.config)
+        assert {k: back.config[k] for k in scheduler.config} == dict(scheduler.config)
+        added = {k for k in back.config if k not in scheduler.config}
+        assert not added & set(inspect.signature(AnnealedLangevinScheduler.__init__).parameters)
+
+
+def test_saved_scheduler_steps_alike(tmp_path):
+    scheduler = AnnealedLangevinScheduler(num_train_timesteps=100)
+    scheduler.save_config(tmp_path)
+    reloaded = AnnealedLangevinScheduler.from_pretrained(tmp_path)
+    sample = torch.rand(4, 3, 8, 8)
+    outputs = [s.step(0.1 * sample, 50, sample, generator=torch.manual_seed(0)) for s in (scheduler, reloaded)]
+    assert torch.equal(outputs[0].prev_sample, outputs[1].prev_sample)
+
+
+def test_tuple_and_dict_outputs_agree():
+    sample = torch.rand(4, 3, 8, 8)
+    outputs = []
+    for return_dict in (True, False):
+        scheduler = AnnealedLangevinScheduler()
+        scheduler.set_timesteps(50)
+        outputs.append(
+            scheduler.step(0.1 * sample, 999, sample, generator=torch.manual_seed(0), return_dict=return_dict)
+        )
+    assert isinstance(outputs[1], tuple)
+    assert torch.equal(outputs[0].prev_sample, outputs[1][0])
+    assert torch.equal(outputs[0].pred_original_sample, outputs[1][1])
+
+
+def test_public_api():
+    scheduler = AnnealedLangevinScheduler()
+    for name in ("init_noise_sigma", "scale_model_input", "step", "timesteps", "sigmas", "order", "betas"):
+        assert hasattr(scheduler, name)
+    assert "kwargs" not in inspect.signature(AnnealedLangevinScheduler.__init__).parameters
+    assert AnnealedLangevinScheduler._deprecated_kwargs == []
+    scheduler.register_to_config(test_attribute=5)
+    with pytest.warns(FutureWarning, match="test_attribute"):
+        assert scheduler.test_attribute == 5
+    with pytest.raises(AttributeError, match="'AnnealedLangevinScheduler' object has no attribute 'does_not_exist'"):
+        _ = scheduler.does_not_exist
+
+
+def test_trained_betas_as_array_or_list(tmp_path):
+    for betas in (np.array([0.1, 0.3]), [0.1, 0.3]):
+        scheduler = AnnealedLangevinScheduler(num_train_timesteps=1000, trained_betas=betas)
+        scheduler.save_pretrained(tmp_path)
+        reloaded = AnnealedLangevinScheduler.from_pretrained(tmp_path)
+        assert scheduler.betas.tolist() == reloaded.betas.tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_add_noise_broadcasts_and_keeps_the_dtype():
+    scheduler = AnnealedLangevinScheduler()
+    scheduler.set_timesteps(100)
+    sample = torch.rand(4, 3, 8, 8)
+    noised = scheduler.add_noise(sample, torch.ones(3, 8, 8), scheduler.timesteps[5][None])
+    torch.testing.assert_close(noised, sample + scheduler.sigmas[5])
+    assert scheduler.add_noise(sample.half(), sample.half(), torch.tensor(3)).dtype == torch.float16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_devices_may_differ():
+    scheduler = AnnealedLangevinScheduler()
+    scheduler.set_timesteps(10, device="cuda")
+    sample = torch.rand(2, 3, 8, 8)
+    noised = scheduler.add_noise(sample.cuda(), sample, scheduler.timesteps[:2].cpu())
+    assert noised.device.type == "cuda"
+    torch.testing.assert_close(noised.cpu(), scheduler.add_noise(sample, sample, scheduler.timesteps[:2]))
+
+
+def test_stock_loop_with_float_timesteps():
+    # EulerDiscreteScheduler, swapped in, keeps its own convention of sigma_max as the start's deviation
+    euler = EulerDiscreteScheduler.from_config(AnnealedLangevinScheduler(sigma_max=20.0).config)
+    euler.set_timesteps(10)
+    assert float(euler.init_noise_sigma) == pytest.approx(20, rel=1e-3)
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigma_min": 1.0, "sigma_max": 0.5}, r"`sigma_min`=1.0 must be below `sigma_max`=0.5"),
+        ({"sigma_min": 50.0}, r"`sigma_min`=50.0 must be below"),
+        ({"sigma_min": 0}, r"`sigma_min` must be a finite number above 0, not 0"),
+        ({"sigma_max": "50"}, r"`sigma_max` must be a finite number above 0, not '50'"),
+        ({"sigma_max": math.inf}, r"`sigma_max` must be a finite number above 0, not inf"),
+        ({"num_train_timesteps": 1}, r"`num_train_timesteps` must be an int of at least 2, not 1"),
+        ({"num_train_timesteps": 10.0}, r"`num_train_timesteps` must be an int of at least 2, not 10.0"),
+        ({"prediction_type": "noise"}, r"`prediction_type` must be one of 'v_prediction', .*not 'noise'"),
+        ({"conditioning": "noise"}, r"`conditioning` must be one of 'timestep', 'sigma', not 'noise'"),
+        ({"beta_schedule": "sigmoid"}, r"`beta_schedule` must be one of 'geometric', .*not 'sigmoid'"),
+        ({"noise_rule": "heun"}, r"`noise_rule` must be one of .*not 'heun'"),
+        ({"solver_order": 3}, r"`solver_order` must be one of 1, 2, not 3"),
+        ({"timestep_spacing": "karras"}, r"`timestep_spacing` must be one of .*not 'karras'"),
+        ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1, not 0"),
+        ({"step_size": 1.5}, r"`step_size` must be a finite number above 0 and at most 1, not 1.5"),
+        ({"step_size": 0}, r"`step_size` must be"),
+        ({"clip_sample_range": -1}, r"`clip_sample_range` must be"),
+        ({"trained_betas": [0.1, 1.0]}, r"`trained_betas`, with shape \(2,\), from 0.1 to 1: "),
+        ({"trained_betas": [0.1]}, r"`trained_betas`, with shape \(1,\)"),
+        ({"beta_schedule": "linear", "beta_end": 1.5}, r"`beta_end` must be"),
+        ({"beta_schedule": "linear", "sigma_max": 20.0}, r"`sigma_max`=20.0 contradicts the ladder"),
+    ],
+)
+def test_bad_config(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AnnealedLangevinScheduler(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"num_inference_steps": 10, "sigmas": [1.0]}, "exactly one of"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int of at least 1, not 0"),
+        ({"num_inference_steps": 10.5}, r"`num_inference_steps` must be an int of at least 1, not 10.5"),
+        ({"num_inference_steps": 10, "num_langevin_steps": 0}, r"`num_langevin_steps` must be an int"),
+        ({"sigmas": []}, r"`sigmas` must be a list of at least one number"),
+        ({"sigmas": [1.0, 2.0]}, r"`sigmas` must fall from each value to the next"),
+        ({"sigmas": [1.0, 0.0]}, r"`sigmas` must be above 0.*needs no level 0"),
+        ({"sigmas": [math.inf, 1.0]}, r"`sigmas` must be above 0"),
+        ({"timesteps": [1000, 10]}, r"`timesteps` must be from 0 to 999"),
+        ({"timesteps": [10, 10]}, r"`timesteps` must fall"),
+    ],
+)
+def test_bad_set_timesteps(arguments, message):
+    scheduler = AnnealedLangevinScheduler()
+    with pytest.raises(ValueError, match=message):
+        scheduler.set_timesteps(**arguments)
+
+
+def test_bad_step():
+    scheduler = AnnealedLangevinScheduler()
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=r"`model_output` has shape \(1, 6, 4, 4\), but `sample` has \(1, 3, 4, 4\)"):
+        scheduler.step(torch.zeros(1, 6, 4, 4), 999, torch.zeros(1, 3, 4, 4))
+    for index in (-1, 10, 1.5):
+        with pytest.raises(ValueError, match=r"`begin_index` must be an int from 0 to 9"):
+            scheduler.set_begin_index(index)

@@ -220,7 +220,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             num_train_timesteps, sigma_min, sigma_max, beta_schedule, beta_start, beta_end, trained_betas
         )
         betas = _sigmas_to_betas(sigmas)
-        self._log_sigmas = torch.from_numpy(np.log(sigmas))
+        self._train_sigmas, self._log_sigmas = sigmas, {}
         self.betas = torch.from_numpy(betas).float()
         self.alphas_cumprod = torch.from_numpy(1 / (1 + sigmas**2)).float()
 
@@ -264,31 +264,34 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     # Noise levels
 
-    @property
-    def train_sigmas(self) -> torch.Tensor:
-        """The trained ladder, rising, of shape `(num_train_timesteps,)`, in units of the data."""
-        return self._log_sigmas.exp().float()
+    def index_to_sigma(self, indices: torch.Tensor) -> torch.Tensor:
+        """
+        The trained noise levels at (fractional) indices, 0 the smallest, interpolated in log sigma.
+
+        Args:
+            indices (`torch.Tensor` of any shape, floating): those outside the ladder mean its ends.
+
+        Returns:
+            `torch.Tensor`: sigmas, of the same shape, dtype and device, in units of the data.
+        """
+        log_sigmas = self._ladder(indices)
+        indices = indices.clamp(0, len(log_sigmas) - 1)
+        lower = indices.floor().clamp(max=len(log_sigmas) - 2)
+        below, above = log_sigmas[lower.long()], log_sigmas[lower.long() + 1]
+        return torch.lerp(below, above, indices - lower).exp()
 
     def t_to_sigma(self, timesteps: float | torch.Tensor) -> torch.Tensor:
         """
-        The noise levels at (fractional) timesteps, interpolated in log sigma; the identity for
-        `conditioning="sigma"`.
+        The noise levels at timesteps: [`index_to_sigma`], or the identity for `conditioning="sigma"`.
 
         Args:
-            timesteps (`float` or `torch.Tensor` of any shape): level indices; those outside the ladder mean its ends.
+            timesteps (`float` or `torch.Tensor` of any shape): what the network is given.
 
         Returns:
             `torch.Tensor`: sigmas, of the same shape, on the same device, in units of the data.
         """
-        timesteps = torch.as_tensor(timesteps)
-        timesteps = timesteps.to(torch.promote_types(timesteps.dtype, torch.float32))
-        if self.config.conditioning == "sigma":
-            return timesteps
-        log_sigmas = self._ladder(timesteps)
-        timesteps = timesteps.clamp(0, len(log_sigmas) - 1)
-        lower = timesteps.floor().clamp(max=len(log_sigmas) - 2)
-        index = lower.long()
-        return torch.lerp(log_sigmas[index], log_sigmas[index + 1], timesteps - lower).exp()
+        timesteps = _floating(timesteps)
+        return timesteps if self.config.conditioning == "sigma" else self.index_to_sigma(timesteps)
 
     def sigma_to_t(self, sigmas: float | torch.Tensor) -> torch.Tensor:
         """
@@ -301,8 +304,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: timesteps, of the same shape, on the same device.
         """
-        sigmas = torch.as_tensor(sigmas)
-        sigmas = sigmas.to(torch.promote_types(sigmas.dtype, torch.float32))
+        sigmas = _floating(sigmas)
         if self.config.conditioning == "sigma":
             return sigmas
         log_sigmas = self._ladder(sigmas)
@@ -312,9 +314,11 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return upper - 1 + (values - below) / (above - below)
 
     def _ladder(self, like: torch.Tensor) -> torch.Tensor:
-        if self._log_sigmas.device != like.device:
-            self._log_sigmas = self._log_sigmas.to(like.device, torch.float32 if like.device.type == "mps" else None)
-        return self._log_sigmas.to(like.dtype)
+        """log sigma of the trained levels, rising, of shape `(num_train_timesteps,)`, copied once for each device."""
+        key = (like.device, like.dtype)
+        if key not in self._log_sigmas:
+            self._log_sigmas[key] = torch.from_numpy(np.log(self._train_sigmas)).to(like.dtype).to(like.device)
+        return self._log_sigmas[key]
 
     # Before the chain
 
@@ -357,13 +361,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None:
             levels = _check_levels("sigmas", sigmas, above=0)
         elif timesteps is None:
-            trained = self._log_sigmas.numpy(force=True)
-            levels = np.exp(np.interp(self._spaced_indices(num_inference_steps), np.arange(len(trained)), trained))
+            levels = self.index_to_sigma(torch.from_numpy(self._spaced_indices(num_inference_steps))).numpy()
         elif self.config.conditioning == "sigma":
             levels = _check_levels("timesteps", timesteps, above=0)
         else:
             timesteps = _check_levels("timesteps", timesteps, at_least=0, at_most=len(self) - 1)
-            levels = self.t_to_sigma(torch.from_numpy(timesteps)).numpy(force=True)
+            levels = self.index_to_sigma(torch.from_numpy(timesteps)).numpy()
 
         rows = self._make_table(levels.tolist(), num_langevin_steps)
         sigmas = torch.tensor([row.sigma for row in rows], dtype=torch.float64)
@@ -695,6 +698,11 @@ def _translate_config(config: dict) -> dict:
         if len(exported) == len(ladder) and np.allclose(exported, _sigmas_to_betas(ladder), rtol=1e-6, atol=0):
             del config["trained_betas"]  # __init__ exports it again, for the ladder that the config then asks for
     return config
+
+
+def _floating(values: float | torch.Tensor) -> torch.Tensor:
+    values = torch.as_tensor(values)
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check_choice(name, value, choices):

@@ -36,13 +36,12 @@ def draw_timesteps(
     Raises:
         ValueError: the distribution is not one of the two.
     """
-    ladder = scheduler.train_sigmas.to(uniform.device)
     if distribution == "uniform":
-        return scheduler.sigma_to_t(ladder[(uniform * len(ladder)).long()])
+        return scheduler.sigma_to_t(scheduler.index_to_sigma((uniform * len(scheduler)).floor()))
     if distribution == "lognormal":
         # ndtri(0) is -infinity, which the ladder's end catches
         sigmas = torch.exp(log_sigma_mean + log_sigma_std * torch.special.ndtri(uniform))
-        return scheduler.sigma_to_t(sigmas.clamp(ladder[0], ladder[-1]))
+        return scheduler.sigma_to_t(sigmas.clamp(scheduler.config.sigma_min, scheduler.config.sigma_max))
     raise ValueError(f"`distribution` must be one of {DISTRIBUTIONS}, not {distribution!r}.")
 
 

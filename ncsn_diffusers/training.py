@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from PIL.Image import Resampling
 from tqdm.auto import tqdm
 
 from .data import decode_images, load_training_data, to_model_range
@@ -142,7 +143,7 @@ def make_unet(config: TrainingConfig, channels: int, height: int, width: int) ->
         block_out_channels=config.block_out_channels,
         down_block_types=("DownBlock2D",) * (num_levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
-        norm_num_groups=min(32, *(math.gcd(c, 32) for c in config.block_out_channels)),
+        norm_num_groups=min(math.gcd(c // 4, 32) for c in config.block_out_channels),  # at least 4 channels a group
     )
 
 
@@ -233,8 +234,7 @@ def train(config: TrainingConfig) -> NCSNPipeline:
                     config.log_sigma_mean,
                     config.log_sigma_std,
                 )
-                with accelerator.autocast():
-                    loss = score_matching_loss(model, scheduler, clean, noise, timesteps).mean()
+                loss = score_matching_loss(model, scheduler, clean, noise, timesteps).mean()
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -278,7 +278,9 @@ def _save_samples(pipeline: NCSNPipeline, config: TrainingConfig, path: Path) ->
     images = pipeline(batch_size=config.eval_batch_size, generator=generator).images
     columns = math.ceil(math.sqrt(len(images)))
     blank = [images[0].point(lambda _: 0)] * (-len(images) % columns)
-    make_image_grid(images + blank, rows=math.ceil(len(images) / columns), cols=columns).save(path)
+    grid = make_image_grid(images + blank, rows=math.ceil(len(images) / columns), cols=columns)
+    enlargement = max(1, 512 // grid.width)  # small pictures are hard to judge by eye
+    grid.resize((grid.width * enlargement, grid.height * enlargement), Resampling.NEAREST).save(path)
 
 
 def _save_loss_curve(losses: torch.Tensor, path: Path) -> None:

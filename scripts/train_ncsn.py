@@ -5,4 +5,4 @@ import tyro
 from ncsn_diffusers.training import TrainingConfig, train
 
 if __name__ == "__main__":
-    train(tyro.cli(TrainingConfig, config=(tyro.conf.AvoidSubcommands,), use_underscores=True))
+    train(tyro.cli(TrainingConfig, use_underscores=True))

@@ -51,6 +51,11 @@ MIXTURE = GaussianMixture(
 )
 
 
+def train_sigmas(scheduler):
+    """The trained ladder of an `AnnealedLangevinScheduler`, rising."""
+    return scheduler.index_to_sigma(torch.arange(len(scheduler), dtype=torch.float32))
+
+
 def to_model_output(denoised, x, sigma, prediction_type):
     """What a network of this prediction type returns, from the definitions: x = x0 + sigma z."""
     noise = (x - denoised) / sigma

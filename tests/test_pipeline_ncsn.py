@@ -3,7 +3,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from analytic import MIXTURE, AnalyticUNet
+from analytic import MIXTURE, AnalyticUNet, train_sigmas
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, ScoreSdeVeScheduler, UNet2DModel
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
@@ -13,7 +13,7 @@ def analytic_pipeline(scheduler=None, **arguments):
     """A pipeline around the perfect network for `MIXTURE`, and quiet."""
     scheduler = scheduler or AnnealedLangevinScheduler()
     unet = AnalyticUNet(
-        scheduler.train_sigmas.tolist(), scheduler.config.prediction_type, scheduler.config.conditioning, **arguments
+        train_sigmas(scheduler).tolist(), scheduler.config.prediction_type, scheduler.config.conditioning, **arguments
     )
     pipe = NCSNPipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from analytic import MIXTURE, AnalyticUNet, GaussianMixture, to_model_output, train_sigmas
+
+from ncsn_diffusers import AnnealedLangevinScheduler
+from ncsn_diffusers.score_matching import draw_timesteps, score_matching_loss, stratified
+
+CONVENTIONS = [
+    (prediction_type, conditioning)
+    for prediction_type in ("v_prediction", "epsilon", "sample", "score")
+    for conditioning in ("timestep", "sigma")
+]
+
+
+class PointNetwork(torch.nn.Module):
+    """The exact network for one Gaussian, or any other denoised estimate, in any convention."""
+
+    def __init__(self, scheduler, denoised):
+        super().__init__()
+        self.scheduler, self.denoised = scheduler, denoised
+
+    def forward(self, sample, timestep, return_dict=True):
+        sigma = timestep if self.scheduler.config.conditioning == "sigma" else 0.01 * 5000 ** (timestep / 999)
+        sigma = sigma[:, None]
+        x = sample if self.scheduler.config.conditioning == "sigma" else sample * (1 + sigma**2).sqrt()
+        return (to_model_output(self.denoised(x, sigma), x, sigma, self.scheduler.config.prediction_type),)
+
+
+@pytest.mark.parametrize(("prediction_type", "conditioning"), CONVENTIONS)
+def test_loss_of_the_exact_score_is_known(prediction_type, conditioning):
+    # For Gaussian data of deviation s, (D - x0)/sigma has variance s²/(s² + sigma²): half of that is the loss.
+    deviation, count, dims = 0.5, 5000, 8
+    scheduler = AnnealedLangevinScheduler(prediction_type=prediction_type, conditioning=conditioning)
+    gain = lambda sigma: deviation**2 / (deviation**2 + sigma**2)  # noqa: E731
+    network = PointNetwork(scheduler, lambda x, sigma: gain(sigma) * x)
+    generator = torch.Generator().manual_seed(0)
+    for sigma in (0.05, 0.5, 5.0):
+        x0 = deviation * torch.randn(count, dims, generator=generator)
+        noise = torch.randn(count, dims, generator=generator)
+        timesteps = scheduler.sigma_to_t(torch.full((count,), sigma))
+        losses = score_matching_loss(network, scheduler, x0, noise, timesteps)
+        assert losses.shape == (count,)
+        expected = gain(sigma) / 2
+        # a mean of count·dims halves of squared normals
+        assert losses.mean().item() == pytest.approx(expected, rel=3 * math.sqrt(2 / (count * dims)))
+
+
+def test_exact_score_of_a_mixture_beats_its_neighbours():
+    scheduler = AnnealedLangevinScheduler()
+    generator = torch.Generator().manual_seed(0)
+    x0 = MIXTURE.sample(4000, generator).float()
+    noise = torch.randn(x0.shape, generator=generator)
+    timesteps = draw_timesteps(scheduler, torch.rand(len(x0), generator=generator))
+
+    def loss(perturb):
+        network = PointNetwork(scheduler, lambda x, sigma: perturb(MIXTURE.denoised(x.double(), sigma).float()))
+        return score_matching_loss(network, scheduler, x0, noise, timesteps).mean()
+
+    exact = loss(lambda denoised: denoised)
+    assert exact < loss(lambda denoised: denoised * 0.97)
+    assert exact < loss(lambda denoised: denoised * 1.03)
+    assert exact < loss(lambda denoised: denoised + 0.03)
+
+
+def test_a_zero_score_costs_a_half():
+    scheduler = AnnealedLangevinScheduler(prediction_type="score", conditioning="sigma")
+    noise = torch.randn(5000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    model = lambda x, t, return_dict: (torch.zeros_like(x),)  # noqa: E731
+    losses = score_matching_loss(model, scheduler, torch.zeros_like(noise), noise, torch.full((5000,), 0.3))
+    assert losses.mean().item() == pytest.approx(0.5, rel=3 * math.sqrt(2 / noise.numel()))
+
+
+def test_loss_takes_pictures_and_passes_gradients():
+    scheduler = AnnealedLangevinScheduler()
+    unet = AnalyticUNet(train_sigmas(scheduler).tolist())
+    images = torch.rand(6, 1, 2, 4)
+    scale = torch.ones(1, requires_grad=True)
+    model = lambda x, t, return_dict: (unet(x, t, return_dict)[0] * scale,)  # noqa: E731
+    timesteps = torch.tensor([0.0, 10.5, 300.0, 500.0, 700.25, 999.0])
+    losses = score_matching_loss(model, scheduler, images, torch.randn_like(images), timesteps)
+    assert losses.shape == (6,)
+    losses.sum().backward()
+    assert scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
+def test_lognormal_levels(conditioning):
+    scheduler = AnnealedLangevinScheduler(conditioning=conditioning)
+    uniform = torch.tensor([0.0, 0.158655254, 0.5, 0.841344746])
+    sigmas = scheduler.t_to_sigma(draw_timesteps(scheduler, uniform, "lognormal", -0.8, 1.4))
+    expected = torch.tensor([0.01, math.exp(-2.2), math.exp(-0.8), math.exp(0.6)])
+    torch.testing.assert_close(sigmas, expected, rtol=1e-4, atol=0)
+    shifted = scheduler.t_to_sigma(draw_timesteps(scheduler, uniform, log_sigma_mean=0.0, log_sigma_std=1.0))
+    torch.testing.assert_close(shifted[1:].log(), torch.tensor([-1.0, 0.0, 1.0]), rtol=1e-4, atol=1e-4)
+    assert scheduler.t_to_sigma(draw_timesteps(scheduler, torch.tensor([1 - 1e-7]), log_sigma_std=9.0)) <= 50.001
+
+
+@pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
+def test_uniform_levels_are_the_papers(conditioning):
+    scheduler = AnnealedLangevinScheduler(num_train_timesteps=10, sigma_max=1.0, conditioning=conditioning)
+    timesteps = draw_timesteps(scheduler, torch.arange(1000) / 1000, "uniform")
+    levels, counts = timesteps.unique(return_counts=True)
+    expected = train_sigmas(scheduler) if conditioning == "sigma" else torch.arange(10.0)
+    torch.testing.assert_close(levels, expected)
+    assert counts.tolist() == [100] * 10
+
+
+def test_unknown_distribution():
+    with pytest.raises(ValueError, match=r"`distribution` must be one of .*not 'cosine'"):
+        draw_timesteps(AnnealedLangevinScheduler(), torch.rand(3), "cosine")
+
+
+def test_stratified_draws_are_uniform_and_even():
+    uniform = torch.rand(1000, 8, generator=torch.Generator().manual_seed(0))
+    draws = torch.stack([stratified(row) for row in uniform])
+    assert torch.equal((draws * 8).floor(), torch.arange(8.0).expand(1000, 8))
+    assert draws.mean().item() == pytest.approx(0.5, abs=1e-3)
+    means = draws.mean(1)
+    assert means.std() < uniform.mean(1).std() / 5
+
+
+def test_mixture_oracle_itself():
+    # D is the gradient of log p in Tweedie's formula: checked against automatic differentiation
+    mixture = GaussianMixture([0.3, 0.7], [[0.0, 1.0], [1.0, -1.0]], [0.2, 0.5])
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    variances = mixture.deviations**2 + 0.4**2
+    log_p = torch.logsumexp(
+        mixture.weights.log()
+        - (x[:, None] - mixture.means).square().sum(-1) / (2 * variances)
+        - torch.log(2 * math.pi * variances),
+        -1,
+    )
+    (score,) = torch.autograd.grad(log_p.sum(), x)
+    torch.testing.assert_close(mixture.denoised(x, 0.4), x + 0.4**2 * score)

@@ -1,0 +1,193 @@
+"""The scripts, run as a user runs them. The slow tests judge digits that the default command learned to draw."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from digit_classifier import judge, train_digit_classifier
+from PIL import Image
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+
+ROOT = Path(__file__).parent.parent
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+SMALL = [
+    *("--block_out_channels", 16, 16),
+    *("--train_batch_size", 8),
+    *("--eval_batch_size", 4),
+    *("--num_epochs", 2),
+    *("--output_dir", "out"),
+]
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], [*ACCELERATE, "--cpu", "--num_processes", "1"]])
+def test_train_from_a_folder(tmp_path, pictures, launcher):
+    result = run(*launcher, ROOT / "scripts/train_ncsn.py", "--train_data_dir", pictures, *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "8/8" in result.stderr  # the progress bar, with the loss
+    assert "loss=" in result.stderr
+    assert {"samples.png", "loss.png", "model_index.json"} < {path.name for path in (tmp_path / "out").iterdir()}
+    assert NCSNPipeline.from_pretrained(tmp_path / "out").unet.config.block_out_channels == [16, 16]
+
+
+def test_train_on_two_processes(tmp_path, pictures):
+    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    result = run(
+        *launcher,
+        ROOT / "scripts/train_ncsn.py",
+        *("--train_data_dir", pictures),
+        *SMALL,
+        cwd=tmp_path,
+        ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "4/4" in result.stderr  # two epochs of 32 pictures in batches of 8 on each of two processes
+    assert NCSNPipeline.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prediction_type", "noise"], "`prediction_type` must be one of v_prediction"),
+        (["--train_data_dir", "nowhere"], "`train_data_dir`='nowhere' is not a folder"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+        (["--num_epochs", "many"], "many"),
+    ],
+)
+def test_bad_flags(tmp_path, arguments, message):
+    result = run(sys.executable, ROOT / "scripts/train_ncsn.py", *arguments, cwd=tmp_path)
+    assert result.returncode != 0
+    assert message in " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.fixture(scope="module")
+def small_pipeline(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_benchmark_overhead(tmp_path, small_pipeline):
+    arguments = ["--batch_size", 2, "--num_inference_steps", 3, "--repeats", 2]
+    result = run(sys.executable, ROOT / "scripts/benchmark.py", "overhead", small_pipeline, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = dict(
+        line.rsplit(maxsplit=1) if "(" not in line else line.split()[:2] for line in result.stdout.splitlines() if line
+    )
+    assert float(lines["ratio"]) > 0
+
+
+def test_benchmark_schedulers(tmp_path, small_pipeline):
+    result = run(
+        sys.executable, ROOT / "scripts/benchmark.py", "schedulers", small_pipeline, "--num_images", 3, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "schedulers.png").width > 300
+
+
+# --- Quality, slow ---
+
+
+@pytest.fixture(scope="module")
+def digits_pipeline(tmp_path_factory):
+    """What NCSN_PIPELINE names, or what the default command makes."""
+    folder = os.environ.get("NCSN_PIPELINE")
+    if folder is None:
+        cwd = tmp_path_factory.mktemp("default")
+        result = run(*ACCELERATE, ROOT / "scripts/train_ncsn.py", cwd=cwd)
+        assert result.returncode == 0, result.stderr
+        folder = cwd / "ncsn-mnist"
+    pipe = NCSNPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    network, accuracy = train_digit_classifier()
+    assert accuracy > 0.97
+    return network
+
+
+def draw(pipe, count, **arguments):
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat(
+        [pipe(batch_size=50, generator=generator, output_type="pt", **arguments).images for _ in range(count // 50)]
+    )
+
+
+@pytest.mark.slow
+def test_default_command_draws_readable_digits(digits_pipeline, classifier):
+    sureness, counts = judge(classifier, draw(digits_pipeline, 500))
+    assert sureness > 0.75
+    assert min(counts) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
+def test_both_noise_rules_draw_readable_digits(digits_pipeline, classifier, noise_rule):
+    config = digits_pipeline.scheduler.config
+    pipe = NCSNPipeline(
+        digits_pipeline.unet, AnnealedLangevinScheduler.from_config(config, noise_rule=noise_rule, num_langevin_steps=2)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    levels = 50 if noise_rule == "consistent" else 232
+    assert judge(classifier, draw(pipe, 50, num_inference_steps=levels))[0] > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AnnealedLangevinScheduler._compatibles)
+def test_stock_schedulers_draw_readable_digits(digits_pipeline, classifier, name):
+    pipe = NCSNPipeline(digits_pipeline.unet, getattr(diffusers, name).from_config(digits_pipeline.scheduler.config))
+    pipe.set_progress_bar_config(disable=True)
+    assert judge(classifier, draw(pipe, 50, num_inference_steps=50))[0] > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+def test_stock_pipelines_draw_readable_digits(digits_pipeline, classifier, name):
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(digits_pipeline.scheduler.config)
+    pipe = getattr(diffusers, f"{name}Pipeline")(digits_pipeline.unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    assert judge(classifier, draw(pipe, 50, num_inference_steps=50))[0] > 0.7

@@ -369,13 +369,13 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             levels = self.index_to_sigma(torch.from_numpy(timesteps)).numpy()
 
         rows = self._make_table(levels.tolist(), num_langevin_steps)
-        sigmas = torch.tensor([row.sigma for row in rows], dtype=torch.float64)
-        final_sigma = torch.tensor([0.0 if self.config.denoise_final else levels[-1]])
+        row_sigmas = torch.tensor([row.sigma for row in rows], dtype=torch.float64)
+        final_sigma = 0.0 if self.config.denoise_final else levels[-1]
 
         self._table = rows
         self.num_inference_steps = len(levels)
-        self.timesteps = self.sigma_to_t(sigmas).to(device=device, dtype=torch.float32)
-        self.sigmas = torch.cat([sigmas, final_sigma]).float()
+        self.timesteps = self.sigma_to_t(row_sigmas).to(device=device, dtype=torch.float32)
+        self.sigmas = torch.cat([row_sigmas, torch.tensor([final_sigma])]).float()
         # √(sigma_1² + data variance), with the variance 1 that pictures in [-1, 1] can have at most: the network's
         # input, x/√(1 + sigma_1²), then starts as unit noise.
         self.init_noise_sigma = math.sqrt(levels[0] ** 2 + 1)
@@ -420,7 +420,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             last_level = i == len(levels) - 1
             next_sigma = levels[i + 1] if not last_level else (0.0 if denoise else sigma)
             kappa = min(1 - r, next_sigma / sigma)
-            c = math.sqrt(max(next_sigma**2 - (kappa * sigma) ** 2, 0.0))
+            c = sigma * math.sqrt((next_sigma / sigma) ** 2 - kappa**2)
             extrapolation = 0.0
             if self.config.solver_order == 2 and i > 0 and not last_level:
                 h, h_ = math.log(ratios[i]), math.log(ratios[i - 1])
@@ -692,12 +692,22 @@ def _translate_config(config: dict) -> dict:
         config.setdefault("_class_name", "ScoreSdeVeScheduler")
         config["conditioning"], config["prediction_type"] = "sigma", "score"
 
-    exported = config.get("trained_betas")
-    if exported is not None and config.get("beta_schedule") == "geometric":
-        ladder = np.geomspace(config["sigma_min"], config["sigma_max"], config["num_train_timesteps"])
-        if len(exported) == len(ladder) and np.allclose(exported, _sigmas_to_betas(ladder), rtol=1e-6, atol=0):
-            del config["trained_betas"]  # __init__ exports it again, for the ladder that the config then asks for
+    # What __init__ wrote into the config it can work out again, for the ladder that the config then asks for: the betas
+    # of a geometric ladder, and the ends of any other.
+    betas = config.get("trained_betas")
+    if config.get("beta_schedule") == "geometric" and (betas is None or _are_exported(betas, config)):
+        config.pop("trained_betas", None)
+    elif "beta_schedule" in config:
+        config.pop("sigma_min", None)
+        config.pop("sigma_max", None)
     return config
+
+
+def _are_exported(betas: list[float], config: dict) -> bool:
+    if not {"sigma_min", "sigma_max", "num_train_timesteps"} <= config.keys():
+        return False
+    ladder = np.geomspace(config["sigma_min"], config["sigma_max"], config["num_train_timesteps"])
+    return len(betas) == len(ladder) and np.allclose(betas, _sigmas_to_betas(ladder), rtol=1e-6, atol=0)
 
 
 def _floating(values: float | torch.Tensor) -> torch.Tensor:

@@ -61,13 +61,13 @@ class TrainingConfig:
     conditioning: str = "timestep"
     """What the network is given: timestep (the level's index), or sigma (as NCSN++ is)."""
 
-    train_batch_size: int = 64
+    train_batch_size: int = 32
     """Pictures a step and process."""
     eval_batch_size: int = 64
     """Pictures in samples.png."""
     num_epochs: int = 5
     """Passes over the data."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Learning rate after the warm-up."""
     lr_scheduler: str = "cosine"
     """Name of a learning-rate schedule of diffusers.optimization."""
@@ -143,7 +143,7 @@ def make_unet(config: TrainingConfig, channels: int, height: int, width: int) ->
         block_out_channels=config.block_out_channels,
         down_block_types=("DownBlock2D",) * (num_levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
-        norm_num_groups=min(math.gcd(c // 4, 32) for c in config.block_out_channels),  # at least 4 channels a group
+        norm_num_groups=min(math.gcd(c, 32) for c in config.block_out_channels),
     )
 
 

@@ -286,6 +286,10 @@ def test_override_replaces_the_exported_ladder_but_not_a_users():
     with pytest.raises(ValueError, match=r"`sigma_max`=20.*contradicts.*set_timesteps"):
         AnnealedLangevinScheduler.from_config(own.config, sigma_max=20.0)
 
+    linear = AnnealedLangevinScheduler(beta_schedule="linear")
+    wider = AnnealedLangevinScheduler.from_config(linear.config, beta_end=0.03)
+    assert wider.config.sigma_max > linear.config.sigma_max
+
 
 @pytest.mark.parametrize("name", AnnealedLangevinScheduler._compatibles)
 @pytest.mark.parametrize("saved", [False, True])

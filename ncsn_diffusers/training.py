@@ -1,6 +1,7 @@
 """Training a noise conditional score network: one documented configuration, one loop under accelerate."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +168,9 @@ def train(config: TrainingConfig) -> NCSNPipeline:
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
+    if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
+        # `accelerate launch` leaves a CPU process one thread, and the other cores idle
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
 
     scheduler = AnnealedLangevinScheduler(
         num_train_timesteps=config.num_train_timesteps,

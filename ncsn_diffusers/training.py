@@ -66,7 +66,7 @@ class TrainingConfig:
     """Pictures a step and process."""
     eval_batch_size: int = 64
     """Pictures in samples.png."""
-    num_epochs: int = 5
+    num_epochs: int = 4
     """Passes over the data."""
     learning_rate: float = 1e-3
     """Learning rate after the warm-up."""

@@ -117,6 +117,8 @@ class TrainingConfig:
         for name in ("learning_rate", "log_sigma_std", "ema_inv_gamma", "ema_power"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}.")
+        if not 0 <= self.ema_max_decay < 1:
+            raise ValueError(f"`ema_max_decay` must be at least 0 and below 1, not {self.ema_max_decay}.")
         if not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels):
             raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
 
@@ -255,6 +257,7 @@ def train(config: TrainingConfig) -> NCSNPipeline:
         accelerator.print(f"\nInterrupted after {step} of {num_steps} steps; saving what has been trained.")
     progress.close()
 
+    unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if config.use_ema and step:
         ema.copy_to(unet.parameters())
     pipeline = NCSNPipeline(unet=unet.eval(), scheduler=scheduler)

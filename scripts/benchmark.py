@@ -42,7 +42,7 @@ def overhead(
     Time of the pipeline over the time of its network calls alone, the two in turn in one run.
 
     Args:
-        pipeline: Folder or Hub id of the pipeline.
+        pipeline: Folder of the pipeline.
         batch_size: Pictures a call.
         num_inference_steps: Network evaluations a call.
         repeats: Pairs of runs; the median of their ratios counts.
@@ -86,7 +86,7 @@ def schedulers(
     Draw a row of pictures with each scheduler, swapped in by `from_config` alone.
 
     Args:
-        pipeline: Folder or Hub id of the pipeline.
+        pipeline: Folder of the pipeline.
         output: The picture's file.
         num_images: Pictures a row.
         seed: Seed of each row.
@@ -118,7 +118,7 @@ def schedulers(
         axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).cpu(), cmap="gray", vmin=0, vmax=1)
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=110, bbox_inches="tight")
     print(f"Saved {Path(output).resolve()}.")
 
 

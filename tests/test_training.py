@@ -148,19 +148,20 @@ def test_accelerate_launch_does_not_leave_cores_idle(small, monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_interrupt_saves_what_has_been_trained(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_interrupt_saves_what_has_been_trained(small, tmp_path, monkeypatch, capsys, steps):
     calls = []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == steps + 1:
             raise KeyboardInterrupt
         return loss(*arguments)
 
     loss = training.score_matching_loss
     monkeypatch.setattr(training, "score_matching_loss", interrupted)
     train(small())
-    assert "Interrupted after 2 of 4 steps" in capsys.readouterr().out
+    assert f"Interrupted after {steps} of 4 steps" in capsys.readouterr().out
     assert (tmp_path / "out" / "model_index.json").exists()
 
 
@@ -183,6 +184,7 @@ def test_infinite_loss_stops_the_run(small, tmp_path, monkeypatch):
         ({"num_epochs": 0}, "`num_epochs` must be at least 1"),
         ({"resolution": -8}, "`resolution` must be at least 1, not -8"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
+        ({"ema_max_decay": 1.0}, "`ema_max_decay` must be at least 0 and below 1, not 1.0"),
         ({"block_out_channels": (30, 64)}, r"`block_out_channels` must be multiples of 8, not \(30, 64\)"),
         ({"block_out_channels": ()}, "`block_out_channels` must be multiples of 8"),
     ],

@@ -1,6 +1,5 @@
 """Pictures for training: a data set of the Hub, a local folder or the embedded digits, as one uint8 tensor."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +92,7 @@ def _resize(image: PILImage.Image, resolution: int) -> PILImage.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def _same_channels(images: Iterable[np.ndarray]) -> list[np.ndarray]:
+def _same_channels(images: list[np.ndarray]) -> list[np.ndarray]:
     if all(image.ndim == 2 for image in images):
         return [image[..., None] for image in images]
     return [np.broadcast_to(np.atleast_3d(image), (*image.shape[:2], 3)) for image in images]

@@ -194,14 +194,6 @@ def train(config: TrainingConfig) -> NCSNPipeline:
     num_steps = steps_per_epoch * config.num_epochs
 
     unet = make_unet(config, *images.shape[1:])
-    ema = EMAModel(
-        unet.parameters(),
-        decay=config.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=True,
-    )
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -214,8 +206,17 @@ def train(config: TrainingConfig) -> NCSNPipeline:
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
     )
-    ema.to(accelerator.device)
     model, optimizer = accelerator.prepare(unet, optimizer)
+    ema = None
+    if config.use_ema:
+        ema = EMAModel(
+            unet.parameters(),
+            decay=config.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=config.ema_inv_gamma,
+            power=config.ema_power,
+            foreach=True,
+        )
 
     # All processes shuffle alike and take turns; the noise of each is its own.
     shuffler = torch.Generator().manual_seed(config.seed)
@@ -246,7 +247,7 @@ def train(config: TrainingConfig) -> NCSNPipeline:
                 optimizer.step()
                 optimizer.zero_grad()
                 lr_scheduler.step()
-                if config.use_ema:
+                if ema is not None:
                     ema.step(unet.parameters())
                 losses[step] = loss.detach()
                 step += 1
@@ -258,7 +259,7 @@ def train(config: TrainingConfig) -> NCSNPipeline:
     progress.close()
 
     unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if config.use_ema and step:
+    if ema is not None and step:
         ema.copy_to(unet.parameters())
     pipeline = NCSNPipeline(unet=unet.eval(), scheduler=scheduler)
     if accelerator.is_main_process:

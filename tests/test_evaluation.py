@@ -1,0 +1,280 @@
+"""The statistics against closed forms, and the digit classifier against the embedded digits."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+
+from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images, to_model_range
+from ncsn_diffusers.evaluation import (
+    DIGIT_CLASSIFIER,
+    class_entropy,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    load_digit_classifier,
+    precision_recall,
+    to_uint8,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def standardised(count, dim, seed=0):
+    """Features whose sample mean is 0 and whose sample covariance is the identity, exactly."""
+    x = normal(count, dim, seed=seed)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+
+# --- Fréchet distance ---
+
+
+def test_frechet_distance_of_aligned_gaussians():
+    # closed form where the covariances commute: |mu_a - mu_b|² + Σ (s_a - s_b)²
+    a = standardised(50, 3) * torch.tensor([1.0, 2.0, 0.5])
+    b = standardised(80, 3, seed=1) * torch.tensor([3.0, 2.0, 0.125]) + torch.tensor([0.0, 1.0, -2.0])
+    assert frechet_distance(a, b) == pytest.approx(5 + 4 + 0.375**2, abs=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(5 + 4 + 0.375**2, abs=1e-9)
+
+
+def test_frechet_distance_of_rotated_gaussians():
+    # in two dimensions tr (C_a C_b)^½ = √(tr C_a C_b + 2 √det C_a C_b), for covariances that do not commute
+    matrix_a = torch.tensor([[1.0, 0.0], [0.7, 0.3]], dtype=torch.float64)
+    matrix_b = torch.tensor([[0.5, 0.0], [-0.4, 2.0]], dtype=torch.float64)
+    cov_a, cov_b = matrix_a @ matrix_a.T, matrix_b @ matrix_b.T
+    product = cov_a @ cov_b
+    trace = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    expected = (cov_a.trace() + cov_b.trace()).item() - 2 * trace
+    distance = frechet_distance(standardised(40, 2) @ matrix_a.T, standardised(30, 2, seed=1) @ matrix_b.T)
+    assert distance == pytest.approx(expected, abs=1e-9)
+
+
+def test_frechet_distance_of_equal_sets_is_zero():
+    features = normal(100, 8).float()
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+
+
+# --- Kernel distance ---
+
+
+def test_kernel_distance_against_its_definition():
+    a, b = normal(40, 5), normal(60, 5, seed=1) + 0.5
+    blocks = []
+    for i in range(4):  # 10 pictures of each set a block, dealt in turn
+        x, y = a[i::4][:10], b[i::4][:10]
+        k_xx, k_yy, k_xy = ((u @ v.T / 5 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+        within = sum((k.sum() - k.diag().sum()) / 90 for k in (k_xx, k_yy))
+        blocks.append(within - 2 * k_xy.mean())
+    blocks = torch.stack(blocks)
+    mean, error = kernel_distance(a, b, num_blocks=4)
+    assert mean == pytest.approx(blocks.mean().item(), rel=1e-9)
+    assert error == pytest.approx(blocks.std().item() / 2, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_is_right():
+    # 60 pairs of sets from one Gaussian: the distance over its standard error is Student's t with 9 degrees of freedom,
+    # of variance 9/7
+    ratios = []
+    for seed in range(60):
+        mean, error = kernel_distance(normal(200, 3, seed=2 * seed), normal(200, 3, seed=2 * seed + 1))
+        ratios.append(mean / error)
+    ratios = torch.tensor(ratios)
+    assert abs(ratios.mean()) < 4 * math.sqrt(9 / 7 / 60)
+    assert 0.7 < ratios.std() < 1.7
+
+
+# --- Precision and recall ---
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    # with k = 1 the real manifold is [-1, 2] and [9, 11], the generated one [-0.6, 1.4] and [4, 26]
+    real = torch.tensor([[0.0], [1.0], [10.0], [10.9]])
+    fake = torch.tensor([[0.1], [0.7], [15.0], [10.0 + 5.5]])
+    precision, recall = precision_recall(real, fake, k=1)
+    assert precision == 0.5  # 0.1 and 0.7, not 15 and 15.5
+    assert recall == 0.5  # 0 and 1, not 10 and 10.9
+
+
+def test_precision_and_recall_against_their_definition():
+    real, fake = normal(60, 2), normal(50, 2, seed=1) * 0.5 + 0.5
+    radius_real = torch.stack([(x - real).norm(dim=1).sort()[0][3] for x in real])
+    radius_fake = torch.stack([(x - fake).norm(dim=1).sort()[0][3] for x in fake])
+    precision = sum(bool(((x - real).norm(dim=1) <= radius_real).any()) for x in fake) / 50
+    recall = sum(bool(((x - fake).norm(dim=1) <= radius_fake).any()) for x in real) / 60
+    assert precision_recall(real, fake) == pytest.approx((precision, recall))
+    assert precision > recall + 0.2
+
+
+# --- Class entropy ---
+
+
+def test_class_entropy():
+    assert class_entropy(torch.arange(10).repeat(7)) == pytest.approx(math.log(10))
+    assert class_entropy(torch.full((5,), 3)) == 0
+    assert class_entropy(torch.tensor([0, 0, 0, 4])) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 4]), 6) * 0.1
+    assert class_entropy(logits) == class_entropy(torch.tensor([0, 0, 0, 4]))
+
+
+# --- Wrong inputs ---
+
+
+@pytest.mark.parametrize(
+    ("function", "a", "b", "message"),
+    [
+        (frechet_distance, torch.zeros(8, 8), torch.zeros(20, 8), "`features_a` has 8 pictures for 8 features"),
+        (frechet_distance, torch.zeros(20, 8), torch.zeros(7, 8), "`features_b` has 7 pictures for 8 features"),
+        (frechet_distance, torch.zeros(20, 8), torch.zeros(20, 9), "`features_a` has 8 features and `features_b` 9"),
+        (kernel_distance, torch.zeros(20, 8), torch.zeros(20, 9), "`features_a` has 8 features and `features_b` 9"),
+        (precision_recall, torch.zeros(20, 8), torch.zeros(20, 9), "`real` has 8 features and `fake` 9"),
+        (frechet_distance, torch.zeros(20), torch.zeros(20, 8), r"`features_a` must be of shape .*, not \(20,\)"),
+        (precision_recall, torch.zeros(20, 8), torch.zeros(0, 8), r"`fake` must be of shape .*, not \(0, 8\)"),
+        (frechet_distance, torch.zeros(20, 8), torch.full((20, 8), math.nan), "`features_b` .* not finite"),
+        (kernel_distance, torch.zeros(19, 8), torch.zeros(30, 8), "`num_blocks`=10 blocks of 19 and 30 pictures"),
+        (precision_recall, torch.zeros(3, 8), torch.zeros(30, 8), "`k`=3 must be at least 1 and below .* 3 and 30"),
+    ],
+)
+def test_wrong_features(function, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        function(a, b)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(4), r"integers of shape \(n,\) or logits .* not torch.float32 of shape \(4,\)"),
+        (torch.zeros(4, 2, dtype=torch.long), "not torch.int64"),
+        (torch.zeros(0, dtype=torch.long), r"shape \(0,\)"),
+        (torch.full((4, 2), math.nan), "not finite"),
+    ],
+)
+def test_wrong_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        class_entropy(labels)
+
+
+def test_wrong_pictures():
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not from -1 to 1"):
+        to_uint8(torch.tensor([-1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not from nan"):
+        to_uint8(torch.tensor([0.5, math.nan]))
+    with pytest.raises(ValueError, match=r"not torch\.int64"):
+        to_uint8(torch.tensor([0, 255]))
+    with pytest.raises(ValueError, match=r"`images` must be of shape .*, not \(0, 1, 8, 8\)"):
+        extract_features(torch.zeros(0, 1, 8, 8), torch.nn.Flatten())
+    with pytest.raises(ValueError, match=r"`extractor` returned shape \(2, 1, 8, 8\) for 2 pictures"):
+        extract_features(torch.zeros(2, 1, 8, 8), lambda images: images)
+    with pytest.raises(ValueError, match=r"shape \(n, 1, 28, 28\), not \(2, 3, 32, 32\)"):
+        extract_features(torch.zeros(2, 3, 32, 32), load_digit_classifier().features)
+
+
+def test_statistics_without_their_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"ncsn_diffusers\[evaluation\]"):
+        frechet_distance(normal(20, 2), normal(20, 2))
+
+
+# --- Features ---
+
+
+def test_pictures_are_quantised_as_in_a_file():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels), levels)
+    for offset in (-0.49, 0.49):
+        assert torch.equal(to_uint8(((levels + offset) / 255).clamp(0, 1)), levels)
+
+
+def test_features_are_those_of_the_quantised_pictures_in_order():
+    images = torch.rand(7, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    features = extract_features(images, lambda batch: batch.flatten(1), batch_size=3)
+    assert features.dtype == torch.float64
+    assert torch.equal(features, to_uint8(images).flatten(1).double())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    dataset = load_dataset("parquet", data_files=str(EMBEDDED_DIGITS), split="train").select(range(4000))
+    return decode_images(dataset), torch.tensor(dataset["label"][:])
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return load_digit_classifier()
+
+
+def test_classifier_knows_the_digits(classifier, digits):
+    images, labels = digits
+    assert DIGIT_CLASSIFIER.stat().st_size < 1_000_000
+    logits = extract_features(images, classifier)
+    assert (logits.argmax(1) == labels).double().mean() > 0.995
+    assert class_entropy(logits) == pytest.approx(class_entropy(labels), abs=0.002)
+    assert torch.allclose(classifier(to_model_range(images[:8])), classifier(images[:8]))
+
+
+def test_distances_of_digits(classifier, digits):
+    images, labels = digits
+    features = extract_features(images, classifier.features)
+    assert features.var(0).mean() == pytest.approx(1, abs=0.2)  # they are in units of their own deviation
+
+    halves = features[:2000], features[2000:]
+    floor = frechet_distance(*halves)
+    mean, error = kernel_distance(*halves)
+    precision, recall = precision_recall(*halves)
+    assert floor < 1
+    assert abs(mean) < 4 * error
+    assert min(precision, recall) > 0.8
+
+    noisy = images[2000:] / 255 + 0.05 * normal(2000, 1, 28, 28)
+    noisy = extract_features(noisy.clamp(0, 1), classifier.features)
+    assert frechet_distance(halves[0], noisy) > 3 * floor
+    mean, error = kernel_distance(halves[0], noisy)
+    assert mean > 4 * error
+
+    without_ones = features[2000:][labels[2000:] != 1]
+    assert frechet_distance(halves[0], without_ones) > 3 * floor
+    assert precision_recall(halves[0], without_ones)[1] < recall - 0.05
+
+
+# --- The script ---
+
+
+def test_train_digit_classifier(tmp_path):
+    dataset = load_dataset("parquet", data_files=str(EMBEDDED_DIGITS), split="train")
+    (tmp_path / "digits").mkdir()
+    dataset.select(range(2000)).to_parquet(tmp_path / "digits" / "train.parquet")
+    dataset.select(range(2000, 2500)).to_parquet(tmp_path / "digits" / "test.parquet")
+    # training must not need the statistics' library
+    (tmp_path / "torch_fidelity.py").write_text("raise ImportError")
+    arguments = ["--dataset_name", "digits", "--num_epochs", "2", "--batch_size", "50"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "scripts/train_digit_classifier.py",
+            *arguments,
+            "--output_path",
+            "weights.safetensors",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "80/80" in result.stderr
+
+    images, labels = decode_images(dataset.select(range(2000, 2500))), torch.tensor(dataset["label"][2000:2500])
+    accuracy = (load_digit_classifier(tmp_path / "weights.safetensors")(images).argmax(1) == labels).float().mean()
+    assert accuracy > 0.7  # chance is 0.1
+    assert f"test accuracy {accuracy:.2%}" in result.stdout

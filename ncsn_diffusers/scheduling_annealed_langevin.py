@@ -481,6 +481,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> AnnealedLangevinSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
@@ -494,6 +495,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 then on the rows follow one another.
             sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x, in units of the data.
             generator (`torch.Generator` or a list with one for each sample, *optional*): the noise's randomness.
+            variance_noise (`torch.Tensor` of the shape of `sample`, *optional*):
+                The noise z itself, standard normal, instead of one drawn here.
             return_dict (`bool`, defaults to `True`): or a plain tuple.
 
         Returns:
@@ -523,8 +526,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if row.extrapolation and self._previous_denoised is not None:
             prev_sample.add_(denoised - self._previous_denoised, alpha=row.extrapolation)  # (2)
         if row.c:
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            prev_sample.add_(noise, alpha=row.c)
+            if variance_noise is None:
+                variance_noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            prev_sample.add_(variance_noise, alpha=row.c)
         if row.changes_level and self.config.solver_order == 2:
             self._previous_denoised = denoised
 

@@ -1,11 +1,21 @@
-"""Unconditional image generation with a noise conditional score network."""
+"""Pictures from a noise conditional score network: at will, of a class, from a picture, or in between two others.
 
+One loop serves all of them: the network is evaluated, the scheduler steps. What differs is where the loop begins
+(noise, or a noised picture: SDEdit, Meng et al. 2021, arXiv:2108.01073), what the network is told (a class, with
+classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598), and where the noise comes from (mixed from two
+sources: interpolation, Song & Ermon 2020, arXiv:2006.09011, appendix B.5).
+"""
+
+import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
+import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import PNDMScheduler, UNet2DModel
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -18,24 +28,42 @@ class NCSNPipeline(DiffusionPipeline):
     Draws pictures with a noise conditional score network and any scheduler: `AnnealedLangevinScheduler`, or a stock one
     made by `from_config(pipe.scheduler.config)`.
 
+    A class-conditional network has `num_class_embeds` = number of classes + 1: the last embedding means "no label".
+
     Args:
         unet ([`UNet2DModel`]): The network, conditioned on the noise level as the scheduler's config says.
         scheduler ([`SchedulerMixin`]): The sampler.
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "sigma", "denoised"]
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._interrupt = False
+        # The picture is the latent: nothing is scaled down, and no number of channels marks a VAE's latents.
+        pixels = {"vae_scale_factor": 1, "vae_latent_channels": 0, "do_resize": False}
+        channels = unet.config.in_channels
+        self.image_processor = VaeImageProcessor(
+            do_convert_grayscale=channels == 1, do_convert_rgb=channels == 3, **pixels
+        )
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call is to stop after its present step; a callback sets `pipe._interrupt = True`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         num_inference_steps: int = 50,
         num_langevin_steps: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        image: PipelineImageInput | None = None,
+        strength: float = 0.8,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -47,26 +75,45 @@ class NCSNPipeline(DiffusionPipeline):
         Draw `batch_size` pictures.
 
         Args:
-            batch_size (`int`, defaults to 1): The number of pictures.
+            batch_size (`int`, *optional*):
+                The number of pictures; that of `class_labels` or `image`, or else 1, when not given.
             num_inference_steps (`int`, defaults to 50):
                 The number of noise levels, each of which takes one network evaluation for each Langevin step.
             num_langevin_steps (`int`, *optional*):
                 Langevin steps a level, for `AnnealedLangevinScheduler`; its config's when not given.
+            class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                The class of all pictures or of each, from 0, for a class-conditional network; it draws from all
+                classes when not given.
+            guidance_scale (`float`, defaults to 1.0):
+                Classifier-free guidance w: the network's output becomes u + w (c - u), where c is its output for the
+                class and u that for no label, both from one evaluation of a doubled batch. The output, the denoised
+                estimate and the score are affine in one another, so that any of them may be guided, to the same end.
+                1 is the class-conditional model itself, without doubling.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                Pictures to start from, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
+                `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
+                or 8-bit ones. One picture serves the whole batch.
+            strength (`float`, defaults to 0.8):
+                With `image`, the share of the steps that is taken, above 0 and up to 1: the picture is noised to the
+                level where they begin.
             generator (`torch.Generator` or a list of them, *optional*):
                 The randomness. With one generator for each picture, a picture does not depend on the batch it is
                 drawn in. A CPU generator gives the same noise on every device.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
-                Standard normal noise to start from; the pipeline scales it by `scheduler.init_noise_sigma`.
+                Standard normal noise to start from, or for `image` to be noised with.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`: pictures; `"np"`: an array of shape `(batch_size, height, width, channels)` in [0, 1]; `"pt"`:
                 a tensor of shape `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the same tensor in
                 units of the data, unclipped.
             return_dict (`bool`, defaults to `True`): An [`ImagePipelineOutput`], or a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, timestep, tensors)` after each step; what it returns replaces the
-                tensors of the same names.
+                Called as `callback(pipe, step, timestep, tensors)` after each step; the "latents" that it returns
+                replace the sample. When it sets `pipe._interrupt = True`, the call ends after that step with the
+                denoised estimate instead of the noisy sample.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `("latents",)`):
-                The names of the tensors that the callback is given.
+                The names of the tensors that the callback is given: "latents", the sample after the step, as the
+                scheduler scales it; "denoised", the estimate of the picture that the step was computed from, in units
+                of the data; "sigma", the noise level that it was made at, of shape `()`, in the same units.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: the pictures.
@@ -74,48 +121,378 @@ class NCSNPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument does not fit the network or the scheduler; nothing has been computed then.
         """
-        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
-        shape = (batch_size, channels, *([size, size] if isinstance(size, int) else size))
+        if image is not None:
+            self._check_strength(strength)
+            image = self._preprocess("image", image, self.image_processor, self._picture_shape)
+        batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image)
+        shape = (batch_size, *self._picture_shape)
         self.check_inputs(
-            shape, num_langevin_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
+            shape, class_labels, guidance_scale, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
         device = self._execution_device
-
-        langevin = {} if num_langevin_steps is None else {"num_langevin_steps": num_langevin_steps}
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **langevin)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # spares the schedulers a search on the device
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps, strength if image is not None else 1.0)
 
         # The sample stays in float32, whatever the network's dtype: at sigma = 50 half precision loses the picture.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, torch.float32)
+        if image is None:
+            latents = latents * self.scheduler.init_noise_sigma
+        else:
+            latents = self.scheduler.add_noise(image.to(device).expand(shape), latents, timesteps[:1])
 
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-            model_output = self.unet(model_input, t, return_dict=False)[0].float()
-            latents = self.scheduler.step(model_output, t, latents, return_dict=False, **extra)[0]
+        labels = self._embedding_indices(class_labels, batch_size, guidance_scale, device)
+        images = self._sample(
+            latents,
+            timesteps,
+            labels,
+            guidance_scale,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        return self._finish(images, output_type, return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        generator: Sequence[torch.Generator],
+        batch_size: int = 8,
+        num_inference_steps: int = 50,
+        num_langevin_steps: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Draw a row of pictures that leads smoothly from one sample to another.
+
+        Picture i takes all its noise, that of the start and that of each step, as cos(θ_i) z + sin(θ_i) z' from the
+        noises z and z' of the two samples, with θ_i evenly spaced from 0 to π/2 (appendix B.5 of arXiv:2006.09011):
+        it is standard normal for every θ, and so each picture is a fair sample. A deterministic scheduler has noise at
+        the start alone, and the row is then the spherical interpolation of it.
+
+        Args:
+            generator (two `torch.Generator`):
+                The randomness of the two samples: the row begins with what a call with `batch_size=1` draws from the
+                first, and ends with what it draws from the second.
+            batch_size (`int`, defaults to 8): The number of pictures, the two samples among them, at least 2.
+            num_inference_steps, num_langevin_steps, class_labels, guidance_scale, output_type, return_dict:
+                As in [`__call__`].
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: the pictures, in order.
+
+        Raises:
+            ValueError: an argument does not fit the network or the scheduler, or the scheduler draws noise in its steps
+                and does not let it be given (`variance_noise`); nothing has been computed then.
+        """
+        generators = list(generator) if isinstance(generator, Sequence) else [generator]
+        if len({id(g) for g in generators if isinstance(g, torch.Generator)}) != 2 or len(generators) != 2:
+            raise ValueError(
+                f"`generator` must be two different `torch.Generator`s, one for each end, not {generator!r}."
+            )
+        batch_size, class_labels = self._check_batch(batch_size, class_labels)
+        if batch_size < 2:
+            raise ValueError("`batch_size` must be at least 2, the two samples at the ends, not 1.")
+        shape = (batch_size, *self._picture_shape)
+        self.check_inputs(shape, class_labels, guidance_scale, output_type=output_type)
+        device = self._execution_device
+        timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps)
+        draws_noise = self._find_noisy_steps(timesteps)
+        if any(draws_noise) and "variance_noise" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} draws noise in its steps that cannot be mixed: interpolate with "
+                "AnnealedLangevinScheduler or a deterministic scheduler, such as DDIMScheduler."
+            )
+
+        angles = torch.linspace(0, math.pi / 2, batch_size, dtype=torch.float64).reshape(-1, 1, 1, 1)
+        cos, sin = angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
+
+        def mixed_noise():
+            first, second = (
+                randn_tensor((1, *shape[1:]), generator=g, device=device, dtype=torch.float32) for g in generators
+            )
+            return cos * first + sin * second
+
+        images = self._sample(
+            mixed_noise() * self.scheduler.init_noise_sigma,
+            timesteps,
+            self._embedding_indices(class_labels, batch_size, guidance_scale, device),
+            guidance_scale,
+            variance_noise=(lambda i: mixed_noise() if draws_noise[i] else None) if any(draws_noise) else None,
+        )
+        return self._finish(images, output_type, return_dict)
+
+    # The loop and what surrounds it
+
+    def _set_timesteps(
+        self, num_inference_steps: int, num_langevin_steps: int | None = None, strength: float = 1.0
+    ) -> torch.Tensor:
+        """The timesteps of the last `strength` of the chain, which the scheduler is set to."""
+        langevin = {} if num_langevin_steps is None else {"num_langevin_steps": num_langevin_steps}
+        if langevin and "num_langevin_steps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"`num_langevin_steps`={num_langevin_steps} is for AnnealedLangevinScheduler; "
+                f"{type(self.scheduler).__name__} takes one step a level."
+            )
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **langevin)
+        order = self.scheduler.order  # a scheduler of order 2 takes its timesteps in pairs, which stay together
+        num_steps = math.ceil(len(self.scheduler.timesteps) / order)
+        begin = order * (num_steps - max(1, round(num_steps * strength)))
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
+        return self.scheduler.timesteps[begin:]
+
+    def _sample(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor | None,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+        before_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        variance_noise: Callable[[int], torch.Tensor | None] | None = None,
+        schedulers: Sequence[SchedulerMixin] | None = None,
+    ) -> torch.Tensor:
+        """
+        The loop: the sample after the last step, or the denoised estimate where it was interrupted.
+
+        `before_step(i, latents)` returns the sample to take step i from, `variance_noise(i)` its noise, and
+        `schedulers[i]` takes it.
+        """
+        schedulers = schedulers or [self.scheduler] * len(timesteps)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        sigmas = torch.from_numpy(self._noise_levels(timesteps)).to(latents.device, torch.float32)
+
+        self._interrupt = False
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            if before_step is not None:
+                latents = before_step(i, latents)
+            if variance_noise is not None:
+                extra["variance_noise"] = variance_noise(i)
+            model_input = schedulers[i].scale_model_input(latents, t)
+            model_output = self._predict(model_input, t, labels, guidance_scale)
+            latents = schedulers[i].step(model_output, t, latents, return_dict=False, **extra)[0]
 
             if callback_on_step_end is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                tensors = {"latents": latents, "sigma": sigmas[i]}
+                if "denoised" in callback_on_step_end_tensor_inputs:
+                    tensors["denoised"] = self._denoise(model_output, model_input, sigmas[i])
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+            if self._interrupt:
+                return self._denoise(model_output, model_input, sigmas[i])
+        return latents
 
-        images = latents if output_type == "latent" else (latents / 2 + 0.5).clamp(0, 1)
-        if output_type in ("np", "pil"):
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+    def _predict(
+        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        """
+        The network's (guided) output in float32, from one evaluation. `labels` are as `_embedding_indices` made them:
+        twice as many as pictures, those of "no label" last, where there is guidance.
+        """
+        model_input = model_input.to(self.unet.dtype)
+        condition = {} if labels is None else {"class_labels": labels}
+        guided = labels is not None and len(labels) > len(model_input)
+        if guided:
+            model_input = torch.cat([model_input, model_input])
+        model_output = self.unet(model_input, timestep, return_dict=False, **condition)[0].float()
+        if guided:
+            conditional, unconditional = model_output.chunk(2)
+            model_output = torch.lerp(unconditional, conditional, guidance_scale)
+        return model_output
 
+    def _finish(self, images: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         self.maybe_free_model_hooks()
+        images = self.image_processor.postprocess(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def check_inputs(self, shape, num_langevin_steps, generator, latents, output_type, callback_tensor_inputs):
+    # What the network is told, and what it says
+
+    @property
+    def _picture_shape(self) -> tuple[int, int, int]:
+        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        return (channels, size, size) if isinstance(size, int) else (channels, *size)
+
+    def _embedding_indices(
+        self, class_labels: torch.Tensor | None, batch_size: int, guidance_scale: float, device: torch.device
+    ) -> torch.Tensor | None:
+        """The rows of the class embedding, `(batch_size,)` or, with guidance, `(2 * batch_size,)`; None without one."""
+        num_embeddings = self.unet.config.get("num_class_embeds")
+        if num_embeddings is None:
+            return None
+        no_label = torch.full((batch_size,), num_embeddings - 1, device=device)
+        if class_labels is None:
+            return no_label
+        labels = class_labels.to(device).expand(batch_size)
+        return labels if guidance_scale == 1 else torch.cat([labels, no_label])
+
+    def _log_ladder(self) -> np.ndarray:
+        """log sigma of the levels that the network was trained on, rising, in float64."""
+        with np.errstate(divide="ignore"):
+            log_alphas = np.log1p(-self.scheduler.betas.numpy(force=True).astype(np.float64))
+            return 0.5 * np.log(np.expm1(-np.cumsum(log_alphas)))  # 1 + sigma² = Π 1/(1 - beta)
+
+    def _noise_levels(self, timesteps: torch.Tensor) -> np.ndarray:
+        """The noise levels that the network is told of at `timesteps`, in units of the data, in float64."""
+        timesteps = timesteps.numpy(force=True).astype(np.float64)
+        if self.scheduler.config.get("conditioning") == "sigma":
+            return timesteps
+        log_sigmas = self._log_ladder()
+        return np.exp(np.interp(timesteps, np.arange(len(log_sigmas)), log_sigmas))
+
+    def _timesteps_at(self, sigmas: Sequence[float]) -> torch.Tensor:
+        """The inverse of `_noise_levels`: (fractional) timesteps, in float32."""
+        if self.scheduler.config.get("conditioning") != "sigma":
+            log_sigmas = self._log_ladder()
+            sigmas = np.interp(np.log(sigmas), log_sigmas, np.arange(len(log_sigmas)))
+        return torch.as_tensor(np.asarray(sigmas), dtype=torch.float32)
+
+    def _denoise(self, model_output: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """
+        The denoised estimate D, in units of the data, from what the network was given and returned at level `sigma`:
+        the same for all schedulers, because the network's convention is.
+        """
+        scale = (1 + sigma**2) ** 0.5
+        x = model_input if self.scheduler.config.get("conditioning") == "sigma" else model_input * scale
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "v_prediction":
+            return x / scale**2 - model_output * (sigma / scale)
+        if prediction_type == "epsilon":
+            return x - sigma * model_output
+        if prediction_type == "score":
+            return x + sigma**2 * model_output
+        return model_output
+
+    def _find_noisy_steps(self, timesteps: torch.Tensor) -> list[bool]:
+        """Which steps draw noise: those of a copy of the scheduler that move on a generator."""
+        scheduler, generator = copy.deepcopy(self.scheduler), torch.Generator()
+        if "generator" not in inspect.signature(scheduler.step).parameters:
+            return [False] * len(timesteps)
+        x = torch.zeros(1, 1, 1, 1, device=timesteps.device)
+        draws_noise = []
+        for t in timesteps:
+            state = generator.get_state()
+            scheduler.scale_model_input(x, t)
+            scheduler.step(x, t, x, generator=generator)
+            draws_noise.append(not torch.equal(state, generator.get_state()))
+        return draws_noise
+
+    # Checks: a ValueError for what cannot work, before the first network evaluation
+
+    def _preprocess(self, name: str, image, processor: VaeImageProcessor, shape: tuple[int, int, int]) -> torch.Tensor:
+        """Pictures or masks as a float32 tensor of shape `(n, *shape)`, checked."""
+        images = image if isinstance(image, list) else [image]
+        images = [self._from_8_bit(i) for i in images]
+        try:
+            tensor = processor.preprocess(images if isinstance(image, list) else images[0]).float()
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"`{name}` must be a picture, an array or a tensor, or a list of such, all of one size, not "
+                f"{type(image).__name__}: {error}"
+            ) from error
+        if tuple(tensor.shape[1:]) != shape:
+            raise ValueError(
+                f"`{name}` must be {' × '.join(map(str, shape))} (channels, height, width) for this network, not "
+                f"{' × '.join(map(str, tensor.shape[1:]))}: resize it first."
+            )
+        if not (tensor.abs() <= 1).all():
+            raise ValueError(f"`{name}` must hold numbers from 0 to 1, or be an 8-bit picture.")
+        return tensor
+
+    @staticmethod
+    def _from_8_bit(image):
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            return image.astype(np.float32) / 255
+        if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+            return image.float() / 255
+        return image
+
+    @staticmethod
+    def _check_count(name: str, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"`{name}` must be an int of at least 1, not {value!r}.")
+
+    def _check_strength(self, strength: float) -> None:
+        if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be a number above 0 and at most 1, not {strength!r}.")
+        self._check_begins_anywhere("image")
+
+    def _check_begins_anywhere(self, name: str) -> None:
+        if isinstance(self.scheduler, PNDMScheduler):
+            raise ValueError(
+                f"`{name}` needs a scheduler that can begin in the middle of its chain; PNDMScheduler, whose first "
+                "steps differ from the others, cannot: take DDIMScheduler, for example."
+            )
+
+    def _check_batch(
+        self, batch_size: int | None, class_labels, **images: torch.Tensor | None
+    ) -> tuple[int, torch.Tensor | None]:
+        """The number of pictures, and the labels as a tensor of shape `()` or `(batch_size,)`."""
+        counts = {}
+        if class_labels is not None:
+            class_labels = self._check_labels(class_labels)
+            if class_labels.ndim:
+                counts["class_labels"] = len(class_labels)
+        counts |= {name: len(image) for name, image in images.items() if image is not None and len(image) > 1}
+        if batch_size is None:
+            batch_size = max(counts.values(), default=1)
+        self._check_count("batch_size", batch_size)
+        for name, count in counts.items():
+            if count != batch_size:
+                raise ValueError(
+                    f"`{name}` has {count} entries, but batch_size={batch_size}: give one for each picture, or a "
+                    "single one for all."
+                )
+        return batch_size, class_labels
+
+    def _check_labels(self, class_labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
+        num_embeddings = self.unet.config.get("num_class_embeds")
+        if num_embeddings is None:
+            raise ValueError(
+                "`class_labels` are for a class-conditional network, and this one is unconditional: its config has no "
+                "`num_class_embeds`."
+            )
+        accepted = f"an int or a list of ints from 0 to {num_embeddings - 2}, of shape (batch_size,)"
+        try:
+            labels = torch.as_tensor(class_labels)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"`class_labels` must be {accepted}, not {class_labels!r}.") from error
+        integral = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not integral or labels.ndim > 1 or not labels.numel():
+            raise ValueError(f"`class_labels` must be {accepted}, not {class_labels!r}.")
+        if labels.min() < 0 or labels.max() > num_embeddings - 2:
+            raise ValueError(
+                f"`class_labels` must be {accepted}, not {labels.tolist()} (the network has {num_embeddings} "
+                "embeddings, the last of which means 'no label')."
+            )
+        return labels.long()
+
+    def check_inputs(
+        self,
+        shape,
+        class_labels,
+        guidance_scale,
+        generator=None,
+        latents=None,
+        output_type="pil",
+        callback_tensor_inputs=(),
+    ):
         """Raise a ValueError for what cannot work, before the first network evaluation."""
         batch_size, channels = shape[:2]
-        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an int of at least 1, not {batch_size!r}.")
+        if (
+            isinstance(guidance_scale, bool)
+            or not isinstance(guidance_scale, Real)
+            or not (0 <= guidance_scale < math.inf)
+        ):
+            raise ValueError(f"`guidance_scale` must be a finite number of at least 0, not {guidance_scale!r}.")
+        if guidance_scale != 1 and class_labels is None:
+            raise ValueError(f"`guidance_scale`={guidance_scale} guides towards a class: it needs `class_labels`.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but batch_size={batch_size}: give one generator for each "
@@ -130,20 +507,20 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`output_type`='pil' needs 1, 3 or 4 channels, and the network has {channels}; 'np', 'pt' and "
                 "'latent' take any number."
             )
+        langevin = "num_langevin_steps" in inspect.signature(self.scheduler.set_timesteps).parameters
+        if self.scheduler.config.get("conditioning") == "sigma" and not langevin:
+            raise ValueError(
+                f"This network is conditioned on sigma, but {type(self.scheduler).__name__} would give it timesteps: "
+                "use AnnealedLangevinScheduler.from_config(pipe.scheduler.config)."
+            )
+        if not hasattr(self.scheduler, "betas"):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} has no `betas`, which the network's noise levels are read from: use "
+                "AnnealedLangevinScheduler or one of its `compatibles`."
+            )
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, not "
                 f"{sorted(unknown)}."
-            )
-        langevin = "num_langevin_steps" in inspect.signature(self.scheduler.set_timesteps).parameters
-        if num_langevin_steps is not None and not langevin:
-            raise ValueError(
-                f"`num_langevin_steps`={num_langevin_steps} is for AnnealedLangevinScheduler; "
-                f"{type(self.scheduler).__name__} takes one step a level."
-            )
-        if self.scheduler.config.get("conditioning") == "sigma" and not langevin:
-            raise ValueError(
-                f"This network is conditioned on sigma, but {type(self.scheduler).__name__} would give it timesteps: "
-                "use AnnealedLangevinScheduler.from_config(pipe.scheduler.config)."
             )

@@ -51,6 +51,28 @@ MIXTURE = GaussianMixture(
 )
 
 
+class Gaussian:
+    """The Gaussian with mean (d,) and covariance (d, d). With noise sigma the covariance gains sigma² I."""
+
+    def __init__(self, mean, covariance):
+        self.mean, self.covariance = (torch.as_tensor(a, dtype=torch.float64) for a in (mean, covariance))
+        self.variances, self.eigenvectors = torch.linalg.eigh(self.covariance)
+
+    def denoised(self, x, sigma):
+        """E[x0 | x], (n, d), for x (n, d) and sigma () or (n, 1)."""
+        gain = self.variances / (self.variances + torch.as_tensor(sigma, dtype=torch.float64) ** 2)
+        return self.mean + ((x - self.mean) @ self.eigenvectors * gain) @ self.eigenvectors.T
+
+    def conditional(self, drawn, values):
+        """The Gaussian of the coordinates where `drawn` (d,) is True, given the `values` (d,) of the others."""
+        known = ~drawn
+        regression = torch.linalg.solve(self.covariance[known][:, known], self.covariance[known][:, drawn]).T
+        return Gaussian(
+            self.mean[drawn] + regression @ (values[known] - self.mean[known]),
+            self.covariance[drawn][:, drawn] - regression @ self.covariance[known][:, drawn],
+        )
+
+
 def train_sigmas(scheduler):
     """The trained ladder of an `AnnealedLangevinScheduler`, rising."""
     return scheduler.index_to_sigma(torch.arange(len(scheduler), dtype=torch.float32))
@@ -82,7 +104,10 @@ class AnalyticUNet(ModelMixin, ConfigMixin):
         self.weight = nn.Parameter(torch.zeros(1))  # gives the module a dtype and a device
         self.evaluations = 0
 
-    def forward(self, sample, timestep, return_dict=True):
+    def denoised(self, x, sigma, class_labels):
+        return MIXTURE.denoised(x, sigma)
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
         assert isinstance(timestep, torch.Tensor), "UNet2DModel would cut a Python float down to an integer"
         self.evaluations += 1
         x, t = sample.flatten(1).double(), timestep.double().reshape(-1, 1)
@@ -92,6 +117,35 @@ class AnalyticUNet(ModelMixin, ConfigMixin):
             log_sigmas = self.log_sigmas.numpy()
             sigma = torch.from_numpy(np.exp(np.interp(t.numpy(), np.arange(len(log_sigmas)), log_sigmas)))
             x = x * (1 + sigma**2).sqrt()  # the network sees x/√(1 + sigma²)
-        output = to_model_output(MIXTURE.denoised(x, sigma), x, sigma, self.config.prediction_type)
+        output = to_model_output(self.denoised(x, sigma, class_labels), x, sigma, self.config.prediction_type)
         output = output.reshape(sample.shape).to(sample.dtype)
         return type("Output", (), {"sample": output}) if return_dict else (output,)
+
+
+class GaussianUNet(AnalyticUNet):
+    """The perfect network for one `Gaussian`, whose coordinates are pictures of 1 × height × width."""
+
+    def __init__(self, gaussian, height, width, sigmas, **arguments):
+        super().__init__(sigmas, **arguments)
+        self.gaussian = gaussian
+        self.register_to_config(sample_size=(height, width))
+
+    def denoised(self, x, sigma, class_labels):
+        return self.gaussian.denoised(x, sigma)
+
+
+class ClassUNet(AnalyticUNet):
+    """
+    The perfect class-conditional network for the Gaussians N(means[k], deviation² I), k < K, where the label K, "no
+    label", stands for N(0, deviation² I). The guided score at w is then that of N(w means[k], deviation² I), exactly.
+    """
+
+    def __init__(self, means, deviation, sigmas, **arguments):
+        super().__init__(sigmas, **arguments)
+        means = torch.as_tensor(means, dtype=torch.float64)
+        self.means, self.deviation = torch.cat([means, torch.zeros(1, means.shape[1])]), deviation
+        self.register_to_config(num_class_embeds=len(self.means))
+
+    def denoised(self, x, sigma, class_labels):
+        gain = self.deviation**2 / (self.deviation**2 + sigma**2)
+        return self.means[class_labels] + gain * (x - self.means[class_labels])

@@ -253,7 +253,7 @@ def test_progress_bar_shows_each_step_unless_disabled(capsys):
         ({"batch_size": 2, "generator": [torch.Generator()]}, r"`generator` is a list of 1, but batch_size=2"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"`latents` must have shape \(1, 1, 8, 8\), not \(1, 3, 8, 8\)"),
         ({"output_type": "jpeg"}, r"`output_type` must be one of 'pil', 'np', 'pt', 'latent', not 'jpeg'"),
-        ({"callback_on_step_end_tensor_inputs": ["x"]}, r"must be among \['latents'\], not \['x'\]"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, r"must be among \['latents', 'sigma', 'denoised'\], not \['x'\]"),
         ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int of at least 1, not 0"),
         ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1, not 0"),
     ],

@@ -1,0 +1,213 @@
+"""Inpainting with a noise conditional score network.
+
+The problem
+-----------
+Some pixels y are known, the others are to be drawn from the network's p(x_u | y). The plain way replaces the known
+pixels at each level by y + sigma z and steps on (Song & Ermon 2019, algorithm 2; RePaint, Lugmayr et al. 2022,
+arXiv:2201.09865). The drawn pixels then see the known ones through the noise of all the levels before, agree with them
+badly, and RePaint passes over each level several times: up again by adding noise, down by a step. Each such pass holds
+D still while it moves, and so narrows the distribution: for a Gaussian prior the passes go on losing variance.
+
+One pass
+--------
+Here a pass at noise level sigma is, with fresh standard normal z,
+
+    x' = D(x + sigma z, √2 sigma) + sigma z.                                                        (1)
+
+Noise goes on, the estimate comes off, and *the same* noise goes back on. For Gaussian data of variance s² along an
+eigenvector D(x, √2 sigma) = g x with g = s²/(s² + 2 sigma²), so that (1) turns the variance v into
+g² v + (1 + g)² sigma², whose fixed point is exactly s² + sigma²: passes may be repeated at will. (It is the Langevin
+step of Leimkuhler & Matthews 2013, 10.1093/amrx/abs010, at the level √2 sigma with relative step size 1, looked at
+between its two half-noises; fresh noise instead would end at a variance that is too low by up to a half.)
+
+What the drawn pixels are told
+------------------------------
+Known pixels that are given as y + tau z are believed to be noisy: D, and with it the drawn pixels, follows them less
+than they deserve. The clue is D_k, the network's own estimate of the known pixels: by the tower rule, for Gaussian data
+D_u = E[x_u | x_u(tau), y] exactly where D_k = y. By Tweedie's formula that is so where the known pixels are centred on
+
+    y + tau² lambda,    lambda = -(the score of the known pixels),                                  (2)
+
+and every pass moves lambda a part of the way (iterated Tikhonov regularisation, or "adding the residual back"):
+
+    lambda' = lambda + FEEDBACK (y - D_k)/(2 sigma²).                                               (3)
+
+lambda belongs to the data, not to the level, so that it is carried down the ladder. In the end, at sigma = 0, (2) is y.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import numpy as np
+import torch
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .pipeline_ncsn import NCSNPipeline
+
+# The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by
+# the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in pictures.
+FEEDBACK = 0.5
+
+
+class NCSNInpaintPipeline(NCSNPipeline):
+    """
+    Draws the masked pixels of pictures anew, with a noise conditional score network and any scheduler, as the module's
+    docstring derives. The other pixels stay as they are, exactly.
+
+    ```python
+    pipe = NCSNInpaintPipeline.from_pretrained(folder)  # any NCSNPipeline's
+    pipe(image, mask_image).images[0]
+    ```
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput,
+        batch_size: int | None = None,
+        num_inference_steps: int = 50,
+        num_resamplings: int = 5,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[NCSNPipeline, int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Draw the masked pixels.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                The pictures, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
+                `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
+                or 8-bit ones. One picture serves the whole batch.
+            mask_image (the same types, of one channel):
+                White, 1 or True where the picture is to be drawn, below one half where it is known. One mask serves
+                the whole batch. Integers may be 0 and 1, or 0 to 255.
+            batch_size (`int`, *optional*): The number of pictures; that of the pictures, masks or labels by default.
+            num_inference_steps (`int`, defaults to 50): The number of noise levels.
+            num_resamplings (`int`, defaults to 5):
+                Passes (1) at each level, each of which takes one network evaluation more. 0 is plain replacement.
+                A scheduler that remembers its past steps begins anew after them.
+            class_labels, guidance_scale, generator, latents, output_type, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs:
+                As in [`NCSNPipeline.__call__`].
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: the pictures, whose known pixels are those of `image`: as 8-bit values
+            in `"pil"`, exactly in `"latent"`, and to the rounding of float32 in `"np"` and `"pt"`.
+
+        Raises:
+            ValueError: an argument does not fit the network or the scheduler; nothing has been computed then.
+        """
+        image = self._preprocess("image", image, self.image_processor, self._picture_shape)
+        mask = self._preprocess_mask(mask_image)
+        batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
+        shape = (batch_size, *self._picture_shape)
+        self.check_inputs(
+            shape, class_labels, guidance_scale, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
+        if isinstance(num_resamplings, bool) or not isinstance(num_resamplings, Integral) or num_resamplings < 0:
+            raise ValueError(f"`num_resamplings` must be an int of at least 0, not {num_resamplings!r}.")
+        if num_resamplings:
+            self._check_begins_anywhere("num_resamplings")
+        device = self._execution_device
+        timesteps = self._set_timesteps(num_inference_steps)
+        image, mask = image.to(device), mask.to(device)
+        labels = self._embedding_indices(class_labels, batch_size, guidance_scale, device)
+
+        def draw_noise():
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+        # Some schedulers hold x, others x/√(1 + sigma²): `units` takes them to x.
+        sigmas = self._noise_levels(timesteps)
+        one = torch.ones(1, device=device)
+        shrinks = self.scheduler.add_noise(one, torch.zeros_like(one), timesteps[:1]).item() < 1
+        units = np.sqrt(1 + sigmas**2) if shrinks else np.ones_like(sigmas)
+        sigmas, units = sigmas.tolist(), units.tolist()
+        upper_sigmas = [2**0.5 * sigma for sigma in sigmas]
+        upper_timesteps = self._timesteps_at(upper_sigmas).to(device)
+        highest = self._noise_levels(timesteps[:1])[0]
+        order = self.scheduler.order
+        multiplier = torch.zeros(shape, device=device)  # lambda
+
+        def prepare(i, latents):
+            x, sigma, upper_sigma = latents * units[i], sigmas[i], upper_sigmas[i]
+            if i % order == 0 and upper_sigma <= highest:  # above there is nothing but noise
+                for _ in range(num_resamplings):
+                    z = draw_noise()
+                    known = image + upper_sigma**2 * multiplier + upper_sigma * z  # (2)
+                    x = torch.where(mask, x + sigma * z, known)
+                    denoised = self._estimate(x, upper_timesteps[i], upper_sigma, labels, guidance_scale)
+                    multiplier.add_(image - denoised, alpha=FEEDBACK / upper_sigma**2)  # (3)
+                    x = denoised + sigma * z  # (1)
+            x = torch.where(mask, x, image + sigma**2 * multiplier + sigma * draw_noise())
+            return x / units[i]
+
+        if latents is None:
+            latents = draw_noise()
+        images = self._sample(
+            latents.to(device, torch.float32) * self.scheduler.init_noise_sigma,
+            timesteps,
+            labels,
+            guidance_scale,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            before_step=prepare,
+            schedulers=self._fresh_schedulers(len(timesteps)) if num_resamplings else None,
+        )
+        return self._finish(torch.where(mask, images, image), output_type, return_dict)
+
+    def _estimate(self, x, timestep, sigma, labels, guidance_scale) -> torch.Tensor:
+        """D(x, sigma), by one evaluation."""
+        model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
+        return self._denoise(self._predict(model_input, timestep, labels, guidance_scale), model_input, sigma)
+
+    def _fresh_schedulers(self, num_steps: int) -> list:
+        """
+        For each step the scheduler to take it with, as if the chain began at its level: what a multistep scheduler
+        remembers of the steps before is of another sample than the one that the passes have left.
+        """
+        schedulers = []
+        for i in range(0, num_steps, self.scheduler.order):
+            scheduler = copy.deepcopy(self.scheduler)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(i)
+            schedulers += [scheduler] * self.scheduler.order
+        return schedulers[:num_steps]
+
+    def _preprocess_mask(self, mask_image) -> torch.Tensor:
+        """The mask, `(n, 1, height, width)`, True where the picture is to be drawn."""
+        processor = VaeImageProcessor(
+            vae_scale_factor=1,
+            vae_latent_channels=0,
+            do_resize=False,
+            do_normalize=False,
+            do_binarize=True,
+            do_convert_grayscale=True,
+        )
+        masks = [_to_unit_range(m) for m in (mask_image if isinstance(mask_image, list) else [mask_image])]
+        masks = masks if isinstance(mask_image, list) else masks[0]
+        mask = self._preprocess("mask_image", masks, processor, (1, *self._picture_shape[1:])) > 0.5
+        if not mask.any():
+            raise ValueError("`mask_image` leaves nothing to draw: it must be white, or 1, at some pixel.")
+        return mask
+
+
+def _to_unit_range(mask):
+    """Booleans and integers, 0 and 1 or 0 to 255, as numbers from 0 to 1."""
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "bui":
+        mask = mask.astype(np.float32)
+    elif isinstance(mask, torch.Tensor) and not mask.is_floating_point():
+        mask = mask.float()
+    else:
+        return mask
+    return mask if mask.max() <= 1 else mask / 255

@@ -89,8 +89,8 @@ class NCSNInpaintPipeline(NCSNPipeline):
                 `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
                 or 8-bit ones. One picture serves the whole batch.
             mask_image (the same types, of one channel):
-                White, 1 or True where the picture is to be drawn, below one half where it is known. One mask serves
-                the whole batch. Integers may be 0 and 1, or 0 to 255.
+                White, 1 or True where the picture is to be drawn, black where it is known; one half counts as white.
+                One mask serves the whole batch. Integers may be 0 and 1, or 0 to 255.
             batch_size (`int`, *optional*): The number of pictures; that of the pictures, masks or labels by default.
             num_inference_steps (`int`, defaults to 50): The number of noise levels.
             num_resamplings (`int`, defaults to 5):
@@ -191,12 +191,11 @@ class NCSNInpaintPipeline(NCSNPipeline):
             vae_latent_channels=0,
             do_resize=False,
             do_normalize=False,
-            do_binarize=True,
             do_convert_grayscale=True,
         )
         masks = [_to_unit_range(m) for m in (mask_image if isinstance(mask_image, list) else [mask_image])]
         masks = masks if isinstance(mask_image, list) else masks[0]
-        mask = self._preprocess("mask_image", masks, processor, (1, *self._picture_shape[1:])) > 0.5
+        mask = self._preprocess("mask_image", masks, processor, (1, *self._picture_shape[1:])) >= 0.5
         if not mask.any():
             raise ValueError("`mask_image` leaves nothing to draw: it must be white, or 1, at some pixel.")
         return mask

@@ -1,0 +1,180 @@
+"""scripts/sample.py, from the command line where that matters."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
+from test_pipeline_ncsn import small_unet
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+
+ROOT = Path(__file__).parent.parent
+
+spec = importlib.util.spec_from_file_location("sample", ROOT / "scripts" / "sample.py")
+sample = importlib.util.module_from_spec(spec)
+sys.modules["sample"] = sample  # where dataclasses look their annotations up
+spec.loader.exec_module(sample)
+
+
+def run(*arguments, cwd, launcher=(sys.executable,), **environment):
+    return subprocess.run(
+        [str(part) for part in (*launcher, ROOT / "scripts/sample.py", *arguments)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A class-conditional pipeline of 8 × 8 pictures, with the classes 0, 1 and 2."""
+    unet = small_unet(num_class_embeds=4)
+    torch.nn.init.normal_(unet.class_embedding.weight, std=5.0)
+    folder = tmp_path_factory.mktemp("pipeline")
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder)
+    return folder
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
+    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
+    arguments = [pipeline, "--num_images", 5, "--batch_size", 2, "--num_inference_steps", 4, "--save_images"]
+    arguments += ["--animation", "gif", "--class_labels", 0, 2]
+    launchers = {
+        1: (sys.executable,),
+        2: (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+    }
+    files = {}
+    for number, launcher in launchers.items():
+        result = run(*arguments, "--output_dir", f"out{number}", cwd=tmp_path, launcher=launcher)
+        assert result.returncode == 0, result.stderr
+        assert "image" in result.stderr  # the progress bar
+        assert result.stdout.count("Saved 5 pictures in") == 1
+        files[number] = {path.name: path.read_bytes() for path in (tmp_path / f"out{number}").iterdir()}
+    assert set(files[1]) == {"samples.png", "samples.gif", *(f"{i:05d}.png" for i in range(5))}
+    assert files[1] == files[2]
+
+    # what the pipeline itself draws from seed + index, with the classes in turn
+    pipe = NCSNPipeline.from_pretrained(pipeline)
+    generators = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
+    images = pipe(class_labels=[0, 2], num_inference_steps=4, generator=generators).images
+    assert np.array_equal(pixels(tmp_path / "out1" / "00003.png"), np.asarray(images[1]))
+    # 3 × 2 in the grid, in order, the rest blank
+    grid = pixels(tmp_path / "out1" / "samples.png")
+    assert grid.shape == (16, 24)
+    assert np.array_equal(grid[8:, :8], np.asarray(images[1]))
+    assert not grid[8:, 16:].any()
+    # the animation ends on the grid
+    gif = Image.open(tmp_path / "out1" / "samples.gif")
+    gif.seek(gif.n_frames - 1)
+    assert np.abs(np.asarray(gif.convert("L"), dtype=int) - grid).max() <= 1
+
+
+def test_filmstrip_and_a_scheduler_with_settings(tmp_path, pipeline):
+    config = sample.SampleConfig(
+        str(pipeline),
+        output_dir=str(tmp_path),
+        num_images=2,
+        num_inference_steps=6,
+        seed=7,
+        save_grid=False,
+        animation="filmstrip",
+        num_frames=4,
+        scheduler="DPMSolverMultistepScheduler",
+        scheduler_config=("algorithm_type=dpmsolver++", '{"solver_order": 3}', "use_karras_sigmas=true"),
+    )
+    sample.main(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["filmstrip.png"]
+
+    pipe = NCSNPipeline.from_pretrained(pipeline)
+    settings = {"solver_order": 3, "use_karras_sigmas": True}
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **settings)
+    frames = []
+
+    def callback(pipe, step, timestep, tensors):
+        frames.append(pipe.image_processor.postprocess(tensors["denoised"])[1])
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    names = ["denoised"]
+    images = pipe(
+        2, 6, generator=generators, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names
+    ).images
+    strip = pixels(tmp_path / "filmstrip.png")
+    assert strip.shape == (16, 32)
+    for column, picture in enumerate([frames[0], frames[2], frames[3], images[1]]):  # of steps 0 to 5
+        assert np.array_equal(strip[8:, 8 * column : 8 * column + 8], np.asarray(picture))
+
+
+def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
+    NCSNPipeline(small_unet(channels=3, out_channels=3), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    config = sample.SampleConfig(
+        str(tmp_path / "ddpm"),
+        output_dir=str(tmp_path / "out"),
+        num_images=2,
+        num_inference_steps=3,
+        num_langevin_steps=2,
+        scheduler="AnnealedLangevinScheduler",
+        animation="gif",
+        animation_shows="noisy",
+    )
+    sample.main(config)
+    assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
+    assert Image.open(tmp_path / "out" / "samples.gif").n_frames > 1
+
+
+def test_settings():
+    items = ("a=1", "b=0.5", "c=true", "d=None", "e=dpmsolver++", "f=[1, 2]", '{"g": {"h": 1}, "a": 2}')
+    assert sample.parse_settings(items) == dict(a=2, b=0.5, c=True, d=None, e="dpmsolver++", f=[1, 2], g={"h": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers.* Did you mean DDIMScheduler"),
+        ({"scheduler": "UNet2DModel"}, "`scheduler`='UNet2DModel' is no scheduler of diffusers"),
+        (
+            {"scheduler": "DDIMScheduler", "scheduler_config": ("step_size=1",)},
+            "DDIMScheduler has no setting step_size, but beta_end",
+        ),
+        ({"scheduler_config": ("clip_sample",)}, "must be name=value pairs or a JSON object, not 'clip_sample'"),
+        ({"scheduler_config": ("{clip_sample: 1}",)}, "is not a JSON object"),
+        ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
+        ({"batch_size": -1}, "`batch_size` must be at least 1, not -1"),
+        ({"class_labels": ()}, "`class_labels` needs at least one class"),
+        ({"save_grid": False}, "Nothing would be saved"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample.SampleConfig("nowhere", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": (3,)}, "`class_labels` must be an int or a list of ints from 0 to 2"),
+        ({"scheduler_config": ("no_such=1",)}, "AnnealedLangevinScheduler has no setting no_such"),
+        ({"scheduler_config": ("step_size=2",)}, "`step_size` must be a finite number above 0 and at most 1, not 2"),
+    ],
+)
+def test_what_the_pipeline_refuses(tmp_path, pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample.main(sample.SampleConfig(str(pipeline), output_dir=str(tmp_path), **arguments))
+
+
+def test_errors_on_the_command_line(tmp_path):
+    result = run("nowhere", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "sample.py: `pipeline`='nowhere' cannot be loaded, as a folder or from the Hub" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -3,7 +3,7 @@
 One loop serves all of them: the network is evaluated, the scheduler steps. What differs is where the loop begins
 (noise, or a noised picture: SDEdit, Meng et al. 2021, arXiv:2108.01073), what the network is told (a class, with
 classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598), and where the noise comes from (mixed from two
-sources: interpolation, Song & Ermon 2020, arXiv:2006.09011, appendix B.5).
+sources: interpolation, Song & Ermon 2020, arXiv:2006.09011).
 """
 
 import copy
@@ -132,20 +132,10 @@ class NCSNPipeline(DiffusionPipeline):
         device = self._execution_device
         timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps, strength if image is not None else 1.0)
 
-        # The sample stays in float32, whatever the network's dtype: at sigma = 50 half precision loses the picture.
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32)
-        if image is None:
-            latents = latents * self.scheduler.init_noise_sigma
-        else:
-            latents = self.scheduler.add_noise(image.to(device).expand(shape), latents, timesteps[:1])
-
-        labels = self._embedding_indices(class_labels, batch_size, guidance_scale, device)
         images = self._sample(
-            latents,
+            self._prepare_latents(shape, timesteps, image, latents, generator, device),
             timesteps,
-            labels,
+            self._embedding_indices(class_labels, batch_size, guidance_scale, device),
             guidance_scale,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
@@ -169,7 +159,7 @@ class NCSNPipeline(DiffusionPipeline):
         Draw a row of pictures that leads smoothly from one sample to another.
 
         Picture i takes all its noise, that of the start and that of each step, as cos(θ_i) z + sin(θ_i) z' from the
-        noises z and z' of the two samples, with θ_i evenly spaced from 0 to π/2 (appendix B.5 of arXiv:2006.09011):
+        noises z and z' of the two samples, with θ_i evenly spaced from 0 to π/2 (Song & Ermon 2020, arXiv:2006.09011):
         it is standard normal for every θ, and so each picture is a fair sample. A deterministic scheduler has noise at
         the start alone, and the row is then the spherical interpolation of it.
 
@@ -244,6 +234,16 @@ class NCSNPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
         return self.scheduler.timesteps[begin:]
+
+    def _prepare_latents(self, shape, timesteps, image, latents, generator, device) -> torch.Tensor:
+        """The sample at the first of `timesteps`: noise, or the noised `image`."""
+        # It stays in float32, whatever the network's dtype: at sigma = 50 half precision loses the picture.
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32)
+        if image is None:
+            return latents * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(image.to(device).expand(shape), latents, timesteps[:1])
 
     def _sample(
         self,

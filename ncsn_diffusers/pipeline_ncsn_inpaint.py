@@ -70,7 +70,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         mask_image: PipelineImageInput,
         batch_size: int | None = None,
         num_inference_steps: int = 50,
-        num_resamplings: int = 5,
+        num_resamplings: int = 3,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -93,7 +93,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
                 One mask serves the whole batch. Integers may be 0 and 1, or 0 to 255.
             batch_size (`int`, *optional*): The number of pictures; that of the pictures, masks or labels by default.
             num_inference_steps (`int`, defaults to 50): The number of noise levels.
-            num_resamplings (`int`, defaults to 5):
+            num_resamplings (`int`, defaults to 3):
                 Passes (1) at each level, each of which takes one network evaluation more. 0 is plain replacement.
                 A scheduler that remembers its past steps begins anew after them.
             class_labels, guidance_scale, generator, latents, output_type, return_dict, callback_on_step_end,
@@ -151,10 +151,8 @@ class NCSNInpaintPipeline(NCSNPipeline):
             x = torch.where(mask, x, image + sigma**2 * multiplier + sigma * draw_noise())
             return x / units[i]
 
-        if latents is None:
-            latents = draw_noise()
         images = self._sample(
-            latents.to(device, torch.float32) * self.scheduler.init_noise_sigma,
+            self._prepare_latents(shape, timesteps, None, latents, generator, device),
             timesteps,
             labels,
             guidance_scale,

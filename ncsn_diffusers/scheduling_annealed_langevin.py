@@ -27,16 +27,52 @@ et al. 2020, arXiv:2009.05475, the case of one step a level.)
 Second order
 ------------
 (1) holds D still while the noise falls from sigma to sigma'. In lambda = -log sigma, over a step of length
-h = log(sigma/sigma'), it is the exact solution of dx = b (D - x) dlambda + noise with rate b = -log(kappa)/h. Letting
-D go on changing as it did over the previous level, D(tau) = D + tau (D - D_)/h_, adds
+h = log(sigma/sigma'), it is the exact solution of
 
-    b ∫₀ʰ e^(-b (h - tau)) tau dtau (D - D_)/h_ = (h - (1 - kappa) h/(-log kappa)) (D - D_)/h_       (2)
+    dx = b (D - x) dlambda + sigma √(2 (b - 1)) dw        with the rate b = -log(kappa)/h:                   (2)
 
-at no further network evaluation. kappa = sigma'/sigma (b = 1, no noise) is DPM-Solver++ 2M (Lu et al. 2022,
-arXiv:2211.01095); a smaller kappa adds Langevin noise to it. With several steps a level, (2) enters the step that
-changes the level, and D_ is the estimate of the step that changed it before. Where a ladder takes a step far longer
-than the one before (the DDPM schedules do, near sigma = 0), h/h_ is held at 1.2: part of D - D_ is the answer to one
-step's noise, and would be carried on too far.
+b = 1 is the noiseless ODE, b = 2 the reverse SDE of DDPM. Letting D go on changing as it did over the step before, of
+length h_, at whose beginning it was D_, adds about ½ (1 - kappa) (h/h_) (D - D_). Part of D - D_ is the answer to that
+step's noise. This is no error: it stands for the answer to the present step's noise, which (1) leaves out as well, and
+for Gaussian data the mean and the variance come out right to second order. What is left makes few steps too wide, and a
+factor q mends that, at no further network evaluation:
+
+    x' = kappa x + (1 - kappa) D + ½ (1 - kappa) q (h/h_) (D - D_) + c z                                     (3)
+    q = min(1, 1 - b h/(2 (b + 1)) + b h²/(b + 6))
+
+The factor is derived, not fitted to a network. Let the data be Gaussian with variance s², g = s²/(s² + sigma²), so that
+D = g x, and all steps be equal. Expanding (3) with q = 1 - u h, the variance of x' differs from s² + sigma'² by
+
+    b² s² (1 - g) (3 g/2 - b (1 - g) - u) h³ + O(h⁴),
+
+the terms in h and h² being nought. An error made at sigma reaches the end multiplied by g^b, since a small error of the
+variance decays with the rate 2 b (1 - g) and dlog(g)/dlambda = 2 (1 - g). Their sum over a ladder that leads from g = 0
+to g = 1, with dlambda = dg/(2 g (1 - g)), vanishes for
+
+    ∫₀¹ g^(b-1) (3 g/2 - b (1 - g) - u) dg = 1/(2 (b + 1)) - u/b = 0,        that is u = b/(2 (b + 1)),
+
+*whatever s is*: all directions of the data come out right at once. The term in h² is the same condition at finite h,
+found from the exact recursion. On a geometric ladder from 50 to 0.01 the variance is then right within 0.5 % with 20
+evaluations and within 0.2 % from 35 on, for every s from 0.3 to 3. kappa = sigma'/sigma (b = 1) is the multistep ODE
+solver DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095) but for q.
+
+h/h_ is held at 1.2, for D - D_ is too noisy to be carried further; the DDPM schedules take such steps near sigma = 0.
+With several steps a level, (3) is the step that changes the level, and D_ is from the step that changed it before.
+
+Levels and rate
+---------------
+For a budget of N evaluations the consistent rule divides the way from the largest to the smallest trained level into N
++ 1 steps, equal in sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made at a large
+sigma is one of the picture's content, at a small sigma one of its grain. The first and the last of these steps take no
+evaluation. At the largest level, which hides everything, D is the data's mean: the chain may as well start one level
+below. The last step would land on the smallest level, which is the picture but for noise that nobody sees: the final
+denoising takes its place. Both ends come nearer to the trained ladder's as the budget grows; from 50 to 0.01, N = 6 is
+24 to 0.077, N = 10 is 31 to 0.039, N = 50 is 45 to 0.014. A direction in which the data have the deviation s loses
+(sigma_L/s)² of its variance at the end.
+
+The rate is b = 2. The chain starts around 0, not around the data's mean, and ends with (s/sigma_1)^b of the difference,
+which b = 1 leaves visible. More noise mends more of the network's errors, but asks for more steps: the error of (3)
+grows like b² h².
 
 How the papers' step sizes relate
 ---------------------------------
@@ -83,14 +119,11 @@ NETWORK_KEYS = (
     "conditioning",
 )
 # Known to this class alone, so that another class may drop them silently where they hold their default.
-SAMPLER_KEYS = ("num_langevin_steps", "step_size", "noise_rule", "denoise_final")
+SAMPLER_KEYS = ("num_langevin_steps", "step_size", "noise_rule", "denoise_final", "rho")
 
-# The consistent rule's step size, when `step_size` is not given: a level contracts by (sigma'/sigma)^LANGEVIN_RATE. The
-# rate 1 is the noiseless ODE step, 2 the reverse SDE of DDPM; more noise forgets more of the network's errors. Levels
-# far apart leave no room for it: there the step size stops at MAX_STEP_SIZE.
-LANGEVIN_RATE = 3.5
-MAX_STEP_SIZE = 0.6
-# The most by which a step may be longer than the one before it in the term (2).
+# The consistent rule's rate b, when `step_size` is not given.
+LANGEVIN_RATE = 2.0
+# The most that h/h_ may be in (3).
 MAX_STEP_RATIO = 1.2
 
 
@@ -145,12 +178,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             Number T of steps a level.
         step_size (`float`, *optional*):
             Relative step size r = step_lr/sigma_L², in (0, 1]. Chosen for the ladder and T when not given: for
-            `"consistent"`, so that a level contracts by (sigma'/sigma)^3.5, with r at most 0.6; for
-            `"euler_maruyama"` by technique 4 of NCSNv2.
+            `"consistent"`, so that a level contracts by (sigma'/sigma)²; for `"euler_maruyama"` by technique 4 of
+            NCSNv2.
         noise_rule (`str`, defaults to `"consistent"`):
             `"consistent"` or `"euler_maruyama"`, see the module's docstring.
         solver_order (`int`, defaults to 2):
-            2 adds the term (2) to the consistent rule, 1 leaves it out. `"euler_maruyama"` has no such term.
+            2 takes the consistent rule's steps between levels by (3), 1 by (1), as `"euler_maruyama"` always does.
         denoise_final (`bool`, defaults to `True`):
             End on the denoised estimate: the consistent rule's last step lands on it, Euler–Maruyama takes one
             evaluation more (as NCSNv2 does). `False` ends at the noise level sigma_L (as the 2019 paper does).
@@ -159,8 +192,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range (`float`, defaults to 1.0):
             See `clip_sample`; in units of the data.
         timestep_spacing (`str`, defaults to `"linspace"`):
-            How `num_inference_steps` levels are laid over the trained ones: `"linspace"`, `"leading"` or `"trailing"`,
-            Table 2 of Lin et al. 2023, arXiv:2305.08891. Levels between trained ones are used as they are, unrounded.
+            How `num_inference_steps` levels are laid over the trained ones under `"euler_maruyama"` or without `rho`:
+            `"linspace"`, `"leading"` or `"trailing"`, Table 2 of Lin et al. 2023, arXiv:2305.08891. Levels between
+            trained ones are used as they are, unrounded.
+        rho (`float`, *optional*, defaults to 7.0):
+            The consistent rule's levels are equally spaced in sigma^(1/rho), see the module's docstring; above 0.
+            `None` leaves them to `timestep_spacing`.
 
     Raises:
         ValueError: an argument is out of range, or `sigma_min` or `sigma_max` contradicts the given betas.
@@ -203,6 +240,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         timestep_spacing: str = "linspace",
+        rho: float | None = 7.0,
     ):
         _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -215,6 +253,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         _check_number("clip_sample_range", clip_sample_range, above=0)
         if step_size is not None:
             _check_number("step_size", step_size, above=0, at_most=1)
+        if rho is not None:
+            _check_number("rho", rho, above=0)
 
         sigmas = _train_sigmas(
             num_train_timesteps, sigma_min, sigma_max, beta_schedule, beta_start, beta_end, trained_betas
@@ -243,7 +283,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             config["_use_default_values"] = defaults
         self._internal_dict = FrozenDict(config)
 
-        self.set_timesteps(len(sigmas))
+        self.set_timesteps(sigmas=sigmas[::-1])
         self.num_inference_steps = None  # until the user chooses
 
     @classmethod
@@ -337,7 +377,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`, *optional*):
-                Number L of levels, from 1 up, laid over the trained ladder by `timestep_spacing`.
+                Number L of levels, from 1 up, laid over the trained ladder by `rho`, or by `timestep_spacing`.
             device (`str` or `torch.device`, *optional*): where `timesteps` are to be.
             sigmas (`list[float]`, *optional*):
                 The levels themselves, falling, above 0, in units of the data.
@@ -361,7 +401,14 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None:
             levels = _check_levels("sigmas", sigmas, above=0)
         elif timesteps is None:
-            levels = self.index_to_sigma(torch.from_numpy(self._spaced_indices(num_inference_steps))).numpy()
+            _check_count("num_inference_steps", num_inference_steps)
+            if self.config.rho is None or self.config.noise_rule == "euler_maruyama":
+                levels = self.index_to_sigma(torch.from_numpy(self._spaced_indices(num_inference_steps))).numpy()
+            else:
+                # N + 1 steps, without the first and, where a final denoising takes its place, without the last
+                ends = self._train_sigmas[[-1, 0]] ** (1 / self.config.rho)
+                points = np.linspace(*ends, num_inference_steps + 1 + self.config.denoise_final)
+                levels = points[1 : num_inference_steps + 1] ** self.config.rho
         elif self.config.conditioning == "sigma":
             levels = _check_levels("timesteps", timesteps, above=0)
         else:
@@ -384,7 +431,6 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def _spaced_indices(self, num_inference_steps: int) -> np.ndarray:
         """Falling (fractional) indices into the trained ladder, of shape `(num_inference_steps,)`."""
-        _check_count("num_inference_steps", num_inference_steps)
         num_train, num = len(self), num_inference_steps
         if self.config.timestep_spacing == "linspace":
             return np.linspace(num_train - 1, 0, num)
@@ -408,7 +454,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             mean_ratio = (levels[0] / levels[-1]) ** (1 / max(len(levels) - 1, 1))
             step_sizes = [_technique_4(mean_ratio, num_steps)] * len(levels)
         else:
-            step_sizes = [min(1 - ratio ** (-LANGEVIN_RATE / num_steps), MAX_STEP_SIZE) for ratio in ratios]
+            step_sizes = [1 - ratio ** (-LANGEVIN_RATE / num_steps) for ratio in ratios]
 
         rows = []
         for i, (sigma, r) in enumerate(zip(levels, step_sizes, strict=True)):
@@ -424,8 +470,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             extrapolation = 0.0
             if self.config.solver_order == 2 and i > 0 and not last_level:
                 h, h_ = math.log(ratios[i]), math.log(ratios[i - 1])
-                held = (1 - kappa) * h / -math.log(kappa) if kappa > 0 else 0.0
-                extrapolation = (h - held) / h * min(h / h_, MAX_STEP_RATIO)  # (2)
+                b = -math.log(kappa) / h if kappa > 0 else math.inf
+                q = min(1 - h / (2 * (1 + 1 / b)) + h**2 / (1 + 6 / b), 1)
+                extrapolation = (1 - kappa) / 2 * q * min(h / h_, MAX_STEP_RATIO)  # (3)
             rows.append(_Row(sigma, kappa, c, extrapolation, changes_level=not last_level))
         if paper and denoise:
             rows.append(_Row(levels[-1], kappa=0.0, c=0.0))
@@ -485,7 +532,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> AnnealedLangevinSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
-        One Langevin step, equation (1) with the term (2).
+        One Langevin step, equation (1) or (3).
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -524,13 +571,14 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
         prev_sample = torch.lerp(x, denoised, 1 - row.kappa)  # (1)
         if row.extrapolation and self._previous_denoised is not None:
-            prev_sample.add_(denoised - self._previous_denoised, alpha=row.extrapolation)  # (2)
+            prev_sample.add_(denoised - self._previous_denoised, alpha=row.extrapolation)  # (3)
         if row.c:
             if variance_noise is None:
                 variance_noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             prev_sample.add_(variance_noise, alpha=row.c)
         if row.changes_level and self.config.solver_order == 2:
-            self._previous_denoised = denoised
+            # a network that returns D itself may write the next one into the same buffer, as a CUDA graph does
+            self._previous_denoised = denoised.clone() if denoised is model_output else denoised
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:
@@ -616,7 +664,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
 @dataclass(frozen=True)
 class _Row:
-    """One step: x' = kappa x + (1 - kappa) D + extrapolation (D - D_) + c z at noise level sigma."""
+    """One step: x' = kappa x + (1 - kappa) D + extrapolation (D - D_) + c z at noise level sigma, equation (3)."""
 
     sigma: float
     kappa: float

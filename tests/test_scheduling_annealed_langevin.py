@@ -1,6 +1,7 @@
 import inspect
 import json
 import math
+import weakref
 
 import diffusers
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from analytic import MIXTURE, GaussianMixture, to_model_output, train_sigmas
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ncsn_diffusers import AnnealedLangevinScheduler
+from ncsn_diffusers import AnnealedLangevinScheduler, scheduling_annealed_langevin
 
 CHAINS = 20_000
 
@@ -120,7 +122,8 @@ def gaussian_recursion(scheduler, mean, variance, start_variance):
         if second_order and leaves_level:
             if level_before is not None:
                 h, h_ = math.log(row.sigma / sigmas[i + 1]), math.log(level_before / row.sigma)
-                weight = (h - (1 - kappa) * h / -math.log(kappa)) / h_
+                b = -math.log(kappa) / h
+                weight = 0.5 * (1 - kappa) * (1 - b * h / (2 * (b + 1)) + b * h**2 / (b + 6)) * h / h_
                 step[0] += weight * np.array([gain, -1.0])
             step[1] = [gain, 0.0]
             level_before = row.sigma
@@ -171,28 +174,88 @@ def test_stationary_variances(deviation, r):
         assert variance == pytest.approx((deviation**2 + sigma**2) * factor, rel=1e-6)
 
 
-def test_second_order_is_near_the_truth_and_nearer_than_first_order():
-    for num_levels, tolerance in ((50, 0.06), (100, 0.015), (250, 0.005)):
-        for deviation in (0.3, 1.0, 3.0):
-            errors = []
-            for solver_order in (1, 2):
-                scheduler = AnnealedLangevinScheduler(solver_order=solver_order)
-                scheduler.set_timesteps(num_levels)
-                _, variance = gaussian_recursion(scheduler, 0.0, deviation**2, scheduler.init_noise_sigma**2)
-                errors.append(abs(variance / deviation**2 - 1))
-            assert errors[1] < tolerance
-            assert errors[1] < errors[0] / 2
+def exact_variances(scheduler, deviations):
+    """
+    The variances of the chain's end along eigenvectors with these deviations of Gaussian data of mean 0, through
+    `scheduler.step` itself and without sampling error: with D = g x the end is linear in the start and in every step's
+    noise, so one impulse for each of them, as a batch, gives all the coefficients. Their squares add up.
+    """
+    variances = torch.as_tensor(deviations, dtype=torch.float64) ** 2
+    x = torch.zeros(len(scheduler.timesteps) + 1, len(variances), dtype=torch.float64)
+    x[0] = scheduler.init_noise_sigma
+    scheduler.set_begin_index(0)
+    for i, (t, row) in enumerate(zip(scheduler.timesteps, scheduler._table, strict=True)):
+        noise = torch.zeros_like(x)
+        noise[i + 1] = 1
+        denoised = x * variances / (variances + row.sigma**2)
+        x = scheduler.step(denoised, t, x, variance_noise=noise).prev_sample
+    return x.square().sum(0).numpy()
 
 
-def test_default_finds_the_shares_of_a_mixture():
+DEVIATIONS = np.geomspace(0.3, 3, 21)
+
+
+def variance_error(deviations=DEVIATIONS, chain=None, **config):
+    """The largest relative error of the variance over the deviations."""
+    scheduler = AnnealedLangevinScheduler(prediction_type="sample", **config)
+    scheduler.set_timesteps(**chain)
+    return np.abs(exact_variances(scheduler, deviations) / np.square(deviations) - 1).max()
+
+
+def test_impulses_and_recursion_agree():
+    for num_steps in (1, 3):
+        scheduler = AnnealedLangevinScheduler(prediction_type="sample")
+        scheduler.set_timesteps(20, num_langevin_steps=num_steps)
+        for deviation, variance in zip((0.3, 2.0), exact_variances(scheduler, [0.3, 2.0]), strict=True):
+            _, expected = gaussian_recursion(scheduler, 0.0, deviation**2, scheduler.init_noise_sigma**2)
+            assert variance == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("budget", "tolerance", "geometric"),  # the largest errors of the variance, by default and on geometric levels
+    [(10, 0.12, 0.05), (20, 0.05, 0.005), (35, 0.02, 0.002), (50, 0.01, 0.002), (250, 0.002, 0.002)],
+)
+def test_variance_along_every_eigenvector(budget, tolerance, geometric):
+    chain = {"num_inference_steps": budget}
+    assert variance_error(chain=chain) < tolerance
+    assert variance_error(chain=chain, rho=None) < geometric
+    assert variance_error(chain=chain, rho=None, solver_order=1) > 10 * variance_error(chain=chain, rho=None)
+
+
+@pytest.mark.parametrize("b", [1.0, 2.0, 3.5])
+def test_order_of_convergence(b, monkeypatch):
+    # the ladder begins and ends where the data's deviation, 1, no longer counts: only the steps' error is seen
+    monkeypatch.setattr(scheduling_annealed_langevin, "LANGEVIN_RATE", b)
+
+    def errors(levels, solver_order):
+        chains = [{"sigmas": levels(num)} for num in (80, 160, 320)]
+        return np.array([variance_error([1.0], chain, solver_order=solver_order) for chain in chains])
+
+    def karras(num):
+        return np.linspace(1e3 ** (1 / 7), 1e-3 ** (1 / 7), num) ** 7
+
+    first, second = errors(karras, 1), errors(karras, 2)
+    assert np.all(np.abs(np.log2(first[:-1] / first[1:]) - 0.9) < 0.2)
+    assert np.all(np.abs(np.log2(second[:-1] / second[1:]) - 2.1) < 0.15)
+    assert np.all(second < first / 10)
+    # q was derived for equal steps: on a geometric ladder nothing of the second order is left
+    assert np.all(errors(lambda num: np.geomspace(1e3, 1e-3, num), 2) < 3e-4)
+
+
+# With few steps the largest component takes more than its share, by the allowance.
+@pytest.mark.parametrize(("budget", "allowance"), [(10, 0.022), (20, 0.012), (50, 0.006), (100, 0.003)])
+def test_default_finds_the_shares_and_deviations_of_a_mixture(budget, allowance):
     scheduler = AnnealedLangevinScheduler()
-    scheduler.set_timesteps(100)
-    assert len(scheduler.timesteps) == 100
+    scheduler.set_timesteps(budget)
+    assert len(scheduler.timesteps) == budget
     generator = torch.Generator().manual_seed(7)
     start = torch.randn(CHAINS, 8, dtype=torch.float64, generator=generator) * scheduler.init_noise_sigma
     x = run_chain(scheduler, MIXTURE.denoised, start)
     weights = MIXTURE.weights.numpy()
-    assert np.all(np.abs(MIXTURE.shares(x) - weights) < 3 * np.sqrt(weights * (1 - weights) / CHAINS))
+    assert np.all(np.abs(MIXTURE.shares(x) - weights) < allowance + 3 * np.sqrt(weights * (1 - weights) / CHAINS))
+    nearest = MIXTURE.responsibilities(x, 0.0).argmax(-1)
+    for i, (mean, deviation) in enumerate(zip(MIXTURE.means, MIXTURE.deviations.tolist(), strict=True)):
+        assert (x[nearest == i] - mean).std().item() == pytest.approx(deviation, rel=0.15 if budget < 20 else 0.03)
 
 
 def test_consistent_rule_lands_on_the_next_noise_level():
@@ -331,7 +394,7 @@ def test_zero_terminal_snr_is_refused():
 @pytest.mark.parametrize("saved", [False, True])
 def test_score_sde_ve_config(saved):
     config = ScoreSdeVeScheduler(sigma_max=380.0).config
-    scheduler = AnnealedLangevinScheduler.from_config(json_reload(config) if saved else config)
+    scheduler = AnnealedLangevinScheduler.from_config(json_reload(config) if saved else config, rho=None)
     assert (scheduler.config.conditioning, scheduler.config.prediction_type) == ("sigma", "score")
     assert len(scheduler) == 2000
     scheduler.set_timesteps(3)
@@ -369,7 +432,7 @@ def test_fourier_unet_is_given_sigma_and_the_unscaled_sample():
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
 def test_timestep_spacing(spacing, conditioning):
-    scheduler = AnnealedLangevinScheduler(timestep_spacing=spacing, conditioning=conditioning)
+    scheduler = AnnealedLangevinScheduler(timestep_spacing=spacing, conditioning=conditioning, rho=None)
     all_expected = {"linspace": [999, 666, 333, 0], "leading": [750, 500, 250, 0], "trailing": [999, 749, 499, 249]}
     expected = all_expected[spacing]
     scheduler.set_timesteps(4)
@@ -388,10 +451,29 @@ def test_timestep_spacing(spacing, conditioning):
             scheduler.set_timesteps(1500)
 
 
+def test_default_levels_are_karras_levels_within_the_trained_ladder():
+    scheduler = AnnealedLangevinScheduler(sigma_min=1.0, sigma_max=5.0**3, rho=3.0)
+    scheduler.set_timesteps(3)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([4.0**3, 3.0**3, 2.0**3, 0.0]))
+    # where no final denoising takes the last step, it is one of the chain
+    scheduler = AnnealedLangevinScheduler(sigma_min=1.0, sigma_max=5.0**3, rho=3.0, denoise_final=False)
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([4.0**3, 3.0**3, 2.0**3, 1.0, 1.0]))
+    # a DDPM checkpoint's scheduler does not know rho
+    scheduler = AnnealedLangevinScheduler.from_config(DDPMScheduler().config)
+    scheduler.set_timesteps(10)
+    steps = (scheduler.sigmas[:-1] ** (1 / 7)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(9))
+    # the papers' chain runs down the trained ladder
+    scheduler = AnnealedLangevinScheduler(noise_rule="euler_maruyama")
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(scheduler.timesteps[:4], torch.tensor([999.0, 666.0, 333.0, 0.0]))
+
+
 def test_levels_by_sigmas_timesteps_and_count_agree():
     chains = []
     for arguments in ({"num_inference_steps": 7}, {"timesteps": np.linspace(999, 0, 7)}, {"sigmas": None}):
-        scheduler = AnnealedLangevinScheduler()
+        scheduler = AnnealedLangevinScheduler(rho=None)
         if "sigmas" in arguments:
             arguments = {"sigmas": chains[0].sigmas[:-1].tolist()[::2]}
         scheduler.set_timesteps(num_langevin_steps=2, **arguments)
@@ -460,19 +542,91 @@ def test_step_works_right_after_construction_and_names_a_foreign_timestep():
     assert scheduler.step_index == 500
     assert output.prev_sample.shape == x.shape
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 555"):
+    with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 511.312"):
         scheduler.step(x, 500, x)
 
 
 def test_second_order_starts_afresh_with_each_chain():
     scheduler = AnnealedLangevinScheduler()
     results = []
-    for _ in range(2):
+    for restart in (lambda: scheduler.set_timesteps(10), lambda: scheduler.set_begin_index(0)):
         scheduler.set_timesteps(10)
+        run_chain(scheduler, MIXTURE.denoised, torch.ones(5, 8, dtype=torch.float64))  # another batch
+        restart()
         results.append(run_chain(scheduler, MIXTURE.denoised, torch.ones(3, 8, dtype=torch.float64)))
     assert torch.equal(*results)
+
+    # half-way through one chain to half-way through another: no D_ is left of the first
+    x, output = torch.ones(3, 1, 2, 2), torch.full((3, 1, 2, 2), 0.3)
+    steps = []
+    for interrupted in (True, False):
+        scheduler.set_timesteps(10)
+        if interrupted:
+            scheduler.step(-5 * output, scheduler.timesteps[0], x)
+        scheduler.set_begin_index(4)
+        steps.append(scheduler.step(output, None, x, generator=torch.Generator().manual_seed(0)).prev_sample)
+    assert torch.equal(*steps)
+
+
+def test_second_order_keeps_its_estimate_when_a_callback_replaces_the_sample():
+    scheduler = AnnealedLangevinScheduler(prediction_type="sample")
     scheduler.set_timesteps(10)
-    run_chain(scheduler, MIXTURE.denoised, torch.ones(5, 8, dtype=torch.float64))  # another batch
+    x, before, now, noise = torch.randn(4, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    scheduler.step(before, scheduler.timesteps[0], x)
+    replaced = x + 3
+    row = scheduler._table[1]
+    assert row.extrapolation > 0.1
+    after = scheduler.step(now, scheduler.timesteps[1], replaced, variance_noise=noise).prev_sample
+    expected = row.kappa * replaced + (1 - row.kappa) * now + row.extrapolation * (now - before) + row.c * noise
+    torch.testing.assert_close(after, expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample", "score"])
+def test_network_may_reuse_its_output_buffer(prediction_type):
+    # as a CUDA graph does
+    def run(buffer):
+        scheduler = AnnealedLangevinScheduler(prediction_type=prediction_type)
+        scheduler.set_timesteps(6)
+        generator, x = torch.Generator().manual_seed(0), torch.full((2, 1, 2, 2), 30.0)
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+            output = to_model_output(x.tanh() / 2, x, sigma, prediction_type)
+            output = output if buffer is None else buffer.copy_(output)
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+        return x
+
+    assert torch.equal(run(buffer=None), run(buffer=torch.empty(2, 1, 2, 2)))
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the tensors of one size that are alive; views and in-place results are no new ones."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.alive, self.most = numel, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.numel:
+            storage = result.untyped_storage().data_ptr()
+            if storage not in self.alive and not func.is_view:
+                self.alive.add(storage)
+                weakref.finalize(result, self.alive.discard, storage)
+            self.most = max(self.most, len(self.alive))
+        return result
+
+
+@pytest.mark.parametrize("num_levels", [3, 40])
+@pytest.mark.parametrize("num_langevin_steps", [1, 2])
+def test_memory_does_not_grow_with_the_number_of_steps(num_levels, num_langevin_steps):
+    scheduler = AnnealedLangevinScheduler()
+    scheduler.set_timesteps(num_levels, num_langevin_steps=num_langevin_steps)
+    with LiveTensors(numel=2 * 17 * 17) as live:
+        x = torch.randn(2, 1, 17, 17)
+        for t in scheduler.timesteps:
+            output = torch.zeros_like(x)  # the network's
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+    # x and the network's output, of which a bare network needs as many; and D, D_, x' and the noise
+    assert live.most == 6
 
 
 # --- Conversions ---
@@ -512,7 +666,7 @@ def test_scale_model_input_takes_one_timestep_or_one_a_sample():
 def test_clip_sample_clips_the_denoised_estimate():
     scheduler = AnnealedLangevinScheduler(prediction_type="sample", clip_sample=True, clip_sample_range=0.5)
     scheduler.set_timesteps(1)
-    output = scheduler.step(torch.tensor([[-2.0, 0.2, 2.0]]), 999, torch.zeros(1, 3))
+    output = scheduler.step(torch.tensor([[-2.0, 0.2, 2.0]]), scheduler.timesteps[0], torch.zeros(1, 3))
     assert output.pred_original_sample.tolist() == output.prev_sample.tolist() == [[-0.5, pytest.approx(0.2), 0.5]]
 
 
@@ -568,7 +722,13 @@ def test_tuple_and_dict_outputs_agree():
         scheduler = AnnealedLangevinScheduler()
         scheduler.set_timesteps(50)
         outputs.append(
-            scheduler.step(0.1 * sample, 999, sample, generator=torch.manual_seed(0), return_dict=return_dict)
+            scheduler.step(
+                0.1 * sample,
+                scheduler.timesteps[0],
+                sample,
+                generator=torch.manual_seed(0),
+                return_dict=return_dict,
+            )
         )
     assert isinstance(outputs[1], tuple)
     assert torch.equal(outputs[0].prev_sample, outputs[1][0])
@@ -644,6 +804,7 @@ def test_stock_loop_with_float_timesteps():
         ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1, not 0"),
         ({"step_size": 1.5}, r"`step_size` must be a finite number above 0 and at most 1, not 1.5"),
         ({"step_size": 0}, r"`step_size` must be"),
+        ({"rho": 0}, r"`rho` must be a finite number above 0, not 0"),
         ({"clip_sample_range": -1}, r"`clip_sample_range` must be"),
         ({"trained_betas": [0.1, 1.0]}, r"`trained_betas`, with shape \(2,\), from 0.1 to 1: "),
         ({"trained_betas": [0.1]}, r"`trained_betas`, with shape \(1,\)"),

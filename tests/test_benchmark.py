@@ -1,0 +1,86 @@
+"""The benchmark's comparison of samplers and its compiled network."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from diffusers import UNet2DModel
+from PIL import Image
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts/benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pipeline for 28×28 digits that has learned nothing, and a data set of 100 real digits in each split."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    pipeline, digits = tmp_path_factory.mktemp("pipeline"), tmp_path_factory.mktemp("digits")
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(pipeline)
+    embedded = str(ROOT / "ncsn_diffusers/assets/mnist_train_10k.parquet")
+    dataset = load_dataset("parquet", data_files=embedded, split="train")
+    for i, split in enumerate(("train", "test")):
+        dataset.select(range(100 * i, 100 * i + 100)).to_parquet(str(digits / f"{split}-00000.parquet"))
+    return pipeline, digits
+
+
+def test_samplers(tmp_path, benchmark, folders, capsys):
+    pipeline, digits = folders
+    names = ("annealed Langevin", "SDE-DPM-Solver++", "SA-Solver")
+    output = tmp_path / "all"
+    benchmark.samplers(
+        str(pipeline), str(digits), budgets=(2, 5), names=names, num_images=70, batch_size=40, output=str(output)
+    )
+    saved = json.loads((tmp_path / "all.json").read_text())
+    assert saved["num_images"] == 70
+    real, *rows = saved["rows"]
+    assert [(row["sampler"], row["evaluations"]) for row in rows] == [(name, n) for name in names for n in (2, 5)]
+    # digits are nearer to digits than what this network draws, and spread over the classes
+    assert all(real["distance"] < row["distance"] / 5 for row in rows)
+    assert real["class_entropy"] > 2 > max(row["class_entropy"] for row in rows)
+    assert real["recall"] > 0.5 > max(row["recall"] for row in rows)
+    printed = "".join(capsys.readouterr())
+    assert all(f"{row['distance']:.3f}" in printed for row in saved["rows"])
+    assert Image.open(tmp_path / "all.png").width > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"names": ("DDIM", "Euler")}, "--names must be among annealed Langevin, DDIM, .*, not Euler"),
+        ({"num_images": 50}, "--num_images 50 must be above the features' number, 64"),
+        ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
+    ],
+)
+def test_samplers_refuses_bad_flags(benchmark, folders, arguments, message):
+    pipeline, digits = folders
+    with pytest.raises(SystemExit, match=message):
+        benchmark.samplers(str(pipeline), str(digits), **arguments)
+
+
+def test_overhead_of_a_compiled_network(benchmark, folders, capsys):
+    # "eager" captures the graph and leaves out the C++ compiler
+    benchmark.overhead(str(folders[0]), batch_size=2, num_inference_steps=3, repeats=1, compile_backend="eager")
+    assert "ratio" in capsys.readouterr().out

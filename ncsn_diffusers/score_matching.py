@@ -13,6 +13,7 @@ and since score = (D - x)/sigma² with the denoised estimate D, sigma score + z 
 import torch
 
 DISTRIBUTIONS = ("lognormal", "uniform")
+WEIGHTINGS = ("sigma_squared", "edm")
 
 
 def draw_timesteps(
@@ -60,7 +61,13 @@ def stratified(uniform: torch.Tensor) -> torch.Tensor:
 
 
 def score_matching_loss(
-    model, scheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    model,
+    scheduler,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
+    weighting: str = "sigma_squared",
 ) -> torch.Tensor:
     """
     ½ ‖sigma score(x, sigma) + z‖² of each picture, divided by its number of dimensions: ½ for a network that returns
@@ -72,12 +79,24 @@ def score_matching_loss(
         images (`torch.Tensor` of shape `(batch_size, ...)`): x0, in units of the data.
         noise (`torch.Tensor` of shape `(batch_size, ...)`): z, standard normal.
         timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each picture. See [`draw_timesteps`].
+        class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): for a network that takes them.
+        weighting (`str`, defaults to `"sigma_squared"`):
+            `"sigma_squared"`: lambda(sigma) = sigma², as the 2019 paper has it; `"edm"`: 1 + sigma² times as much,
+            which weighs the error of a v-prediction equally at every level (Karras et al. 2022, arXiv:2206.00364,
+            table 1, with a data variance of 1).
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: the losses.
+
+    Raises:
+        ValueError: the weighting is not one of the two.
     """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, not {weighting!r}.")
     x = scheduler.add_noise(images, noise, timesteps)
-    model_output = model(scheduler.scale_model_input(x, timesteps), timesteps, return_dict=False)[0]
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    model_output = model(scheduler.scale_model_input(x, timesteps), timesteps, **labels, return_dict=False)[0]
     denoised = scheduler.convert_model_output(model_output.float(), timesteps, x)
     sigma = scheduler.t_to_sigma(timesteps).reshape(-1, *[1] * (images.ndim - 1))
-    return 0.5 * ((denoised - images) / sigma).square().flatten(1).mean(1)
+    losses = 0.5 * ((denoised - images) / sigma).square().flatten(1).mean(1)
+    return losses * (1 + sigma.flatten() ** 2) if weighting == "edm" else losses

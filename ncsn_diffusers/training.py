@@ -1,29 +1,62 @@
-"""Training a noise conditional score network: one documented configuration, one loop under accelerate."""
+"""
+Training a noise conditional score network: one documented configuration, one loop under accelerate.
 
+What a step draws at random (levels, noise, mirroring, dropped labels) is a function of the seed and the step's number
+alone, drawn for the whole batch of all processes, of which each takes its part. So two processes with half the batch
+each follow one with the whole, and a run that goes on from a checkpoint equals one that never stopped.
+"""
+
+import copy
+import json
 import math
 import os
-from dataclasses import dataclass
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no display
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from PIL.Image import Resampling
+from PIL import Image
 from tqdm.auto import tqdm
 
-from .data import decode_images, load_training_data, to_model_range
+from .checkpoints import aside, complete, is_complete, latest_checkpoint, read_manifest, remove_all, remove_incomplete
+from .data import (
+    CORRUPT_IMAGES,
+    ImageReader,
+    encode_labels,
+    find_columns,
+    load_training_data,
+    open_images,
+    to_model_range,
+)
+from .noise_levels import choose_num_train_timesteps, choose_sigma_max
 from .pipeline_ncsn import NCSNPipeline
 from .scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES, AnnealedLangevinScheduler
-from .score_matching import DISTRIBUTIONS, draw_timesteps, score_matching_loss, stratified
+from .score_matching import DISTRIBUTIONS, WEIGHTINGS, draw_timesteps, score_matching_loss, stratified
+
+_LOGGING_STEPS = 20  # between two looks at the loss, each of which waits for the device
+_LEVEL_BINS = 8  # of log sigma, for the loss per noise level
+_COMPILING_PAYS_STEPS = 1000  # compiling takes about a minute
+_EVAL_CHUNK = 64  # pictures whose validation loss is found together: the result must not depend on the batch size
+_AUTO_IMAGES = 60_000  # from so many pictures, spread over the data set, sigma_max is chosen
 
 
 @dataclass
@@ -35,15 +68,50 @@ class TrainingConfig:
     dataset_config_name: str | None = None
     """Configuration of that data set."""
     train_data_dir: str | None = None
-    """Folder of pictures to train on."""
+    """Folder of pictures, of parquet files or of WebDataset archives to train on."""
+    train_split: str = "train"
+    """Split to train on, or a slice of one: train[:90%]."""
+    validation_split: str | None = None
+    """Split, or slice of one, whose loss is reported at `eval_steps` (its first 10,000 pictures); none by default."""
+    streaming: bool = False
+    """Read the data set as it is used, without a copy on the disk; needs `resolution` and `max_train_steps`."""
+    image_column: str | None = None
+    """Column of pictures; the first one by default."""
+    label_column: str | None = None
+    """Column of labels; the first column of class labels by default."""
+    class_conditional: bool = False
+    """Train a network that is given the class of the picture."""
+    class_dropout_prob: float = 0.1
+    """Share of the pictures whose label is withheld, so that the network learns to do without, for guidance."""
     resolution: int | None = None
-    """Side of the square that the pictures are resized and centre-cropped to; their own size by default."""
+    """Side of the square that the pictures are resized and cropped to; their own size by default."""
+    channels: int | None = None
+    """1 (gray), 3 (colour) or 4 (colour and transparency); gray where all pictures are, and colour, by default."""
+    random_crop: bool = False
+    """Crop at a random place instead of the centre."""
     random_flip: bool = False
     """Mirror half of the pictures."""
+    corrupt_images: str = "error"
+    """What to do about pictures that cannot be read: error, before the training begins, or skip."""
+    max_cache_gb: float = 4.0
+    """Pictures that take up to so many GB are decoded once and kept on the device."""
+    dataloader_num_workers: int | None = None
+    """Processes that decode pictures; by default none on a CPU, and up to 8 beside a GPU."""
+
     output_dir: str = "ncsn-mnist"
-    """Folder for the trained pipeline, samples.png and loss.png."""
+    """Folder for the trained pipeline, checkpoints, log.jsonl, samples.png and loss.png."""
     overwrite_output_dir: bool = False
-    """Train although `output_dir` holds a pipeline already, and replace it."""
+    """Train although `output_dir` holds a pipeline or checkpoints already, and replace them."""
+    resume_from_checkpoint: str | None = None
+    """Folder of a checkpoint to go on from, or latest: the last complete one in `output_dir`, if there is any."""
+    checkpointing_steps: int = 500
+    """Steps between two checkpoints; 0 for none."""
+    checkpoints_total_limit: int = 2
+    """How many checkpoints are kept."""
+    eval_steps: int | None = None
+    """Steps between two grids of samples (samples-STEP.png) and validation losses; only at the end by default."""
+    logger: str | None = None
+    """Tracker of accelerate: tensorboard, wandb, …, or all that are installed; log.jsonl is written in any case."""
     seed: int = 0
     """The same seed gives the same weights on the same machine."""
 
@@ -51,23 +119,27 @@ class TrainingConfig:
     """Channels of the network's levels; each level but the last halves the picture."""
     layers_per_block: int = 1
     """Residual layers a level."""
-    num_train_timesteps: int = 1000
-    """Number of noise levels."""
+    num_train_timesteps: int | Literal["auto"] = 1000
+    """Number of noise levels; auto: so many that neighbours overlap (NCSNv2, technique 2)."""
     sigma_min: float = 0.01
     """Smallest noise level, on pictures in [-1, 1]."""
-    sigma_max: float = 50.0
-    """Largest noise level, on pictures in [-1, 1]."""
+    sigma_max: float | Literal["auto"] = 50.0
+    """Largest noise level, on pictures in [-1, 1]; auto: the largest distance of two pictures (NCSNv2, technique 1)."""
     prediction_type: str = "v_prediction"
     """What the network returns: v_prediction, epsilon, sample or score."""
     conditioning: str = "timestep"
     """What the network is given: timestep (the level's index), or sigma (as NCSN++ is)."""
 
     train_batch_size: int = 32
-    """Pictures a step and process."""
+    """Pictures a process at a time."""
+    gradient_accumulation_steps: int = 1
+    """How many times so many pictures make one step."""
     eval_batch_size: int = 64
-    """Pictures in samples.png."""
+    """Pictures in a grid of samples."""
     num_epochs: int = 4
     """Passes over the data."""
+    max_train_steps: int | None = None
+    """Number of steps, instead of `num_epochs`."""
     learning_rate: float = 1e-3
     """Learning rate after the warm-up."""
     lr_scheduler: str = "cosine"
@@ -82,6 +154,8 @@ class TrainingConfig:
     """AdamW's weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm where it is longer."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights, and sample and save that."""
     ema_inv_gamma: float = 1.0
@@ -96,36 +170,67 @@ class TrainingConfig:
     """Mean of log sigma, for lognormal."""
     log_sigma_std: float = 1.4
     """Standard deviation of log sigma, for lognormal."""
-    mixed_precision: str = "no"
-    """no, fp16 or bf16, as accelerate has it."""
+    loss_weighting: str = "sigma_squared"
+    """Weight of a level's loss: sigma_squared (the paper), or edm, which weighs large sigma more."""
+    mixed_precision: str | None = None
+    """no, fp16 or bf16; by default what `accelerate launch` was told, or else bf16 on a GPU that has it."""
+    compile: bool | None = None
+    """Compile the network; by default on a GPU, for 1000 steps or more."""
 
     def __post_init__(self):
         for name, choices in (
             ("prediction_type", PREDICTION_TYPES),
             ("conditioning", CONDITIONINGS),
             ("noise_distribution", DISTRIBUTIONS),
-            ("mixed_precision", ("no", "fp16", "bf16")),
+            ("loss_weighting", WEIGHTINGS),
+            ("mixed_precision", (None, "no", "fp16", "bf16")),
             ("lr_scheduler", tuple(kind.value for kind in SchedulerType)),
+            ("corrupt_images", CORRUPT_IMAGES),
+            ("channels", (None, 1, 3, 4)),
+            ("logger", (None, "all", *sorted(map(str, LOGGER_TYPE_TO_CLASS)))),
         ):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, not {value!r}.")
-        for name in ("train_batch_size", "eval_batch_size", "num_epochs", "layers_per_block", "resolution"):
+                accepted = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise ValueError(f"`{name}` must be one of {accepted}, not {value!r}.")
+        for name, least in (
+            ("train_batch_size", 1),
+            ("eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("num_epochs", 1),
+            ("max_train_steps", 1),
+            ("layers_per_block", 1),
+            ("resolution", 1),
+            ("eval_steps", 1),
+            ("checkpoints_total_limit", 1),
+            ("checkpointing_steps", 0),
+            ("dataloader_num_workers", 0),
+            ("max_cache_gb", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, not {value}.")
-        for name in ("learning_rate", "log_sigma_std", "ema_inv_gamma", "ema_power"):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, not {value}.")
+        for name in ("learning_rate", "log_sigma_std", "ema_inv_gamma", "ema_power", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, not {getattr(self, name)}.")
-        if not 0 <= self.ema_max_decay < 1:
-            raise ValueError(f"`ema_max_decay` must be at least 0 and below 1, not {self.ema_max_decay}.")
+        for name in ("ema_max_decay", "class_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, not {getattr(self, name)}.")
         if not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels):
             raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError("`streaming` needs `max_train_steps`: how long an epoch is is not known beforehand.")
+        if self.random_crop and self.resolution is None:
+            raise ValueError("`random_crop` needs `resolution`, the side of what is left.")
 
 
-def make_unet(config: TrainingConfig, channels: int, height: int, width: int) -> UNet2DModel:
+def make_unet(
+    config: TrainingConfig, channels: int, height: int, width: int, num_classes: int | None = None
+) -> UNet2DModel:
     """
-    A [`UNet2DModel`] for pictures of this shape, with attention on its last level.
+    A [`UNet2DModel`] for pictures of this shape, with attention on its last level. With `num_classes` its class
+    embedding has one entry more, the last, which stands for no label.
 
     Raises:
         ValueError: a side cannot be halved as often as `block_out_channels` asks for.
@@ -146,7 +251,10 @@ def make_unet(config: TrainingConfig, channels: int, height: int, width: int) ->
         block_out_channels=config.block_out_channels,
         down_block_types=("DownBlock2D",) * (num_levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
-        norm_num_groups=min(math.gcd(c, 32) for c in config.block_out_channels),
+        # A group of one channel would take away all that the embeddings of level and class add to it.
+        norm_num_groups=math.gcd(32, math.gcd(*config.block_out_channels) // 4),
+        resnet_time_scale_shift="scale_shift",  # after the norm, where nothing takes them away
+        num_class_embeds=None if num_classes is None else num_classes + 1,
     )
 
 
@@ -154,141 +262,578 @@ def train(config: TrainingConfig) -> NCSNPipeline:
     """
     Train as `config` says, save the pipeline, samples.png and loss.png in `config.output_dir`, return the pipeline.
 
-    An interrupt (Ctrl-C) ends the training early; what has been trained is saved all the same.
+    An interrupt (Ctrl-C, or SIGTERM) ends the training early; a checkpoint and what has been trained are saved.
 
     Raises:
-        ValueError: an option does not fit the data.
-        FileExistsError: `output_dir` holds a pipeline and `overwrite_output_dir` is not given.
+        ValueError: an option does not fit the data, or another option.
+        OSError: `output_dir` cannot be written to, or its disk is too full for the run.
+        FileExistsError: `output_dir` holds a pipeline or checkpoints, and neither `overwrite_output_dir` nor
+            `resume_from_checkpoint` is given.
         FloatingPointError: the loss is not finite.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    output_dir = Path(config.output_dir)
-    if (output_dir / "model_index.json").exists() and not config.overwrite_output_dir:
-        raise FileExistsError(
-            f"`output_dir`={config.output_dir!r} holds a pipeline already: name another folder, or replace it with "
-            "--overwrite_output_dir."
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    set_seed(config.seed)
-    if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
-        # `accelerate launch` leaves a CPU process one thread, and the other cores idle
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    return Trainer(config).train()
 
-    scheduler = AnnealedLangevinScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        prediction_type=config.prediction_type,
-        conditioning=config.conditioning,
-    )
-    with accelerator.main_process_first():  # one process prepares the data set's cache, the others read it
-        dataset = load_training_data(config.dataset_name, config.dataset_config_name, config.train_data_dir)
-    images = decode_images(dataset, config.resolution).to(accelerator.device)
-    batch_size = config.train_batch_size
-    steps_per_epoch = len(images) // (batch_size * accelerator.num_processes)
-    if steps_per_epoch < 1:
-        raise ValueError(
-            f"`train_batch_size`={batch_size} on {accelerator.num_processes} process(es) is more than the "
-            f"{len(images)} pictures of the data set."
-        )
-    num_steps = steps_per_epoch * config.num_epochs
 
-    unet = make_unet(config, *images.shape[1:])
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-    # Not prepared by accelerate, which would step it once for each process: it counts optimizer steps.
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
-    )
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    ema = None
-    if config.use_ema:
-        ema = EMAModel(
-            unet.parameters(),
-            decay=config.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=config.ema_inv_gamma,
-            power=config.ema_power,
-            foreach=True,
-        )
+class Trainer:
+    """
+    One run: [`train`] makes one and calls [`Trainer.train`].
 
-    # All processes shuffle alike and take turns; the noise of each is its own.
-    shuffler = torch.Generator().manual_seed(config.seed)
-    generator = torch.Generator(accelerator.device).manual_seed(config.seed + accelerator.process_index)
-    losses = torch.zeros(num_steps, device=accelerator.device)
-    step = 0
-    progress = tqdm(total=num_steps, desc="Training", unit="step", disable=not accelerator.is_main_process)
-    try:
-        for _ in range(config.num_epochs):
-            order = torch.randperm(len(images), generator=shuffler).to(accelerator.device)
-            mine = order.split(batch_size)[accelerator.process_index :: accelerator.num_processes]
-            for batch in mine[:steps_per_epoch]:
-                clean = to_model_range(images[batch])
-                uniform = torch.rand(2, batch_size, generator=generator, device=accelerator.device)
-                if config.random_flip:
-                    clean = torch.where((uniform[1] < 0.5)[:, None, None, None], clean.flip(-1), clean)
-                noise = torch.randn(clean.shape, generator=generator, device=accelerator.device)
-                timesteps = draw_timesteps(
-                    scheduler,
-                    stratified(uniform[0]),
-                    config.noise_distribution,
-                    config.log_sigma_mean,
-                    config.log_sigma_std,
+    Args:
+        config ([`TrainingConfig`]): the run's settings.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.accelerator = Accelerator(
+            mixed_precision=_mixed_precision(config),
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=_check_logger(config.logger),
+            project_dir=config.output_dir,
+        )
+        if self.accelerator.distributed_type not in _REPLICATED:
+            raise ValueError(
+                f"{self.accelerator.distributed_type} shards the network, of which the loop needs each process to hold "
+                "a replica: choose multi-GPU without it in `accelerate config`."
+            )
+        self.device = self.accelerator.device
+        self.output_dir = Path(config.output_dir)
+        self.checkpoint = self._prepare_output_dir()
+        if self.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
+            # `accelerate launch` leaves a CPU process one thread, and the other cores idle
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.accelerator.num_processes))
+
+        self._open_data()
+        self._make_models()
+        self._check_disk()
+
+    # Before the loop
+
+    def _prepare_output_dir(self) -> Path | None:
+        """The checkpoint to go on from, in an output folder that can be written to."""
+        config, folder = self.config, self.output_dir
+        wanted = config.resume_from_checkpoint
+        checkpoint = latest_checkpoint(folder) if wanted == "latest" else Path(wanted) if wanted else None
+        if wanted not in (None, "latest") and not is_complete(checkpoint):
+            raise ValueError(
+                f"`resume_from_checkpoint`={wanted!r} is not a complete checkpoint; 'latest' finds the last complete "
+                f"one in {config.output_dir!r}."
+            )
+        held = (folder / "model_index.json").exists() or (wanted is None and any(folder.glob("checkpoint-*")))
+        if held and checkpoint is None and not config.overwrite_output_dir:
+            raise FileExistsError(
+                f"`output_dir`={config.output_dir!r} holds a pipeline or checkpoints already: name another folder, go "
+                "on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir."
+            )
+        self.accelerator.wait_for_everyone()  # all have looked before the first one writes
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+            if checkpoint is None:
+                remove_all(folder)
+            remove_incomplete(folder)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def _open_data(self) -> None:
+        config = self.config
+        num_workers = config.dataloader_num_workers
+        if num_workers is None:
+            share = (os.cpu_count() or 1) // self.accelerator.num_processes
+            num_workers = 0 if self.device.type == "cpu" else min(8, share)
+
+        def load(split, streaming):
+            with self.accelerator.main_process_first():  # one prepares the data set's cache, the others read it
+                dataset = load_training_data(
+                    config.dataset_name, config.dataset_config_name, config.train_data_dir, split, streaming
                 )
-                loss = score_matching_loss(model, scheduler, clean, noise, timesteps).mean()
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                lr_scheduler.step()
-                if ema is not None:
-                    ema.step(unet.parameters())
-                losses[step] = loss.detach()
-                step += 1
-                progress.update()
-                if step % 20 == 0 or step == num_steps:  # reading the loss waits for the device
-                    progress.set_postfix(loss=f"{_recent_loss(losses[:step]):.4f}")
-    except KeyboardInterrupt:
-        accelerator.print(f"\nInterrupted after {step} of {num_steps} steps; saving what has been trained.")
-    progress.close()
+            dataset, image_column, label_column = find_columns(dataset, config.image_column, config.label_column)
+            num_classes = None
+            if config.class_conditional:
+                dataset, num_classes = encode_labels(dataset, label_column)
+            return dataset, num_classes, (image_column, label_column if config.class_conditional else None)
 
-    unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if ema is not None and step:
-        ema.copy_to(unet.parameters())
-    pipeline = NCSNPipeline(unet=unet.eval(), scheduler=scheduler)
-    if accelerator.is_main_process:
-        pipeline.save_pretrained(output_dir)
-        _save_loss_curve(losses[:step].cpu(), output_dir / "loss.png")
-        _save_samples(pipeline, config, output_dir / "samples.png")
-        accelerator.print(f"Saved the pipeline, samples.png and loss.png in {output_dir}.")
-    accelerator.end_training()
-    return pipeline
+        dataset, self.num_classes, columns = load(config.train_split, config.streaming)
+        reader = ImageReader(*columns, config.resolution, config.channels, config.random_crop, config.seed)
+        self.images = open_images(dataset, reader, self.device, config.corrupt_images, config.max_cache_gb, num_workers)
+        self.validation = None
+        if config.validation_split is not None:
+            dataset, num_classes, columns = load(config.validation_split, streaming=False)
+            dataset = dataset.select(range(min(len(dataset), 10_000)))
+            reader = ImageReader(*columns, config.resolution, self.images.shape[0])
+            self.validation = open_images(dataset, reader, self.device, config.corrupt_images, math.inf, num_workers)
+            if self.validation.shape != self.images.shape or num_classes != self.num_classes:
+                raise ValueError(
+                    f"`validation_split`={config.validation_split!r} has pictures of shape {self.validation.shape} and "
+                    f"{num_classes} classes, the training data {self.images.shape} and {self.num_classes}: "
+                    "`resolution` and `channels` make the shapes agree."
+                )
 
+        self.num_steps, self.steps_per_epoch = config.max_train_steps, None
+        if not config.streaming:
+            total = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+            self.steps_per_epoch = len(self.images) // total
+            if self.steps_per_epoch < 1:
+                raise ValueError(
+                    f"`train_batch_size`={config.train_batch_size} on {self.accelerator.num_processes} process(es), "
+                    f"times `gradient_accumulation_steps`={config.gradient_accumulation_steps}, is more than the "
+                    f"{len(self.images)} pictures of the data set."
+                )
+            self.num_steps = self.num_steps or self.steps_per_epoch * config.num_epochs
 
-def _recent_loss(losses: torch.Tensor) -> float:
-    recent = losses[-20:].mean().item()
-    if not math.isfinite(recent):
-        raise FloatingPointError(
-            f"The loss is {recent} after {len(losses)} steps; a lower `learning_rate` or mixed_precision='no' may help."
+    def _make_models(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        self.scheduler = AnnealedLangevinScheduler(
+            **_choose_noise_levels(config, self.images),
+            prediction_type=config.prediction_type,
+            conditioning=config.conditioning,
         )
-    return recent
+        set_seed(config.seed)  # here, since data loaders draw from the same generator
+        unet = make_unet(config, *self.images.shape, self.num_classes).to(
+            self.device, memory_format=torch.channels_last
+        )
+        # What is sampled, judged and saved: the moving average, or a copy made when it is needed.
+        self.eval_unet = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.compiled = config.compile
+        if self.compiled is None:
+            self.compiled = self.device.type == "cuda" and self.num_steps >= _COMPILING_PAYS_STEPS
+        if self.compiled:
+            # CUDA graphs reuse the memory of gradients that accumulate or wait for other processes
+            alone = accelerator.num_processes == config.gradient_accumulation_steps == 1
+            unet.compile(mode="reduce-overhead" if alone else "default", dynamic=False)
+        self.unet = unet
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        # Not prepared by accelerate, which would step it once for each process: it counts optimizer steps.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.num_steps
+        )
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.eval_unet, self)
+
+        self.step, self.positions = 0, None
+        self.losses = torch.zeros(self.num_steps, device=self.device)
+        self.generator = torch.Generator(self.device)
+        # Sums of losses, and their number, in equal parts of log sigma
+        self.level_losses = torch.zeros(2, _LEVEL_BINS, device=self.device)
+        self.log_range = [math.log(self.scheduler.config[name]) for name in ("sigma_min", "sigma_max")]
+        self.grad_norm = torch.zeros((), device=self.device)
+
+    def _check_disk(self) -> None:
+        """Raise an OSError where the run's checkpoints would not fit, instead of losing the run to it."""
+        config = self.config
+        weights = 4 * sum(p.numel() for p in self.unet.parameters())
+        # weights, their average and AdamW's two moments; a new checkpoint is whole before an old one goes
+        needed = weights * (4 * (config.checkpoints_total_limit + 1) if config.checkpointing_steps else 1)
+        free = shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            raise OSError(
+                f"`output_dir`={config.output_dir!r}: the disk has {free / 1e9:.3g} GB left, and "
+                f"{config.checkpoints_total_limit} checkpoints and the pipeline take {needed / 1e9:.3g} GB. Make room, "
+                "name a folder on another disk, or set --checkpointing_steps 0."
+            )
+
+    # The loop
+
+    def train(self) -> NCSNPipeline:
+        """Run to the end, or until an interrupt; see [`train`]."""
+        config, accelerator = self.config, self.accelerator
+        if self.checkpoint is not None:
+            self._resume(self.checkpoint)
+        self._start_log()
+        batches = self.images.batches(
+            config.train_batch_size, config.seed, self.step * config.gradient_accumulation_steps
+        )
+        progress = tqdm(
+            total=self.num_steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+        saved_step, stopped = self.step, False
+        with _interrupts() as interrupt:
+            self.model.train()
+            self.clock = time.perf_counter(), self.step
+            while self.step < self.num_steps and not (stopped := self._all_hear(interrupt)):
+                self.training_step(batches)
+                progress.update()
+                last = self.step == self.num_steps
+                checkpoint = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
+                evaluate = config.eval_steps and self.step % config.eval_steps == 0 and not last
+                if checkpoint or evaluate or last or self.step % _LOGGING_STEPS == 0:
+                    progress.set_postfix(loss=f"{self._log():.4f}")
+                if checkpoint:
+                    self._save_checkpoint()
+                    saved_step = self.step
+                if evaluate:
+                    self._evaluate(self._make_pipeline(), self.output_dir / f"samples-{self.step}.png")
+                if checkpoint or evaluate:
+                    self.clock = time.perf_counter(), self.step  # the throughput is the training's
+        progress.close()
+        if stopped:
+            accelerator.print(f"\nInterrupted after {self.step} of {self.num_steps} steps; saving.")
+            if self.step > self.clock[1]:
+                self._log()  # what is not finite must not be saved
+        if config.checkpointing_steps and self.step > saved_step:
+            self._save_checkpoint()
+
+        pipeline = self._make_pipeline()
+        if accelerator.is_main_process:
+            pipeline.save_pretrained(self.output_dir)
+            _save_loss_curve(self.losses[: self.step].cpu(), self.output_dir / "loss.png")
+        self._evaluate(pipeline, self.output_dir / "samples.png")
+        accelerator.print(f"Saved the pipeline, samples.png and loss.png in {self.output_dir}.")
+        accelerator.end_training()
+        return pipeline
+
+    def training_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """
+        One optimizer step. The host never waits for the device here.
+
+        Args:
+            batches (iterator of `torch.Tensor` pairs):
+                uint8 pictures of shape `(train_batch_size, channels, height, width)`, and labels; it is asked for
+                `gradient_accumulation_steps` of them.
+        """
+        config, accelerator = self.config, self.accelerator
+        size, num_micro = config.train_batch_size, config.gradient_accumulation_steps
+        all_size = size * accelerator.num_processes
+        seed = np.random.SeedSequence((config.seed, self.step, 1)).generate_state(1, np.uint64)
+        self.generator.manual_seed(int(seed[0] >> 1))
+        uniform = torch.rand(3, num_micro * all_size, generator=self.generator, device=self.device)
+        timesteps = draw_timesteps(
+            self.scheduler,
+            stratified(uniform[0]),
+            config.noise_distribution,
+            config.log_sigma_mean,
+            config.log_sigma_std,
+        )
+        for micro in range(num_micro):
+            images, labels = next(batches)
+            noise = torch.randn(all_size, *images.shape[1:], generator=self.generator, device=self.device)
+            noise = noise[accelerator.process_index * size :][:size]
+            start = micro * all_size + accelerator.process_index * size
+            rows = slice(start, start + size)
+
+            clean = to_model_range(images)
+            if config.random_flip:
+                clean = torch.where((uniform[1, rows] < 0.5)[:, None, None, None], clean.flip(-1), clean)
+            clean = clean.contiguous(memory_format=torch.channels_last)
+            labels = self._with_dropout(labels, uniform[2, rows])
+            with accelerator.accumulate(self.model):
+                losses = score_matching_loss(
+                    self.model, self.scheduler, clean, noise, timesteps[rows], labels, config.loss_weighting
+                )
+                loss = losses.mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+            losses = losses.detach()
+            bins = self._bins(timesteps[rows])
+            self.level_losses.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+            self.losses[self.step] += loss.detach() / num_micro
+        self.lr_scheduler.step()
+        self.step += 1
+        if config.use_ema:
+            weights, averages = list(self.unet.parameters()), list(self.eval_unet.parameters())
+            torch._foreach_lerp_(averages, weights, 1 - self._ema_decay())
+
+    def _with_dropout(self, labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor | None:
+        if self.num_classes is None:
+            return None
+        return torch.where(uniform < self.config.class_dropout_prob, self.num_classes, labels)
+
+    def _ema_decay(self) -> float:
+        config = self.config
+        return min(config.ema_max_decay, 1 - (1 + self.step / config.ema_inv_gamma) ** -config.ema_power)
+
+    def _bins(self, timesteps: torch.Tensor) -> torch.Tensor:
+        low, high = self.log_range
+        log_sigma = self.scheduler.t_to_sigma(timesteps).log()
+        return ((log_sigma - low) * (_LEVEL_BINS / (high - low))).long().clamp(0, _LEVEL_BINS - 1)
+
+    def _all_hear(self, interrupt: threading.Event) -> bool:
+        """Whether to stop, on which all processes must agree: one that goes on alone waits for the others for ever."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return interrupt.is_set()
+        if self.device.type != "cpu" and self.step % _LOGGING_STEPS:  # there it makes the host wait for the device
+            return False
+        flag = torch.tensor(float(interrupt.is_set()), device=self.device)
+        return accelerator.reduce(flag, "sum").item() > 0
+
+    # What is written while it runs
+
+    def _log(self) -> float:
+        """Write the last steps' figures to log.jsonl and the trackers; the mean loss of the last 20 steps."""
+        accelerator = self.accelerator
+        recent = self.losses[max(0, self.step - _LOGGING_STEPS) : self.step]
+        sums = accelerator.reduce(torch.cat([self.level_losses.flatten(), recent]), "sum").cpu()
+        recent = sums[2 * _LEVEL_BINS :] / accelerator.num_processes
+        losses, counts = sums[: 2 * _LEVEL_BINS].reshape(2, _LEVEL_BINS)
+        self.level_losses.zero_()
+        edges = np.exp(np.linspace(*self.log_range, _LEVEL_BINS + 1))
+        names = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
+        if not recent.isfinite().all():
+            first = self.step - len(recent) + 1 + int((~recent.isfinite()).nonzero()[0])
+            levels = ", ".join(name for name, loss in zip(names, losses, strict=True) if not math.isfinite(loss))
+            last_good = latest_checkpoint(self.output_dir)
+            raise FloatingPointError(
+                f"The loss is {recent[first - self.step + len(recent) - 1]} at step {first}, at noise levels sigma "
+                f"{levels}. The last good checkpoint is {last_good or 'none'}; a lower `learning_rate` or "
+                "`mixed_precision`='no' may help."
+            )
+        start, start_step = self.clock
+        total = self.config.train_batch_size * self.config.gradient_accumulation_steps * accelerator.num_processes
+        record = {
+            "step": self.step,
+            "loss": recent.mean().item(),
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "grad_norm": float(self.grad_norm),
+            "images_per_second": (self.step - start_step) * total / (time.perf_counter() - start),
+        }
+        if self.steps_per_epoch:
+            record["epoch"] = self.step / self.steps_per_epoch
+        if self.config.use_ema:
+            record["ema_decay"] = self._ema_decay()
+        record |= {
+            f"loss at sigma {name}": (loss / count).item()
+            for name, loss, count in zip(names, losses, counts, strict=True)
+            if count
+        }
+        self._write(record)
+        self.clock = time.perf_counter(), self.step
+        return record["loss"]
+
+    def _start_log(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        config = asdict(self.config)
+        (self.output_dir / "training_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        path = self.output_dir / "log.jsonl"
+        # a run that goes on from a checkpoint takes the steps after it once more
+        lines = path.read_text().splitlines() if path.exists() and self.step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        path.write_text("".join(line + "\n" for line in kept))
+        if self.config.logger:
+            plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
+            self.accelerator.init_trackers("ncsn", plain)
+
+    def _write(self, record: dict) -> None:
+        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _make_pipeline(self) -> NCSNPipeline:
+        if not self.config.use_ema:
+            torch._foreach_copy_(list(self.eval_unet.parameters()), list(self.unet.parameters()))
+        return NCSNPipeline(unet=self.eval_unet, scheduler=self.scheduler)
+
+    def _evaluate(self, pipeline: NCSNPipeline, path: Path) -> None:
+        """Draw a grid of samples to `path`, report the validation loss; every process does its share."""
+        images = self._draw(pipeline)
+        if self.accelerator.is_main_process:
+            grid = _make_grid(pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy()))
+            grid.save(path)
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.step, **layout)
+        if self.validation is not None:
+            self._write({"step": self.step, "validation_loss": self._validation_loss()})
+
+    def _draw(self, pipeline: NCSNPipeline) -> torch.Tensor:
+        """The grid's pictures, (eval_batch_size, channels, height, width) in [0, 1], however many processes draw."""
+        accelerator, num = self.accelerator, self.config.eval_batch_size
+        pipeline.set_progress_bar_config(
+            desc="Sampling", unit="step", leave=False, disable=not accelerator.is_main_process
+        )
+        # Rounded up, so that all draw equally many, for the collective
+        mine = [
+            i * accelerator.num_processes + accelerator.process_index
+            for i in range(-(-num // accelerator.num_processes))
+        ]
+        arguments = {"batch_size": len(mine)}
+        if self.num_classes is not None:
+            arguments = {"class_labels": [i % self.num_classes for i in mine]}
+        generators = [torch.Generator().manual_seed(self.config.seed + i) for i in mine]
+        images = pipeline(**arguments, generator=generators, output_type="pt").images
+        images = accelerator.gather(images).reshape(accelerator.num_processes, len(mine), *images.shape[1:])
+        return images.transpose(0, 1).flatten(0, 1)[:num]
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """The loss of the weights that would be saved, with the same levels and noise each time."""
+        config, accelerator, data = self.config, self.accelerator, self.validation
+        total = torch.zeros((), device=self.device)
+        for chunk in range(accelerator.process_index, math.ceil(len(data) / _EVAL_CHUNK), accelerator.num_processes):
+            rows = slice(chunk * _EVAL_CHUNK, (chunk + 1) * _EVAL_CHUNK)
+            images = to_model_range(data.images[rows])
+            self.generator.manual_seed(chunk)
+            uniform = torch.rand(len(images), generator=self.generator, device=self.device)
+            noise = torch.randn(images.shape, generator=self.generator, device=self.device)
+            timesteps = draw_timesteps(
+                self.scheduler,
+                stratified(uniform),
+                config.noise_distribution,
+                config.log_sigma_mean,
+                config.log_sigma_std,
+            )
+            labels = None if self.num_classes is None else data.labels[rows]
+            with accelerator.autocast():
+                total += score_matching_loss(
+                    self.eval_unet, self.scheduler, images, noise, timesteps, labels, config.loss_weighting
+                ).sum()
+        return accelerator.reduce(total, "sum").item() / len(data)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds beside weights, optimizer and schedule."""
+        return {"step": self.step, "losses": self.losses[: self.step].cpu(), "positions": self.positions}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where [`Trainer.state_dict`] was taken."""
+        self.step = state["step"]
+        self.losses[: self.step] = state["losses"][: self.num_steps].to(self.device)
+        positions = state["positions"]
+        if positions is not None:
+            if len(positions) != self.accelerator.num_processes:
+                raise ValueError(
+                    f"`streaming`: the checkpoint knows how far each of {len(positions)} processes has read, and now "
+                    f"there are {self.accelerator.num_processes}."
+                )
+            self.images.position = positions[self.accelerator.process_index]
+
+    def _save_checkpoint(self) -> None:
+        """
+        Write the run's state aside and rename it when it is complete, so that a folder checkpoint-STEP is a whole one
+        at any moment. A checkpoint that cannot be written costs a warning, not the run.
+        """
+        accelerator, folder = self.accelerator, aside(self.output_dir, self.step)
+        self.positions = gather_object([self.images.position]) if self.config.streaming else None
+        try:
+            accelerator.save_state(folder)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                manifest = {"step": self.step, "config": asdict(self.config)}
+                complete(self.output_dir, self.step, manifest, self.config.checkpoints_total_limit)
+        except (OSError, RuntimeError) as failure:  # torch and safetensors call a full disk a RuntimeError
+            shutil.rmtree(folder, ignore_errors=True)
+            tqdm.write(
+                f"The checkpoint of step {self.step} could not be written: {failure}. The last good one is "
+                f"{latest_checkpoint(self.output_dir)}; the training goes on."
+            )
+
+    def _resume(self, checkpoint: Path) -> None:
+        manifest = read_manifest(checkpoint)
+        now = json.loads(json.dumps(asdict(self.config)))
+        changes = [f"{k}: {v} → {now.get(k)}" for k, v in manifest["config"].items() if v != now.get(k)]
+        changes = [change for change in changes if change.split(":")[0] not in _HARMLESS]
+        if changes:
+            self.accelerator.print("Going on with other settings than before: " + "; ".join(changes) + ".")
+        if manifest["step"] > self.num_steps:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} has {manifest['step']} steps behind it, more than the "
+                f"{self.num_steps} of the run; more `num_epochs` or `max_train_steps` let it go on."
+            )
+        try:
+            self.accelerator.load_state(checkpoint)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} holds another network than these settings make. "
+                f"{'; '.join(changes)}"
+            ) from error
+        self.accelerator.print(f"Going on from {checkpoint}.")
 
 
-def _save_samples(pipeline: NCSNPipeline, config: TrainingConfig, path: Path) -> None:
-    pipeline.set_progress_bar_config(desc="Sampling", unit="step")
-    generator = torch.Generator().manual_seed(config.seed)
-    images = pipeline(batch_size=config.eval_batch_size, generator=generator).images
+_REPLICATED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+# Settings that may change between one part of a run and the next without a word
+_HARMLESS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "eval_steps",
+    "eval_batch_size",
+    "logger",
+    "max_cache_gb",
+    "dataloader_num_workers",
+)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second one acts as ever."""
+    interrupt = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield interrupt
+        return
+
+    def handle(number, _):
+        signal.signal(number, previous[number])
+        interrupt.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _mixed_precision(config: TrainingConfig) -> str:
+    if config.mixed_precision is not None:
+        return config.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also where nobody has chosen
+    if launched == "no" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return launched
+
+
+def _check_logger(logger: str | None) -> str | None:
+    available = sorted(map(str, get_available_trackers()))
+    if logger not in (None, "all", *available):
+        raise ValueError(
+            f"`logger`={logger!r} needs a package that is not installed; at hand are: {', '.join(available) or 'none'}."
+        )
+    return logger
+
+
+def _choose_noise_levels(config: TrainingConfig, images) -> dict:
+    """The ladder's size and ends, where "auto" asks for it from the data."""
+    sigma_max, num_levels = config.sigma_max, config.num_train_timesteps
+    if sigma_max == "auto":
+        sigma_max = choose_sigma_max(images.sample(_AUTO_IMAGES))
+    if num_levels == "auto":
+        num_levels = choose_num_train_timesteps(config.sigma_min, sigma_max, math.prod(images.shape))
+    return {"num_train_timesteps": num_levels, "sigma_min": config.sigma_min, "sigma_max": sigma_max}
+
+
+def _make_grid(images: list[Image.Image]) -> Image.Image:
     columns = math.ceil(math.sqrt(len(images)))
     blank = [images[0].point(lambda _: 0)] * (-len(images) % columns)
     grid = make_image_grid(images + blank, rows=math.ceil(len(images) / columns), cols=columns)
     enlargement = max(1, 512 // grid.width)  # small pictures are hard to judge by eye
-    grid.resize((grid.width * enlargement, grid.height * enlargement), Resampling.NEAREST).save(path)
+    return grid.resize((grid.width * enlargement, grid.height * enlargement), Image.Resampling.NEAREST)
 
 
 def _save_loss_curve(losses: torch.Tensor, path: Path) -> None:

@@ -1,17 +1,36 @@
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images, load_training_data, to_model_range
+from ncsn_diffusers.data import (
+    EMBEDDED_DIGITS,
+    BatchOrder,
+    CachedImages,
+    ImageReader,
+    LoadedImages,
+    StreamedImages,
+    UnreadableImageError,
+    decode_images,
+    encode_labels,
+    find_columns,
+    load_training_data,
+    open_images,
+    to_model_range,
+)
+
+CPU = torch.device("cpu")
 
 
 def save_pictures(folder, modes, size=(12, 8)):
     """Pictures (width, height) with a left half of 40 and a right half of 200."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     array = np.full((size[1], size[0]), 40, dtype=np.uint8)
     array[:, size[0] // 2 :] = 200
     for i, mode in enumerate(modes):
@@ -87,9 +106,270 @@ def test_bad_sources(tmp_path):
         load_training_data(dataset_config_name="plain")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_training_data(train_data_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"needs a column of pictures .* columns \['text'\]"):
+    with pytest.raises(ValueError, match=r"needs a column of pictures; it has the columns \['text'\]"):
         decode_images(Dataset.from_dict({"text": ["no picture"]}))
 
 
 def test_model_range():
     assert to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+# What becomes of a picture
+
+
+def read(image, **arguments):
+    """The array that `ImageReader` makes of a PIL picture, saved losslessly first."""
+    file = io.BytesIO()
+    image.save(file, "TIFF" if image.mode == "I;16B" else "PNG")
+    return ImageReader("image", **arguments)({"image": {"bytes": file.getvalue(), "path": None}}, (0, 0))[0]
+
+
+def test_16_bit_pictures_keep_their_upper_bits():
+    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    assert read(PILImage.fromarray(values)).tolist() == [[[0, 0, 127, 255]]]
+
+
+def test_transparent_pixels_are_laid_on_white():
+    array = np.full((1, 3, 4), 100, dtype=np.uint8)
+    array[0, :, 3] = (0, 51, 255)  # not, a fifth and fully opaque
+    image = PILImage.fromarray(array)
+    assert read(image)[:, 0].tolist() == [[255, 224, 100]] * 3
+    assert read(image, channels=1)[:, 0].tolist() == [[255, 224, 100]]
+    assert read(image, channels=4)[:, 0].tolist() == [[100] * 3] * 3 + [[0, 51, 255]]
+    assert read(image.convert("LA"))[:, 0].tolist() == [[255, 224, 100]]
+
+
+def test_palettes_become_colours():
+    image = PILImage.fromarray(np.array([[0, 1]], dtype=np.uint8), mode="P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    assert read(image)[:, 0].tolist() == [[10, 40], [20, 50], [30, 60]]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_asked_for(channels):
+    for mode in ("1", "L", "P", "RGB", "RGBA", "LA"):
+        assert read(PILImage.new("RGB", (4, 4), "white").convert(mode), channels=channels).shape == (channels, 4, 4)
+
+
+def test_random_crop_depends_on_epoch_and_row_alone():
+    image = PILImage.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(8, 0))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    row = {"image": {"bytes": file.getvalue(), "path": None}}
+    reader = ImageReader("image", resolution=8, random_crop=True)
+    lefts = [int(reader(row, (epoch, 0))[0][0, 0, 0]) for epoch in range(300)]
+    assert set(lefts) == set(range(33))  # every place, and none beyond
+    assert lefts == [int(reader(row, (epoch, 0))[0][0, 0, 0]) for epoch in range(300)]
+    assert int(ImageReader("image", resolution=8)(row, (0, 0))[0][0, 0, 0]) == 16
+
+
+# Which columns
+
+
+def pictures(num_rows=12, size=(4, 4), **columns):
+    """Row i is a gray picture of 10 i."""
+    images = [PILImage.new("L", size, 10 * i) for i in range(num_rows)]
+    features = Features({"image": Image()} | {name: feature for name, (feature, _) in columns.items()})
+    return Dataset.from_dict({"image": images} | {n: v for n, (_, v) in columns.items()}, features=features)
+
+
+def test_columns_are_found_or_named():
+    labels = (ClassLabel(names=["a", "b"]), [0, 1] * 6)
+    dataset = pictures(number=(Value("int64"), list(range(12))), kind=labels, cls=labels)
+    assert find_columns(dataset)[1:] == ("image", "kind")
+    assert find_columns(dataset, label_column="number")[1:] == ("image", "number")
+    assert find_columns(dataset)[0].column_names == ["image", "kind"]
+    assert find_columns(pictures())[1:] == ("image", None)
+    with pytest.raises(ValueError, match=r"`image_column`='picture' is not among the data set's columns, \['image', "):
+        find_columns(dataset, image_column="picture")
+    with pytest.raises(ValueError, match=r"`label_column`='class' is not among"):
+        find_columns(dataset, label_column="class")
+
+
+def test_labels_become_numbers():
+    names = pictures(3, kind=(Value("string"), ["dog", "cat", "dog"]))
+    dataset, num_classes = encode_labels(names, "kind")
+    assert (dataset["kind"][:], num_classes) == ([1, 0, 1], 2)
+    assert encode_labels(pictures(2, kind=(Value("int64"), [11, 2])), "kind")[1] == 12
+    assert encode_labels(pictures(2, kind=(ClassLabel(num_classes=7), [1, 2])), "kind")[1] == 7
+    with pytest.raises(ValueError, match="`label_column`='kind' holds -1; classes are numbered from 0"):
+        encode_labels(pictures(2, kind=(ClassLabel(num_classes=7), [1, -1])), "kind")
+    with pytest.raises(ValueError, match=r"`class_conditional` needs labels: none of the columns \['image'\]"):
+        encode_labels(pictures(), None)
+    stream = pictures(2, kind=(Value("int64"), [1, 2])).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"`label_column`='kind' of the streamed data set is not a ClassLabel"):
+        encode_labels(stream, "kind")
+
+
+# Where pictures come from
+
+
+def test_splits_and_streams(tmp_path):
+    save_pictures(tmp_path / "set" / "train", ["L"] * 4)
+    save_pictures(tmp_path / "set" / "test", ["L"] * 2)
+    folder = str(tmp_path / "set")
+    assert len(load_training_data(train_data_dir=folder, split="test")) == 2
+    assert len(load_training_data(train_data_dir=folder, split="train[:75%]")) == 3
+    assert len(list(load_training_data(dataset_name=folder, streaming=True))) == 4
+    with pytest.raises(ValueError, match="validation"):
+        load_training_data(train_data_dir=folder, split="validation")
+
+
+def test_parquet_folder(tmp_path):
+    pictures(kind=(ClassLabel(names=["a", "b"]), [0, 1] * 6)).to_parquet(tmp_path / "train.parquet")
+    dataset, _, label_column = find_columns(load_training_data(train_data_dir=str(tmp_path)))
+    images = open_images(dataset, ImageReader("image", label_column), CPU)
+    assert images.images[:, 0, 0, 0].tolist() == [10 * i for i in range(12)]
+    assert images.labels.tolist() == [0, 1] * 6
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_folder(tmp_path, streaming):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in range(3):
+            file = io.BytesIO()
+            PILImage.new("RGB", (8, 8), (i, 0, 255)).save(file, "PNG")
+            for name, content in ((f"{i}.png", file.getvalue()), (f"{i}.cls", str(i).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    dataset, image_column, label_column = find_columns(
+        load_training_data(train_data_dir=str(tmp_path), streaming=streaming)
+    )
+    assert (image_column, label_column) == ("png", "cls")
+    images = open_images(dataset, ImageReader("png", "cls", resolution=8), CPU)
+    batch, labels = next(images.batches(3, seed=0))
+    assert batch.shape == (3, 3, 8, 8)
+    assert batch[:, 0, 0, 0].tolist() == labels.tolist()
+    assert sorted(labels.tolist()) == [0, 1, 2]
+
+
+# Opening
+
+
+def opened(dataset, resolution=None, seed=0, **arguments):
+    dataset, *columns = find_columns(dataset)
+    return open_images(dataset, ImageReader(*columns, resolution, seed=seed), CPU, **arguments)
+
+
+def take(images, num_batches, batch_size=5, seed=3, first_batch=0):
+    batches = images.batches(batch_size, seed, first_batch)
+    return torch.cat([next(batches)[0][:, 0, 0, 0] for _ in range(num_batches)]).tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_cached_and_loaded_pictures_come_in_the_same_order(num_workers):
+    cached = opened(pictures(), num_workers=num_workers)
+    loaded = opened(pictures(), num_workers=num_workers, max_cache_gb=0)
+    assert (type(cached), type(loaded)) == (CachedImages, LoadedImages)
+    assert cached.shape == loaded.shape == (1, 4, 4)
+    order = take(cached, 6)
+    assert order == take(loaded, 6)
+    for epoch in (order[:10], order[10:20], order[20:]):
+        assert len(set(epoch)) == 10  # two batches of an epoch of 12 share no picture
+    assert order[:10] != order[10:20]
+    assert order[15:] == take(cached, 3, first_batch=3) == take(loaded, 3, first_batch=3)
+    assert order != take(cached, 6, seed=4)
+    assert torch.equal(cached.sample(3), loaded.sample(3))
+    assert cached.sample(3)[:, 0, 0, 0].tolist() == [0, 60, 110]
+    assert len(cached.sample(100)) == 12
+
+
+def test_processes_take_turns(monkeypatch):
+    PartialState()
+    alone = [part for _, part in zip(range(6), BatchOrder(48, 8, 0).slices(), strict=False)]
+    shares = []
+    for index in (0, 1):
+        monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+        monkeypatch.setitem(PartialState._shared_state, "process_index", index)
+        shares.append([part for _, part in zip(range(6), BatchOrder(48, 4, 0).slices(), strict=False)])
+    for (epoch, whole), (epoch_0, first), (epoch_1, second) in zip(alone, *shares, strict=True):
+        assert epoch == epoch_0 == epoch_1
+        assert (first.start, first.stop, second.stop) == (whole.start, second.start, whole.stop)
+
+
+def test_gray_and_colour_share_a_shape():
+    dataset = pictures(2)
+    mixed = Dataset.from_dict({"image": [dataset[1]["image"], PILImage.new("RGB", (4, 4), "red")]})
+    mixed = mixed.cast_column("image", Image())
+    assert opened(mixed).images[:, :, 0, 0].tolist() == [[10, 10, 10], [255, 0, 0]]
+    loaded = opened(mixed, max_cache_gb=0)
+    assert sorted(next(loaded.batches(2, 0))[0][:, :, 0, 0].tolist()) == [[10, 10, 10], [255, 0, 0]]
+
+
+def test_random_crops_are_not_cached():
+    dataset, *columns = find_columns(pictures(size=(6, 4)))
+    assert isinstance(open_images(dataset, ImageReader(*columns, 4, random_crop=True), CPU), LoadedImages)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Ten pictures, of which 3.png is cut short and 7.png is none."""
+    folder = save_pictures(tmp_path / "broken", ["L"] * 10)
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    (folder / "7.png").write_text("not a picture")
+    return str(folder)
+
+
+@pytest.mark.parametrize("max_cache_gb", [1, 0])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_corrupt_pictures_are_named_before_training(broken, capsys, max_cache_gb, num_workers):
+    arguments = {"max_cache_gb": max_cache_gb, "num_workers": num_workers}
+    with pytest.raises(ValueError, match=r"2 of 10 pictures cannot be read.*`corrupt_images`='skip'") as error:
+        opened(load_training_data(train_data_dir=broken), **arguments)
+    assert "3.png" in str(error.value)
+    assert "7.png" in str(error.value)
+    images = opened(load_training_data(train_data_dir=broken), corrupt_images="skip", **arguments)
+    assert len(images) == 8
+    assert take(images, 2, batch_size=4) == [40] * 8
+    assert "Left out 2 of 10 pictures" in capsys.readouterr().out
+
+
+def test_corrupt_pictures_of_a_stream(broken, capsys):
+    stream = load_training_data(train_data_dir=broken, streaming=True)
+    images = opened(stream, resolution=8, corrupt_images="skip")
+    assert take(images, 4) == [40] * 20
+    assert capsys.readouterr().out.count("3.png") >= 2  # once an epoch
+    with pytest.raises(UnreadableImageError, match=r"(3|7)\.png"):
+        take(opened(stream, resolution=8), 4)
+
+
+def test_no_picture():
+    with pytest.raises(ValueError, match="The data set has no picture"):
+        opened(pictures(0))
+    with pytest.raises(ValueError, match="The data set has no readable picture"):
+        opened(pictures(1).to_iterable_dataset().filter(lambda _: False), resolution=4)
+
+
+# Streams
+
+
+def stream(num_rows=30):
+    return pictures(num_rows - 5).to_iterable_dataset(num_shards=3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_is_shuffled_and_goes_on_where_it_stopped(num_workers):
+    images = opened(stream(), resolution=4, num_workers=num_workers)
+    assert isinstance(images, StreamedImages)
+    batches = images.batches(10, seed=0)
+    seen = torch.cat([next(batches)[0][:, 0, 0, 0] for _ in range(3)])
+    position = images.position
+    following = [next(batches)[0][:, 0, 0, 0].tolist() for _ in range(3)]
+    assert sorted(seen[:25].tolist()) == [10 * i for i in range(25)]  # an epoch is every picture once
+    assert seen[:25].tolist() != sorted(seen[:25].tolist())
+    assert position == [1, 5]
+
+    again = opened(stream(), resolution=4, num_workers=num_workers)
+    again.position = position
+    batches = again.batches(10, seed=0)
+    assert [next(batches)[0][:, 0, 0, 0].tolist() for _ in range(3)] == following
+    other = opened(stream(), resolution=4, num_workers=num_workers, seed=1)
+    assert next(other.batches(10, seed=0))[0][:, 0, 0, 0].tolist() != seen[:10].tolist()
+
+
+def test_stream_needs_a_resolution_and_finds_its_channels():
+    with pytest.raises(ValueError, match="`streaming` needs `resolution`"):
+        opened(stream())
+    assert opened(stream(), resolution=4).shape == (1, 4, 4)
+    assert opened(stream(), resolution=4).sample(7).shape == (7, 1, 4, 4)

@@ -59,23 +59,6 @@ def test_train_from_a_folder(tmp_path, pictures, launcher):
     assert NCSNPipeline.from_pretrained(tmp_path / "out").unet.config.block_out_channels == [16, 16]
 
 
-def test_train_on_two_processes(tmp_path, pictures):
-    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    result = run(
-        *launcher,
-        ROOT / "scripts/train_ncsn.py",
-        *("--train_data_dir", pictures),
-        *SMALL,
-        cwd=tmp_path,
-        ACCELERATE_USE_CPU="true",
-        OMP_NUM_THREADS="1",
-    )
-    assert result.returncode == 0, result.stderr
-    assert "4/4" in result.stderr  # two epochs of 32 pictures in batches of 8 on each of two processes
-    assert NCSNPipeline.from_pretrained(tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

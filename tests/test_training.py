@@ -1,47 +1,72 @@
+import errno
+import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
+from diffusers.optimization import get_scheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, training
-from ncsn_diffusers.training import TrainingConfig, make_unet, train
+from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet, train
+
+SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """40 gray pictures of 8×8: a bright left or a bright right half."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """40 gray pictures of 8×8: a bright left or a bright right half, in folders that name them."""
+    folder = tmp_path_factory.mktemp("pictures")
     for i in range(40):
         array = np.zeros((8, 8), dtype=np.uint8)
         array[:, 4 * (i % 2) : 4 + 4 * (i % 2)] = 255
-        Image.fromarray(array).save(folder / f"{i}.png")
+        kind = folder / ("left", "right")[i % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(kind / f"{i}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the mixed precision of a process's first run
+
+
+def small_config(**arguments):
+    defaults = {
+        "block_out_channels": (16, 16),
+        "train_batch_size": 20,
+        "eval_batch_size": 3,
+        "num_epochs": 2,
+        "lr_warmup_steps": 1,
+    }
+    return TrainingConfig(**defaults | arguments)
 
 
 @pytest.fixture
 def small(pictures, tmp_path):
-    def config(**arguments):
-        defaults = {
-            "train_data_dir": str(pictures),
-            "output_dir": str(tmp_path / "out"),
-            "block_out_channels": (16, 16),
-            "train_batch_size": 20,
-            "eval_batch_size": 3,
-            "num_epochs": 2,
-            "lr_warmup_steps": 1,
-        }
-        return TrainingConfig(**defaults | arguments)
+    return partial(small_config, train_data_dir=str(pictures), output_dir=str(tmp_path / "out"))
 
-    return config
+
+@pytest.fixture(scope="module")
+def plain_weights(pictures, tmp_path_factory):
+    return trained_weights(small_config(train_data_dir=str(pictures), output_dir=str(tmp_path_factory.mktemp("plain"))))
 
 
 def trained_weights(config):
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the mixed precision of a process's first run
+    AcceleratorState._reset_state(reset_partial_state=True)
     return torch.cat([p.detach().flatten() for p in train(config).unet.parameters()])
 
 
@@ -76,10 +101,16 @@ def test_every_convention_trains_and_is_saved(small, tmp_path, prediction_type, 
 def test_output_folder(small, tmp_path):
     train(small(num_epochs=1))
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"model_index.json", "unet", "scheduler", "samples.png", "loss.png"}
+    assert names == {
+        *("model_index.json", "unet", "scheduler", "samples.png", "loss.png"),
+        *("checkpoint-2", "log.jsonl", "training_config.json"),
+    }
+    saved = json.loads((tmp_path / "out" / "training_config.json").read_text())
+    assert saved["num_epochs"] == 1
+    assert set(saved) == set(TrainingConfig.__dataclass_fields__)
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     assert Image.open(tmp_path / "out" / "samples.png").size == (512, 512)  # 2 columns of 8 pixels, enlarged
-    with pytest.raises(FileExistsError, match=r"`output_dir`=.* holds a pipeline already.*--overwrite_output_dir"):
+    with pytest.raises(FileExistsError, match=r"`output_dir`=.* holds a pipeline or checkpoints already.*--overwrite"):
         train(small())
     train(small(num_epochs=1, overwrite_output_dir=True))
 
@@ -110,12 +141,19 @@ def test_same_seed_same_weights(small):
         {"log_sigma_std": 0.5},
         {"sigma_min": 0.1},
         {"train_batch_size": 10},
+        {"max_train_steps": 3},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 1e-3},
+        {"loss_weighting": "edm"},
+        {"class_conditional": True},
+        {"channels": 3},
+        {"train_split": "train[:50%]"},
         {"mixed_precision": "bf16"},
     ],
 )
-def test_every_option_of_the_loop_changes_the_weights(small, arguments):
-    plain = trained_weights(small())
-    assert not torch.equal(plain, trained_weights(small(overwrite_output_dir=True, **arguments)))
+def test_every_option_of_the_loop_changes_the_weights(small, plain_weights, arguments):
+    weights = trained_weights(small(**arguments))
+    assert len(weights) != len(plain_weights) or not torch.equal(weights, plain_weights)
 
 
 def test_ema_averages_the_weights(small):
@@ -126,13 +164,13 @@ def test_ema_averages_the_weights(small):
 
 
 def test_colour_and_oblong_pictures(small, tmp_path):
+    (tmp_path / "colour").mkdir()
     for i in range(20):
-        Image.new("RGB", (12, 8), (i, 100, 200)).save(tmp_path / "pictures" / f"{i}.png")
-    for i in range(20, 40):
-        (tmp_path / "pictures" / f"{i}.png").unlink()
-    pipe = train(small(num_epochs=1))
+        Image.new("RGB", (12, 8), (i, 100, 200)).save(tmp_path / "colour" / f"{i}.png")
+    folder = str(tmp_path / "colour")
+    pipe = train(small(train_data_dir=folder, num_epochs=1))
     assert pipe(num_inference_steps=2).images[0].size == (12, 8)
-    pipe = train(small(num_epochs=1, overwrite_output_dir=True, resolution=16))
+    pipe = train(small(train_data_dir=folder, num_epochs=1, overwrite_output_dir=True, resolution=16))
     assert pipe(num_inference_steps=2).images[0].size == (16, 16)
     assert pipe(num_inference_steps=2).images[0].mode == "RGB"
 
@@ -148,28 +186,393 @@ def test_accelerate_launch_does_not_leave_cores_idle(small, monkeypatch):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_interrupt_saves_what_has_been_trained(small, tmp_path, monkeypatch, capsys, steps):
-    calls = []
+# Interrupted, and gone on
+
+
+def checkpoint_state(folder):
+    """Everything in a checkpoint that decides how the run goes on, by name."""
+    state = {f"live.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    for file in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "custom_checkpoint_2.pkl"):
+        content = torch.load(folder / file, weights_only=True)
+        leaves, _ = torch.utils._pytree.tree_flatten(content)
+        state |= {f"{file}.{i}": leaf for i, leaf in enumerate(leaves)}
+    return state
+
+
+def assert_same_state(a, b):
+    a, b = checkpoint_state(a), checkpoint_state(b)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"use_ema": False, "random_flip": True, "lr_scheduler": "constant"},
+        {"max_cache_gb": 0.0, "gradient_accumulation_steps": 2, "train_batch_size": 8},
+        {"max_cache_gb": 0.0, "random_crop": True, "resolution": 4, "dataloader_num_workers": 1},
+        {"streaming": True, "resolution": 8, "class_conditional": True},
+        {"mixed_precision": "bf16", "eval_steps": 3},
+    ],
+    ids=["plain", "no ema", "accumulating", "random crop", "streaming", "bf16"],
+)
+def test_going_on_equals_never_stopping(small, tmp_path, arguments):
+    arguments = {"max_train_steps": 6, "checkpointing_steps": 3, "checkpoints_total_limit": 5} | arguments
+    whole = trained_weights(small(output_dir=str(tmp_path / "whole"), **arguments))
+    for name in ("checkpoint-6", "model_index.json"):  # as if it had been killed on the way from 3 to 6
+        path = tmp_path / "whole" / name
+        path.rename(tmp_path / name)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    parts = trained_weights(small(resume_from_checkpoint="latest", **arguments))
+    assert torch.equal(whole, parts)
+    assert_same_state(tmp_path / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "out")]
+    steps = [[json.loads(line)["step"] for line in log] for log in logs]
+    assert steps[0] == steps[1] == sorted(steps[0])  # the steps after the checkpoint are logged once
+    times = ("images_per_second",)
+    for lines in zip(*logs, strict=True):
+        first, second = ({k: v for k, v in json.loads(line).items() if k not in times} for line in lines)
+        assert first == second
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_goes_on(small, tmp_path, monkeypatch, capsys, number):
+    whole = trained_weights(small(output_dir=str(tmp_path / "whole")))
+    loss, calls = training.score_matching_loss, []
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == steps + 1:
-            raise KeyboardInterrupt
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
         return loss(*arguments)
 
-    loss = training.score_matching_loss
-    monkeypatch.setattr(training, "score_matching_loss", interrupted)
-    train(small())
-    assert f"Interrupted after {steps} of 4 steps" in capsys.readouterr().out
-    assert (tmp_path / "out" / "model_index.json").exists()
-
-
-def test_infinite_loss_stops_the_run(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "score_matching_loss", lambda model, *_: next(model.parameters()).sum() * torch.nan)
-    with pytest.raises(FloatingPointError, match=r"The loss is nan after 4 steps"):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "score_matching_loss", interrupted)
         train(small())
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert "Interrupted after 2 of 4 steps" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model_index.json").exists()
+    assert torch.equal(trained_weights(small(resume_from_checkpoint="latest")), whole)
+
+
+def test_second_interrupt_ends_at_once(small, monkeypatch):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "score_matching_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(small())
+
+
+def launch(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONFAULTHANDLER": "1"}
+    return subprocess.Popen([*arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def flags(config):
+    """The command line that makes this config."""
+    default, words = TrainingConfig(), []
+    for name in TrainingConfig.__dataclass_fields__:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            words += [f"--{name}"] if value is True else [f"--{name}", *map(str, np.atleast_1d(value))]
+    return words
+
+
+def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(small, tmp_path):
+    arguments = {"max_train_steps": 40, "checkpointing_steps": 1}
+    whole = trained_weights(small(output_dir=str(tmp_path / "whole"), **arguments))
+    config, out = small(resume_from_checkpoint="latest", **arguments), tmp_path / "out"
+
+    def run_until(condition):
+        process, deadline = launch(sys.executable, SCRIPT, *flags(config)), time.monotonic() + 120
+        while process.poll() is None and not condition():
+            assert time.monotonic() < deadline
+        process.kill()
+        process.wait()
+
+    run_until(lambda: any(out.glob("checkpoint-3")))  # between two checkpoints, as likely as not
+    first = training.latest_checkpoint(out)
+    assert first is not None
+    start = int(first.name.split("-")[1])
+    run_until(lambda: any(out.glob(f"incomplete-checkpoint-{start + 5}/*")))  # in the middle of one
+    second = training.latest_checkpoint(out)
+    assert start + 4 <= int(second.name.split("-")[1]) < 40
+    assert torch.equal(trained_weights(config), whole)
+    assert not list(out.glob("incomplete-*"))
+
+
+def test_resume_errors(small, tmp_path, capsys):
+    train(small(resume_from_checkpoint="latest", max_train_steps=2))  # there is none: a new run
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`='.*nowhere' is not a complete checkpoint"):
+        train(small(resume_from_checkpoint=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"has 2 steps behind it, more than the 1 of the run"):
+        train(small(resume_from_checkpoint="latest", max_train_steps=1))
+    with pytest.raises(ValueError, match=r"holds another network than these settings make. block_out_channels"):
+        train(small(resume_from_checkpoint="latest", block_out_channels=(8, 8)))
+    capsys.readouterr()
+    train(small(resume_from_checkpoint=str(out / "checkpoint-2"), max_train_steps=3, learning_rate=1e-4))
+    output = capsys.readouterr().out
+    assert "Going on with other settings than before: max_train_steps: 2 → 3; learning_rate: 0.001 → 0.0001." in output
+    assert f"Going on from {out / 'checkpoint-2'}" in output
+    (out / "checkpoint-3" / "optimizer.bin").write_bytes(b"")  # cut short: 2 is the last complete one
+    train(small(resume_from_checkpoint="latest", max_train_steps=3))
+    assert f"Going on from {out / 'checkpoint-2'}" in capsys.readouterr().out
+
+
+def test_overwriting_starts_anew(small, tmp_path):
+    train(small(max_train_steps=4, checkpointing_steps=2, checkpoints_total_limit=2))
+    train(small(max_train_steps=1, overwrite_output_dir=True))
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    train(small(max_train_steps=1, overwrite_output_dir=True, checkpointing_steps=0))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_checkpoints_total_limit(small, tmp_path):
+    train(small(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=3))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4)}
+
+
+def test_full_disk_and_unwritable_folder_are_reported_at_the_start(small, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        train(small(output_dir=str(tmp_path / "file" / "out")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1_000_000))
+    with pytest.raises(OSError, match=r"`output_dir`=.*the disk has 0.001 GB left, and 2 checkpoints .* take 0.0"):
+        train(small(block_out_channels=(32, 32)))
+    train(small(checkpointing_steps=0, max_train_steps=1))
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_training(small, tmp_path, monkeypatch, capsys):
+    save = Accelerator.save_state
+
+    def full_disk(self, folder):
+        save(self, folder)
+        if folder.name.endswith("-2"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full_disk)
+    train(small(checkpointing_steps=1, checkpoints_total_limit=4))
+    output = capsys.readouterr().out
+    assert "The checkpoint of step 2 could not be written: [Errno 28] No space left on device." in output
+    assert "The last good one is" in output
+    assert {path.name for path in (tmp_path / "out").glob("*checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 3, 4)}
+
+
+def test_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
+    loss = training.score_matching_loss
+    calls = []
+
+    def broken(model, scheduler, clean, noise, timesteps, *rest):
+        calls.append(1)
+        losses = loss(model, scheduler, clean, noise, timesteps, *rest)
+        large = scheduler.t_to_sigma(timesteps) > 12  # the highest of eight parts of log sigma
+        return torch.where(large & torch.tensor(len(calls) == 3), torch.nan, losses)
+
+    monkeypatch.setattr(training, "score_matching_loss", broken)
+    message = r"The loss is nan at step 3, at noise levels sigma 17 to 50. The last good checkpoint is .*checkpoint-2;"
+    with pytest.raises(FloatingPointError, match=message):
+        train(small(checkpointing_steps=2, noise_distribution="uniform"))
     assert not (tmp_path / "out" / "model_index.json").exists()
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+# Batches, processes and schedules
+
+
+def test_accumulated_batches_follow_the_whole_one(small):
+    same = {"random_flip": True, "class_conditional": True, "adam_epsilon": 1e-3, "overwrite_output_dir": True}
+    whole = trained_weights(small(**same))
+    parts = trained_weights(small(train_batch_size=5, gradient_accumulation_steps=4, **same))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6)  # a large epsilon: Adam's first steps blow rounding up
+    assert (trained_weights(small(seed=1, **same)) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("max_cache_gb", [4.0, 0.0])
+def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
+    arguments = {"class_conditional": True, "random_flip": True, "max_cache_gb": max_cache_gb, "num_epochs": 3}
+    arguments |= {"eval_steps": 2, "eval_batch_size": 5, "validation_split": "train[:16]", "adam_epsilon": 1e-3}
+    train(small(output_dir=str(tmp_path / "one"), **arguments))
+    config = small(output_dir=str(tmp_path / "two"), train_batch_size=10, **arguments)
+    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = launch(*torchrun, SCRIPT, *flags(config))
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    one, two = (
+        torch.cat([p.flatten() for p in NCSNPipeline.from_pretrained(tmp_path / name).unet.parameters()])
+        for name in ("one", "two")
+    )
+    torch.testing.assert_close(two, one, rtol=0, atol=2e-6)  # a large epsilon: Adam's first steps blow rounding up
+    pictures = [np.asarray(Image.open(tmp_path / name / "samples-2.png"), dtype=int) for name in ("one", "two")]
+    assert abs(pictures[0] - pictures[1]).max() <= 2  # the same samples, however many draw them
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for lines in zip(*logs, strict=True):
+        first, second = map(json.loads, lines)
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"images_per_second"}:
+            assert second[key] == pytest.approx(first[key], rel=2e-3), key
+
+
+def test_learning_rate_counts_optimizer_steps(small, tmp_path):
+    train(small(gradient_accumulation_steps=2, train_batch_size=4, num_epochs=2, checkpointing_steps=1))
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-3)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=10)
+    for record in map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines()):
+        optimizer.step()
+        schedule.step()
+        assert record["learning_rate"] == schedule.get_last_lr()[0]
+    assert record["step"] == 10
+    assert record["epoch"] == 2.0
+
+
+def test_cached_and_loaded_data_train_alike(small):
+    cached = trained_weights(small())
+    arguments = {"max_cache_gb": 0.0, "overwrite_output_dir": True}
+    assert torch.equal(trained_weights(small(**arguments)), cached)
+    assert torch.equal(trained_weights(small(dataloader_num_workers=1, **arguments)), cached)
+
+
+def test_sharded_networks_are_refused(small, monkeypatch):
+    monkeypatch.setattr(training, "_REPLICATED", ())
+    with pytest.raises(ValueError, match="shards the network"):
+        train(small())
+
+
+# What is learnt, seen and logged
+
+
+def test_classes(small, tmp_path):
+    train(small(num_epochs=200, learning_rate=5e-3, class_conditional=True))
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.unet.config.num_class_embeds == 3  # left, right and no label
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(
+        class_labels=[0] * 32 + [1] * 32, num_inference_steps=20, generator=generator, output_type="pt"
+    ).images
+    side = images[..., 4:].mean((1, 2, 3)) - images[..., :4].mean((1, 2, 3))
+    assert (side[:32] < -0.6).float().mean() > 0.9
+    assert (side[32:] > 0.6).float().mean() > 0.9
+    images = pipe(batch_size=64, num_inference_steps=20, generator=generator, output_type="pt").images
+    side = images[..., 4:].mean((1, 2, 3)) - images[..., :4].mean((1, 2, 3))
+    assert 16 < (side > 0).sum() < 48  # without a label both, as a fair coin: its deviation is 4
+
+
+def test_labels_are_dropped_as_often_as_asked_for(small, monkeypatch):
+    loss, seen = training.score_matching_loss, []
+
+    def watched(model, scheduler, clean, noise, timesteps, labels, *rest):
+        seen.append(labels)
+        return loss(model, scheduler, clean, noise, timesteps, labels, *rest)
+
+    monkeypatch.setattr(training, "score_matching_loss", watched)
+    train(small(class_conditional=True, class_dropout_prob=0.3, num_epochs=20))
+    labels = torch.cat(seen)
+    assert len(labels) == 800
+    assert (labels == 2).float().mean().item() == pytest.approx(0.3, abs=0.05)  # three standard errors
+    assert (labels == 0).sum().item() == pytest.approx(280, abs=3 * 13.5)
+
+
+def test_log(small, tmp_path):
+    train(small(num_epochs=21, checkpointing_steps=0))
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [20, 40, 42]
+    first = records[0]
+    assert first["epoch"] == 10
+    assert first["ema_decay"] == pytest.approx(1 - 21**-0.75)
+    assert 0 < first["grad_norm"] < 10
+    assert first["images_per_second"] > 0
+    assert records[-1]["loss"] < first["loss"]
+    # the mean over levels of the losses per level is the loss: at the top of the ladder there is nothing to learn
+    levels = {k: v for k, v in first.items() if k.startswith("loss at sigma")}
+    assert len(levels) == 8
+    assert levels["loss at sigma 17 to 50"] < 0.1 < levels["loss at sigma 0.01 to 0.029"]
+
+
+def test_validation_loss(small, tmp_path, monkeypatch):
+    def zero_unet(*arguments):
+        unet = make_unet(*arguments)
+        torch.nn.init.zeros_(unet.conv_out.weight)
+        torch.nn.init.zeros_(unet.conv_out.bias)
+        return unet
+
+    monkeypatch.setattr(training, "make_unet", zero_unet)
+    train(small(prediction_type="score", learning_rate=1e-12, eval_steps=2, validation_split="train[:30]"))
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [record["validation_loss"] for record in records if "validation_loss" in record]
+    # a score of 0 costs ½ z² a dimension: 30 pictures of 64 dimensions have a standard error of 0.016
+    assert losses == [pytest.approx(0.5, abs=0.05)] * 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the same noise each time
+    assert (tmp_path / "out" / "samples-2.png").exists()
+
+
+def test_validation_leaves_the_live_weights_alone(small, tmp_path):
+    plain = trained_weights(small(output_dir=str(tmp_path / "plain"), checkpointing_steps=4))
+    watched = trained_weights(small(checkpointing_steps=4, eval_steps=1, validation_split="train[:8]"))
+    assert torch.equal(plain, watched)
+    assert_same_state(tmp_path / "plain" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+
+
+def test_validation_data_must_fit(small, pictures, tmp_path):
+    (tmp_path / "both").mkdir()
+    shutil.copytree(pictures, tmp_path / "both" / "train")
+    (tmp_path / "both" / "test").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "both" / "test" / "a.png")
+    with pytest.raises(ValueError, match=r"`validation_split`='test' has pictures of shape \(1, 16, 16\)"):
+        train(small(train_data_dir=str(tmp_path / "both"), validation_split="test"))
+
+
+def test_tensorboard(small, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(small(logger="tensorboard", eval_steps=2))
+    events = event_accumulator.EventAccumulator(str(tmp_path / "out" / "ncsn"))
+    events.Reload()
+    record = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
+    (loss, *_) = events.Scalars("loss")
+    assert (loss.step, loss.value) == (record["step"], pytest.approx(record["loss"]))
+    assert [image.step for image in events.Images("samples")] == [2, 4]
+
+
+def test_logger_must_be_installed(small, monkeypatch):
+    monkeypatch.setattr(training, "get_available_trackers", list)
+    with pytest.raises(ValueError, match="`logger`='wandb' needs a package that is not installed; at hand are: none"):
+        train(small(logger="wandb"))
+
+
+def test_noise_levels_from_the_data(small, tmp_path):
+    train(small(sigma_max="auto", num_train_timesteps="auto", sigma_min=0.1))
+    config = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert config.sigma_max == pytest.approx(16.0)  # √(64 · 2²): opposite halves differ by 2 in each of 64 dimensions
+    ratio = (config.sigma_max / config.sigma_min) ** (1 / (config.num_train_timesteps - 1))
+    assert 1 < ratio < 1.5
+
+
+@pytest.mark.slow
+def test_compiled_network_learns_the_same(small, tmp_path):
+    eager = trained_weights(small())
+    compiled = trained_weights(small(compile=True, overwrite_output_dir=True))
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-3)
+    assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_what_is_chosen_for_the_device(small, monkeypatch):
+    assert not Trainer(small()).compiled
+    assert Trainer(small(compile=True)).compiled
+    assert training._mixed_precision(TrainingConfig()) == "no"
+    assert training._mixed_precision(TrainingConfig(mixed_precision="fp16")) == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert training._mixed_precision(TrainingConfig()) == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert training._mixed_precision(TrainingConfig()) == "bf16"
+    assert training._mixed_precision(TrainingConfig(mixed_precision="no")) == "no"
 
 
 @pytest.mark.parametrize(
@@ -184,6 +587,14 @@ def test_infinite_loss_stops_the_run(small, tmp_path, monkeypatch):
         ({"num_epochs": 0}, "`num_epochs` must be at least 1"),
         ({"resolution": -8}, "`resolution` must be at least 1, not -8"),
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
+        ({"checkpointing_steps": -1}, "`checkpointing_steps` must be at least 0, not -1"),
+        ({"class_dropout_prob": 1.0}, "`class_dropout_prob` must be at least 0 and below 1"),
+        ({"loss_weighting": "flat"}, "`loss_weighting` must be one of sigma_squared, edm, not 'flat'"),
+        ({"corrupt_images": "ignore"}, "`corrupt_images` must be one of error, skip, not 'ignore'"),
+        ({"channels": 2}, "`channels` must be one of 1, 3, 4, not 2"),
+        ({"logger": "paper"}, "`logger` must be one of all, .*tensorboard.*, not 'paper'"),
+        ({"streaming": True}, "`streaming` needs `max_train_steps`"),
+        ({"random_crop": True}, "`random_crop` needs `resolution`"),
         ({"ema_max_decay": 1.0}, "`ema_max_decay` must be at least 0 and below 1, not 1.0"),
         ({"block_out_channels": (30, 64)}, r"`block_out_channels` must be multiples of 8, not \(30, 64\)"),
         ({"block_out_channels": ()}, "`block_out_channels` must be multiples of 8"),
@@ -197,10 +608,22 @@ def test_bad_config(arguments, message):
 def test_options_that_do_not_fit_the_data(small):
     with pytest.raises(ValueError, match=r"pictures of 8×8 cannot be halved 4 times.*multiples of 16"):
         train(small(block_out_channels=(8,) * 5))
-    with pytest.raises(ValueError, match=r"`train_batch_size`=64 on 1 process\(es\) is more than the 40 pictures"):
+    with pytest.raises(
+        ValueError, match=r"`train_batch_size`=64 on 1 process\(es\), times .*=1, is more than the 40 pic"
+    ):
         train(small(train_batch_size=64))
     with pytest.raises(ValueError, match=r"`sigma_min`=5.0 must be below `sigma_max`=2.0"):
         train(small(sigma_min=5.0, sigma_max=2.0))
+
+
+@pytest.mark.parametrize("channels", [(8,), (16, 16), (32, 64, 64), (64, 128, 128), (24, 40), (136, 272)])
+def test_no_norm_takes_the_embeddings_away(channels):
+    unet = make_unet(TrainingConfig(block_out_channels=channels), 1, 8, 8, num_classes=2).eval()
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([10.0])
+    first = unet(x, t, class_labels=torch.tensor([0])).sample
+    for timestep, label in ((900.0, 0), (10.0, 1)):
+        other = unet(x, torch.tensor([timestep]), class_labels=torch.tensor([label])).sample
+        assert (other - first).norm() > 1e-3 * first.norm()
 
 
 def test_default_network_is_small_and_fits_digits():

@@ -134,13 +134,12 @@ class NCSNInpaintPipeline(NCSNPipeline):
         sigmas, units = sigmas.tolist(), units.tolist()
         upper_sigmas = [2**0.5 * sigma for sigma in sigmas]
         upper_timesteps = self._timesteps_at(upper_sigmas).to(device)
-        highest = self._noise_levels(timesteps[:1])[0]
         order = self.scheduler.order
         multiplier = torch.zeros(shape, device=device)  # lambda
 
         def prepare(i, latents):
             x, sigma, upper_sigma = latents * units[i], sigmas[i], upper_sigmas[i]
-            if i % order == 0 and upper_sigma <= highest:  # above there is nothing but noise
+            if i % order == 0 and upper_sigma <= sigmas[0]:  # above there is nothing but noise
                 for _ in range(num_resamplings):
                     z = draw_noise()
                     known = image + upper_sigma**2 * multiplier + upper_sigma * z  # (2)

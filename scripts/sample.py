@@ -4,7 +4,6 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -191,7 +190,7 @@ def make_grid(images: list[Image.Image], num_columns: int | None = None) -> Imag
     return grid.convert(images[0].mode)
 
 
-def save(config: SampleConfig, pictures: list[list[Image.Image]], show: Callable[[str], None]) -> None:
+def save(config: SampleConfig, pictures: list[list[Image.Image]]) -> None:
     """Save what the config asks for; `pictures` holds the frames of each."""
     folder = Path(config.output_dir)
     if config.save_grid:
@@ -205,7 +204,6 @@ def save(config: SampleConfig, pictures: list[list[Image.Image]], show: Callable
         first, *others = [make_grid(list(step)) for step in zip(*pictures, strict=True)]
         durations = [100] * len(others) + [2000]  # milliseconds
         first.save(folder / "samples.gif", save_all=True, append_images=others, duration=durations, loop=0)
-    show(f"Saved {len(pictures)} pictures in {folder.resolve()}.")
 
 
 def main(config: SampleConfig) -> None:
@@ -229,7 +227,8 @@ def main(config: SampleConfig) -> None:
 
     pictures = sorted(gather_object(pictures), key=lambda picture: picture[0])
     if accelerator.is_main_process:
-        save(config, [frames for _, frames in pictures], accelerator.print)
+        save(config, [frames for _, frames in pictures])
+        print(f"Saved {len(pictures)} pictures in {Path(config.output_dir).resolve()}.")
     accelerator.end_training()
 
 

@@ -61,14 +61,14 @@ With several steps a level, (3) is the step that changes the level, and D_ is fr
 
 Levels and rate
 ---------------
-For a budget of N evaluations the consistent rule divides the way from the largest to the smallest trained level into N
-+ 1 steps, equal in sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made at a large
-sigma is one of the picture's content, at a small sigma one of its grain. The first and the last of these steps take no
-evaluation. At the largest level, which hides everything, D is the data's mean: the chain may as well start one level
-below. The last step would land on the smallest level, which is the picture but for noise that nobody sees: the final
-denoising takes its place. Both ends come nearer to the trained ladder's as the budget grows; from 50 to 0.01, N = 6 is
-24 to 0.077, N = 10 is 31 to 0.039, N = 50 is 45 to 0.014. A direction in which the data have the deviation s loses
-(sigma_L/s)² of its variance at the end.
+For a budget of N evaluations the consistent rule divides the way from the largest to the smallest trained level into
+one step more than N, equal in sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made
+at a large sigma is one of the picture's content, at a small sigma one of its grain. The first and the last of these
+steps are not taken. At the largest level, which hides everything, D is the data's mean: the chain may as well start one
+level below. The last step would land on the smallest level, which is the picture but for noise that nobody sees: the
+final denoising takes its place. Both ends come nearer to the trained ladder's as the budget grows; from 50 to 0.01,
+N = 6 is 24 to 0.077, N = 10 is 31 to 0.039, N = 50 is 45 to 0.014. A direction in which the data have the deviation s
+loses (sigma_L/s)² of its variance at the end.
 
 The rate is b = 2. The chain starts around 0, not around the data's mean, and ends with (s/sigma_1)^b of the difference,
 which b = 1 leaves visible. More noise mends more of the network's errors, but asks for more steps: the error of (3)
@@ -405,7 +405,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             if self.config.rho is None or self.config.noise_rule == "euler_maruyama":
                 levels = self.index_to_sigma(torch.from_numpy(self._spaced_indices(num_inference_steps))).numpy()
             else:
-                # N + 1 steps, without the first and, where a final denoising takes its place, without the last
+                # one step more than the budget; the first and, for a final denoising, the last are left out
                 ends = self._train_sigmas[[-1, 0]] ** (1 / self.config.rho)
                 points = np.linspace(*ends, num_inference_steps + 1 + self.config.denoise_final)
                 levels = points[1 : num_inference_steps + 1] ** self.config.rho

@@ -84,3 +84,12 @@ def test_overhead_of_a_compiled_network(benchmark, folders, capsys):
     # "eager" captures the graph and leaves out the C++ compiler
     benchmark.overhead(str(folders[0]), batch_size=2, num_inference_steps=3, repeats=1, compile_backend="eager")
     assert "ratio" in capsys.readouterr().out
+
+
+def test_convergence(tmp_path, benchmark, capsys):
+    benchmark.convergence(budgets=(50, 250), output=str(tmp_path / "convergence.png"))
+    errors = [float(line.split()[-1].rstrip("%")) for line in capsys.readouterr().out.splitlines()[:4]]
+    assert errors[0] > 5 * errors[2]
+    assert errors[2] < 3  # 50 evaluations
+    assert errors[3] < 1  # 250
+    assert Image.open(tmp_path / "convergence.png").width > 100

@@ -216,6 +216,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
         "PNDMScheduler",
+        "SASolverScheduler",
         "UniPCMultistepScheduler",
     ]
     order = 1

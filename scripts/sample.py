@@ -32,7 +32,7 @@ class SampleConfig:
     processes there are: their number does not change it.
     """
 
-    pipeline: Annotated[str, tyro.conf.Positional]
+    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
     """Folder of the pipeline, or its id on the Hub."""
 
     output_dir: str = "samples"

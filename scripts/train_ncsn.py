@@ -5,4 +5,7 @@ import tyro
 from ncsn_diffusers.training import TrainingConfig, train
 
 if __name__ == "__main__":
-    train(tyro.cli(TrainingConfig, use_underscores=True))
+    try:
+        train(tyro.cli(TrainingConfig, use_underscores=True))
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"train_ncsn.py: {error}") from error

@@ -431,6 +431,19 @@ def test_learning_rate_counts_optimizer_steps(small, tmp_path):
     assert record["epoch"] == 2.0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_step_does_not_wait_for_the_device(small, mixed_precision):
+    trainer = Trainer(small(mixed_precision=mixed_precision, random_flip=True, class_conditional=True))
+    batches = trainer.images.batches(20, seed=0)
+    trainer.training_step(batches)  # fills what is kept between steps
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_cached_and_loaded_data_train_alike(small):
     cached = trained_weights(small())
     arguments = {"max_cache_gb": 0.0, "overwrite_output_dir": True}

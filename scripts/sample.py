@@ -1,26 +1,22 @@
 """Draw pictures: `python scripts/sample.py PIPELINE`, or with `accelerate launch` on several devices."""
 
-import difflib
-import inspect
-import json
 import math
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import diffusers
 import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers import NCSNPipeline
+from ncsn_diffusers.loading import check_settings, find_scheduler, load_pipeline, parse_settings
 
 
 @dataclass
@@ -94,60 +90,6 @@ class SampleConfig:
             check_settings(self.scheduler_class, self.settings)
 
 
-def parse_settings(items: tuple[str, ...]) -> dict[str, Any]:
-    """`name=value` pairs, whose values are JSON or else strings, and JSON objects, as one dictionary."""
-    settings = {}
-    for item in items:
-        if item.lstrip().startswith("{"):
-            try:
-                settings |= json.loads(item)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`scheduler_config`: {item} is not a JSON object: {error}.") from error
-            continue
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ValueError(f"`scheduler_config` must be name=value pairs or a JSON object, not {item!r}.")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return settings
-
-
-def find_scheduler(name: str) -> type[SchedulerMixin]:
-    scheduler_class = getattr(diffusers, name, None)
-    if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
-        return scheduler_class
-    names = ["AnnealedLangevinScheduler", *AnnealedLangevinScheduler._compatibles]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(f"`scheduler`={name!r} is no scheduler of diffusers; {', '.join(names)} fit.{hint}")
-
-
-def check_settings(scheduler_class: type[SchedulerMixin], settings: dict[str, Any]) -> None:
-    """`from_config` would drop an unknown setting without a word."""
-    known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ValueError(
-            f"`scheduler_config`: {scheduler_class.__name__} has no setting {', '.join(unknown)}, but "
-            f"{', '.join(sorted(known))}."
-        )
-
-
-def load_pipeline(config: SampleConfig) -> NCSNPipeline:
-    try:
-        pipe = NCSNPipeline.from_pretrained(config.pipeline)
-    except OSError as error:
-        raise ValueError(
-            f"`pipeline`={config.pipeline!r} cannot be loaded, as a folder or from the Hub: {error}"
-        ) from error
-    scheduler_class = config.scheduler_class or type(pipe.scheduler)
-    check_settings(scheduler_class, config.settings)
-    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **config.settings)
-    return pipe
-
-
 def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str, Any]:
     """The arguments that make the pipeline put what the animation shows into `frames`, a batch for each step."""
     if config.animation is None:
@@ -210,7 +152,7 @@ def main(config: SampleConfig) -> None:
     # A process that has drawn its share waits for the slowest, however long that takes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(config).to(accelerator.device)
+    pipe = load_pipeline(config.pipeline, config.scheduler_class, config.settings).to(accelerator.device)
     pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
 
     # The batches are the same whatever the number of processes, and so are the network's roundings.

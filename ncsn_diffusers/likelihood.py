@@ -1,0 +1,225 @@
+"""
+The score network judged by itself: its loss at each noise level, its distance from a known score, and the likelihood
+that it gives to pictures.
+
+**Likelihood.** Along the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, equation 13), here with the noise
+level itself as time, the noisy data keep their distribution at every sigma:
+
+    dx/dsigma = -sigma score(x, sigma) = (x - D(x, sigma))/sigma,
+
+D being the denoised estimate. In u = log sigma and y = x/c, c = √(1 + sigma²), what the network sees, this reads
+
+    dy/du = (x/(1 + sigma²) - D)/c,                                                                              (1)
+
+whose right side vanishes as sigma grows, so that a few dozen steps of equal length in u are exact to four digits. The
+logarithm of the density changes by the divergence (their equation 39), and at sigma_max that of y is N(0, I), which is
+where the samplers start from. With d the number of dimensions,
+
+    log p(x) = log N(y_max; 0, I) - d log c_min + ∫ (d/(1 + sigma²) - tr ∂D/∂x) du,   u from log sigma_min up.   (2)
+
+The trace is estimated by vᵀ (∂D/∂x) v with random signs v (Hutchinson), one backward pass each.
+
+p is the density of the data with noise of sigma_min. For 8-bit pictures see [`bits_per_dim`].
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .data import to_model_range
+from .score_matching import score_matching_loss
+
+
+def denoise(model, scheduler, x: torch.Tensor, sigma: float, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The denoised estimate D(x, sigma) of a network, whatever its prediction type and conditioning.
+
+    Args:
+        model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
+        scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
+        x (`torch.Tensor` of shape `(n, ...)`): in units of the data.
+        sigma (`float`): the noise level, in units of the data.
+        class_labels (`torch.Tensor` of shape `(n,)`, *optional*): for a network that takes them.
+
+    Returns:
+        `torch.Tensor` of shape `(n, ...)`: D, in units of the data, float32.
+    """
+    timestep = scheduler.sigma_to_t(torch.full((len(x),), sigma, dtype=torch.float32, device=x.device))
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    output = model(scheduler.scale_model_input(x, timestep), timestep, **labels, return_dict=False)[0]
+    return scheduler.convert_model_output(output.float(), timestep, x)
+
+
+@torch.no_grad()
+def loss_per_level(
+    model,
+    scheduler,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: Sequence[float],
+    class_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The denoising score matching loss ½ ‖sigma score(x, sigma) + z‖²/d of each picture at each noise level: see
+    [`score_matching_loss`]. Much of it no network can avoid; of two networks the one with the lower loss has the better
+    score.
+
+    Args:
+        model, scheduler, class_labels: see [`denoise`].
+        images (`torch.Tensor` of shape `(n, ...)`): x0, in units of the data.
+        noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal, the same at every level.
+        sigmas (`Sequence[float]` of length L): noise levels within the ladder, in units of the data.
+
+    Returns:
+        `torch.Tensor` of shape `(L, n)`.
+
+    Raises:
+        ValueError: a noise level is outside the ladder.
+    """
+    low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+    if not all(low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5) for sigma in sigmas):
+        raise ValueError(f"`sigmas` must lie in the ladder, from {low:g} to {high:g}, not {list(sigmas)}.")
+    losses = []
+    for sigma in sigmas:
+        timesteps = scheduler.sigma_to_t(torch.full((len(images),), sigma, dtype=torch.float32, device=images.device))
+        losses.append(score_matching_loss(model, scheduler, images, noise, timesteps, class_labels))
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def score_error(
+    model,
+    scheduler,
+    denoised: Callable[[torch.Tensor, float], torch.Tensor],
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: Sequence[float],
+) -> torch.Tensor:
+    """
+    The squared error of the score, sigma² ‖score(x, sigma) - score*(x, sigma)‖²/d, on data whose score is known: the
+    network's loss exceeds the least possible one by half of its mean (Vincent 2011).
+
+    Args:
+        model, scheduler: see [`denoise`].
+        denoised (`Callable`): from x of shape `(n, ...)` and sigma, in units of the data, to E[x0 | x].
+        images (`torch.Tensor` of shape `(n, ...)`): x0, in units of the data.
+        noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal: x = x0 + sigma z.
+        sigmas (`Sequence[float]` of length L): noise levels, in units of the data.
+
+    Returns:
+        `torch.Tensor` of shape `(L, n)`: 1 for a network that returns the score 0, where the noise is all there is.
+    """
+    errors = []
+    for sigma in sigmas:
+        x = images + sigma * noise
+        # score = (D - x)/sigma²
+        error = (denoise(model, scheduler, x, sigma) - denoised(x, sigma)) / sigma
+        errors.append(error.square().flatten(1).mean(1))
+    return torch.stack(errors)
+
+
+def log_likelihood(
+    model,
+    scheduler,
+    x: torch.Tensor,
+    probes: torch.Tensor,
+    num_steps: int = 25,
+    class_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    log p(x), equation (2), by the classical Runge-Kutta method: 4 `num_steps` evaluations, and a backward pass of each
+    for every probe.
+
+    Args:
+        model, scheduler, class_labels: see [`denoise`].
+        x (`torch.Tensor` of shape `(n, ...)`): in units of the data, on the network's device.
+        probes (`torch.Tensor` of shape `(k, n, ...)`):
+            The vectors v, whose estimates of the trace are averaged: independent random signs; or, for the exact trace
+            in d dimensions, the k = d unit vectors times √d.
+        num_steps (`int`, defaults to 25): steps from sigma_min to sigma_max, equal in log sigma.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: log p in nats, in units of the data, float64, on the CPU.
+
+    Raises:
+        ValueError: the probes have another shape, or there are fewer than 1 step.
+    """
+    if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape or not len(probes):
+        raise ValueError(f"`probes` must be of shape (k, *{tuple(x.shape)}), not {tuple(probes.shape)}.")
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1, not {num_steps}.")
+    d = x[0].numel()
+
+    def slope(y, u):
+        """dy/du and du/dlog p at y, log sigma = u."""
+        sigma = math.exp(u)
+        c = math.sqrt(1 + sigma**2)
+        with torch.enable_grad():
+            x = (c * y).requires_grad_()
+            denoised = denoise(model, scheduler, x, sigma, class_labels)
+        trace = 0
+        for k, probe in enumerate(probes):
+            (product,) = torch.autograd.grad(denoised, x, probe, retain_graph=k < len(probes) - 1)
+            trace = trace + (product * probe).flatten(1).sum(1).double().cpu()
+        dy = (x / c**2 - denoised).detach() / c  # (1)
+        return dy, d / c**2 - trace / len(probes)
+
+    low, high = (math.log(scheduler.config[name]) for name in ("sigma_min", "sigma_max"))
+    h = (high - low) / num_steps
+    c_min = math.sqrt(1 + scheduler.config.sigma_min**2)
+    y, integral = x.float() / c_min, torch.zeros(len(x), dtype=torch.float64)
+    for step in range(num_steps):
+        u = low + step * h
+        dy1, dl1 = slope(y, u)
+        dy2, dl2 = slope(y + h / 2 * dy1, u + h / 2)
+        dy3, dl3 = slope(y + h / 2 * dy2, u + h / 2)
+        dy4, dl4 = slope(y + h * dy3, u + h)
+        y = y + h / 6 * (dy1 + 2 * dy2 + 2 * dy3 + dy4)
+        integral += h / 6 * (dl1 + 2 * dl2 + 2 * dl3 + dl4)
+    log_prior = -0.5 * (y.double().square().flatten(1).sum(1).cpu() + d * math.log(2 * math.pi))
+    return log_prior - d * math.log(c_min) + integral  # (2)
+
+
+def bits_per_dim(
+    model,
+    scheduler,
+    images: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    num_steps: int = 25,
+    num_probes: int = 1,
+    class_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Bits that the model needs for each 8-bit value of a picture, on average an upper bound.
+
+    The density p of [`log_likelihood`] gives the picture k the probability ∫ p(x) dx over the cube of side 1/127.5
+    about it, in units of the data, which by Jensen's inequality is at least exp E[log p(k + n)] / 127.5^d, n uniform in
+    that cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each picture.
+
+    Args:
+        model, scheduler, class_labels: see [`denoise`].
+        images (`torch.Tensor` of shape `(n, channels, height, width)`): uint8.
+        generators (`Sequence[torch.Generator]` of length n):
+            One for each picture, on the CPU: its figure does not depend on the others.
+        num_steps (`int`, defaults to 25): see [`log_likelihood`].
+        num_probes (`int`, defaults to 1): vectors that the trace is estimated with.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: bits per dimension, float64, on the CPU.
+
+    Raises:
+        ValueError: the pictures are not uint8, or there is not one generator for each.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"`images` must be uint8, not {images.dtype}: the bits are those of 8-bit pictures.")
+    if len(generators) != len(images):
+        raise ValueError(f"`generators` must be one for each of the {len(images)} pictures, not {len(generators)}.")
+    if num_probes < 1:
+        raise ValueError(f"`num_probes` must be at least 1, not {num_probes}.")
+    shape = images.shape[1:]
+    offsets = torch.stack([torch.rand(shape, generator=g) for g in generators]) - 0.5
+    signs = torch.stack([torch.randint(2, (num_probes, *shape), generator=g) * 2.0 - 1 for g in generators], dim=1)
+    x = to_model_range(images) + offsets.to(images.device) / 127.5
+    log_p = log_likelihood(model, scheduler, x, signs.to(images.device), num_steps, class_labels)
+    return -log_p / (x[0].numel() * math.log(2)) + math.log2(127.5)

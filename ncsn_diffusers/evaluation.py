@@ -3,7 +3,7 @@ How far generated pictures are from real ones: statistics of features, and the f
 
 Everything here compares two sets of features, arrays of shape (number of pictures, d). Where they come from is open: an
 extractor is any callable from uint8 pictures `(n, channels, height, width)` to features `(n, d)`, be it
-`load_digit_classifier().features`, or an Inception network for figures that compare with the literature.
+`load_digit_classifier().features`, or `InceptionFeatures()` for figures that compare with the literature.
 [`extract_features`] runs one over a whole set, and quantises to 8 bits first, real and generated pictures alike:
 a distance must not see which of the two was once stored in a file.
 
@@ -153,6 +153,46 @@ def _conv_block(in_channels, out_channels, kernel_size=3, stride=1):
     )
 
 
+class InceptionFeatures:
+    """
+    The 2,048 features of the Inception network of the FID (Heusel et al. 2017, arXiv:1706.08500), as torch-fidelity has
+    it: pictures of any size are resized to 299×299, and gray ones are given three equal channels.
+
+    Args:
+        device (`torch.device`, *optional*): where the network runs; the CPU when not given.
+
+    Raises:
+        ImportError: torch-fidelity is not installed.
+        OSError: the network's weights (91 MB) are not at hand, and could not be downloaded.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        library = _torch_fidelity("feature_extractor_inceptionv3")
+        try:
+            network = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        except OSError as error:
+            raise OSError(
+                f"The weights of Inception could not be downloaded ({error}). Put the file {library.URL_INCEPTION_V3} "
+                f"into {torch.hub.get_dir()}/checkpoints."
+            ) from error
+        self.network, self.device = network.to(device), device
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(n, 1 or 3, height, width)`): uint8.
+
+        Returns:
+            `torch.Tensor` of shape `(n, 2048)`.
+
+        Raises:
+            ValueError: the pictures have another number of channels.
+        """
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"`images` must have 1 or 3 channels, not {images.shape[1]}.")
+        return self.network(images.expand(-1, 3, -1, -1).to(self.device))[0]
+
+
 def load_digit_classifier(path: str | Path = DIGIT_CLASSIFIER) -> DigitClassifier:
     """
     The trained classifier, in float32 on the CPU, ready for evaluation.
@@ -291,6 +331,52 @@ def class_entropy(labels: torch.Tensor) -> float:
         raise ValueError("`labels` has logits that are not finite.")
     counts = (labels.argmax(1) if is_logits else labels).unique(return_counts=True)[1]
     return torch.special.entr(counts.double() / len(labels)).sum().item()
+
+
+def class_shares(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """
+    The share of each class in a set.
+
+    Args:
+        labels (`torch.Tensor` of shape `(n,)`): integer classes from 0.
+        num_classes (`int`): their number.
+
+    Returns:
+        `torch.Tensor` of shape `(num_classes,)`: float64, with the sum 1.
+
+    Raises:
+        ValueError: there are no labels, or some are below 0 or not below `num_classes`.
+    """
+    if labels.ndim != 1 or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"`labels` must be from 0 to {num_classes - 1}, of shape (n,), not {labels}.")
+    return labels.bincount(minlength=num_classes).double() / len(labels)
+
+
+def nearest_neighbours(
+    features: torch.Tensor, among: torch.Tensor, k: int = 1, batch_size: int = 1000
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The nearest of a set to each picture, by the distance of their features: a network that has learnt its training
+    pictures by heart draws pictures that are nearer to them than unseen real ones are.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, d)`): features of the pictures.
+        among (`torch.Tensor` of shape `(m, d)`): features of the set, m >= k.
+        k (`int`, defaults to 1): how many neighbours.
+        batch_size (`int`, defaults to 1000): how many pictures are compared with the set at a time.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: distances and indices into the set, each of shape `(n, k)`, nearest first.
+
+    Raises:
+        ValueError: the features are not two such arrays, are not finite, or are too few for `k`.
+    """
+    features, among = _check_features(features=features, among=among)
+    if not 1 <= k <= len(among):
+        raise ValueError(f"`k`={k} must be at least 1 and at most the number of pictures in `among`, {len(among)}.")
+    batches = tqdm(features.split(batch_size), desc="Neighbours", unit="batch", leave=False)
+    found = [torch.cdist(batch, among).topk(k, largest=False) for batch in batches]
+    return torch.cat([distances for distances, _ in found]), torch.cat([indices for _, indices in found])
 
 
 def _check_features(**named: torch.Tensor) -> list[torch.Tensor]:

@@ -5,19 +5,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 from datasets import load_dataset
+from torch_fidelity import feature_extractor_inceptionv3
 
 from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images, to_model_range
 from ncsn_diffusers.evaluation import (
     DIGIT_CLASSIFIER,
+    InceptionFeatures,
     class_entropy,
+    class_shares,
     extract_features,
     frechet_distance,
     kernel_distance,
     load_digit_classifier,
+    nearest_neighbours,
     precision_recall,
     to_uint8,
 )
@@ -126,6 +131,23 @@ def test_class_entropy():
     assert class_entropy(logits) == class_entropy(torch.tensor([0, 0, 0, 4]))
 
 
+def test_class_shares():
+    assert class_shares(torch.tensor([0, 2, 2, 2]), 4).tolist() == [0.25, 0, 0.75, 0]
+
+
+# --- Neighbours ---
+
+
+def test_nearest_neighbours_against_their_definition():
+    features, among = normal(25, 3), normal(40, 3, seed=1)
+    among[7] = features[3]
+    distances, indices = nearest_neighbours(features, among, k=2, batch_size=10)
+    expected = (features[:, None] - among).norm(dim=2).sort(dim=1)
+    assert torch.equal(indices, expected.indices[:, :2])
+    torch.testing.assert_close(distances, expected.values[:, :2], rtol=0, atol=1e-6)
+    assert indices[3, 0] == 7
+
+
 # --- Wrong inputs ---
 
 
@@ -140,6 +162,8 @@ def test_class_entropy():
         (frechet_distance, torch.zeros(20), torch.zeros(20, 8), r"`features_a` must be of shape .*, not \(20,\)"),
         (precision_recall, torch.zeros(20, 8), torch.zeros(0, 8), r"`fake` must be of shape .*, not \(0, 8\)"),
         (frechet_distance, torch.zeros(20, 8), torch.full((20, 8), math.nan), "`features_b` .* not finite"),
+        (nearest_neighbours, torch.zeros(20, 8), torch.zeros(20, 9), "`features` has 8 features and `among` 9"),
+        (nearest_neighbours, torch.zeros(20, 8), torch.zeros(0, 8), r"`among` must be of shape .*, not \(0, 8\)"),
         (kernel_distance, torch.zeros(19, 8), torch.zeros(30, 8), "`num_blocks`=10 blocks of 19 and 30 pictures"),
         (precision_recall, torch.zeros(3, 8), torch.zeros(30, 8), "`k`=3 must be at least 1 and below .* 3 and 30"),
     ],
@@ -161,6 +185,14 @@ def test_wrong_features(function, a, b, message):
 def test_wrong_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         class_entropy(labels)
+
+
+def test_wrong_class_shares():
+    for labels in (torch.tensor([0, 3]), torch.tensor([-1]), torch.zeros(0, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"`labels` must be from 0 to 2, of shape \(n,\)"):
+            class_shares(labels, 3)
+    with pytest.raises(ValueError, match="`k`=5 must be at least 1 and at most the number of pictures in `among`, 4"):
+        nearest_neighbours(torch.zeros(20, 8), torch.zeros(4, 8), k=5)
 
 
 def test_wrong_pictures():
@@ -245,6 +277,30 @@ def test_distances_of_digits(classifier, digits):
     without_ones = features[2000:][labels[2000:] != 1]
     assert frechet_distance(halves[0], without_ones) > 3 * floor
     assert precision_recall(halves[0], without_ones)[1] < recall - 0.05
+
+
+def test_inception_without_its_weights(monkeypatch, tmp_path):
+    def refuse(*arguments, **named):
+        raise URLError("no network")
+
+    monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(OSError, match=rf"no network.* Put the file https://.*\.pth into {tmp_path}/checkpoints"):
+        InceptionFeatures()
+
+
+def test_inception_is_given_three_channels(monkeypatch):
+    class Network(torch.nn.Module):
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            return (images.float().mean((2, 3)),)
+
+    monkeypatch.setattr(feature_extractor_inceptionv3, "FeatureExtractorInceptionV3", lambda *arguments: Network())
+    extractor, gray = InceptionFeatures(), torch.arange(8, dtype=torch.uint8).reshape(2, 1, 2, 2)
+    assert extract_features(gray, extractor).tolist() == [[1.5] * 3, [5.5] * 3]
+    assert extract_features(gray.expand(2, 3, 2, 2), extractor).tolist() == [[1.5] * 3, [5.5] * 3]
+    with pytest.raises(ValueError, match="`images` must have 1 or 3 channels, not 4"):
+        extractor(gray.expand(2, 4, 2, 2))
 
 
 # --- The script ---

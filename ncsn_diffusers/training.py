@@ -577,9 +577,10 @@ class Trainer:
     def _log(self) -> float:
         """Write the last steps' figures to log.jsonl and the trackers; the mean loss of the last 20 steps."""
         accelerator = self.accelerator
-        recent = self.losses[max(0, self.step - _LOGGING_STEPS) : self.step]
-        sums = accelerator.reduce(torch.cat([self.level_losses.flatten(), recent]), "sum").cpu()
-        recent = sums[2 * _LEVEL_BINS :] / accelerator.num_processes
+        window = slice(max(0, self.step - _LOGGING_STEPS), self.step)
+        sums = accelerator.reduce(torch.cat([self.level_losses.flatten(), self.losses[window]]), "sum")
+        self.losses[window] = sums[2 * _LEVEL_BINS :] / accelerator.num_processes
+        sums, recent = sums.cpu(), self.losses[window].cpu()
         losses, counts = sums[: 2 * _LEVEL_BINS].reshape(2, _LEVEL_BINS)
         self.level_losses.zero_()
         edges = np.exp(np.linspace(*self.log_range, _LEVEL_BINS + 1))

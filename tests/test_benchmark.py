@@ -93,3 +93,13 @@ def test_convergence(tmp_path, benchmark, capsys):
     assert errors[2] < 3  # 50 evaluations
     assert errors[3] < 1  # 250
     assert Image.open(tmp_path / "convergence.png").width > 100
+
+
+def test_training(benchmark, capsys):
+    benchmark.training(train_batch_size=4, block_out_channels=(8, 8), num_steps=2, rounds=1)
+    output = capsys.readouterr().out
+    for loop in ("training step", "a constant batch", "plain loop"):
+        assert f"{loop:20} " in output
+    assert output.count("images a second") == 3
+    assert "throughput over plain loop" in output
+    assert "throughput over a constant batch" in output

@@ -10,6 +10,7 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -145,6 +146,9 @@ def test_same_seed_same_weights(small):
         {"gradient_accumulation_steps": 2},
         {"max_grad_norm": 1e-3},
         {"loss_weighting": "edm"},
+        {"layers_per_block": 2},
+        {"num_train_timesteps": 50},
+        {"sigma_max": 10.0},
         {"class_conditional": True},
         {"channels": 3},
         {"train_split": "train[:50%]"},
@@ -475,6 +479,25 @@ def test_classes(small, tmp_path):
     images = pipe(batch_size=64, num_inference_steps=20, generator=generator, output_type="pt").images
     side = images[..., 4:].mean((1, 2, 3)) - images[..., :4].mean((1, 2, 3))
     assert 16 < (side > 0).sum() < 48  # without a label both, as a fair coin: its deviation is 4
+
+
+def test_columns_by_name(small, tmp_path):
+    columns = {
+        "gray": [Image.new("L", (8, 8))] * 20,
+        "colour": [Image.new("RGB", (8, 8))] * 20,
+        "kind": [0, 1] * 10,
+        "size": [0, 1, 2, 0] * 5,
+    }
+    features = {"gray": datasets.Image(), "colour": datasets.Image(), "kind": datasets.ClassLabel(num_classes=2)}
+    features = datasets.Features(features | {"size": datasets.Value("int64")})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    arguments = {"dataset_name": str(tmp_path / "data"), "train_data_dir": None, "class_conditional": True}
+    unet = train(small(**arguments)).unet
+    assert (unet.config.in_channels, unet.config.num_class_embeds) == (1, 3)
+    arguments |= {"image_column": "colour", "label_column": "size", "overwrite_output_dir": True}
+    unet = train(small(**arguments)).unet
+    assert (unet.config.in_channels, unet.config.num_class_embeds) == (3, 4)
 
 
 def test_labels_are_dropped_as_often_as_asked_for(small, monkeypatch):

@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .data import to_model_range
 from .score_matching import score_matching_loss
 
 
@@ -189,13 +188,14 @@ def bits_per_dim(
     num_steps: int = 25,
     num_probes: int = 1,
     class_labels: torch.Tensor | None = None,
+    data_min: float = -1.0,
 ) -> torch.Tensor:
     """
     Bits that the model needs for each 8-bit value of a picture, on average an upper bound.
 
-    The density p of [`log_likelihood`] gives the picture k the probability ∫ p(x) dx over the cube of side 1/127.5
-    about it, in units of the data, which by Jensen's inequality is at least exp E[log p(k + n)] / 127.5^d, n uniform in
-    that cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each picture.
+    The density p of [`log_likelihood`] gives a picture x the probability ∫ p over the cube about it, of side w, the
+    difference of two values in units of the data. By Jensen's inequality that is at least w^d exp E[log p(x + n)], n
+    uniform in the cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each picture.
 
     Args:
         model, scheduler, class_labels: see [`denoise`].
@@ -204,6 +204,7 @@ def bits_per_dim(
             One for each picture, on the CPU: its figure does not depend on the others.
         num_steps (`int`, defaults to 25): see [`log_likelihood`].
         num_probes (`int`, defaults to 1): vectors that the trace is estimated with.
+        data_min (`float`, defaults to -1.0): black in units of the data; white is 1.
 
     Returns:
         `torch.Tensor` of shape `(n,)`: bits per dimension, float64, on the CPU.
@@ -220,6 +221,7 @@ def bits_per_dim(
     shape = images.shape[1:]
     offsets = torch.stack([torch.rand(shape, generator=g) for g in generators]) - 0.5
     signs = torch.stack([torch.randint(2, (num_probes, *shape), generator=g) * 2.0 - 1 for g in generators], dim=1)
-    x = to_model_range(images) + offsets.to(images.device) / 127.5
+    width = (1 - data_min) / 255
+    x = data_min + width * (images + offsets.to(images.device))
     log_p = log_likelihood(model, scheduler, x, signs.to(images.device), num_steps, class_labels)
-    return -log_p / (x[0].numel() * math.log(2)) + math.log2(127.5)
+    return -log_p / (x[0].numel() * math.log(2)) - math.log2(width)

@@ -8,7 +8,6 @@ from analytic import MIXTURE, AnalyticUNet, Gaussian, GaussianUNet, train_sigmas
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from ncsn_diffusers import AnnealedLangevinScheduler
-from ncsn_diffusers.data import to_model_range
 from ncsn_diffusers.likelihood import bits_per_dim, denoise, log_likelihood, loss_per_level, score_error
 from ncsn_diffusers.scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES
 
@@ -118,24 +117,26 @@ def test_hutchinsons_estimate_is_unbiased():
     torch.testing.assert_close(four, estimates.reshape(4, 100).mean(0), rtol=0, atol=1e-4)
 
 
-def test_bits_per_dim_of_pictures_whose_probability_is_known():
-    # the values of a Gaussian, in cells of 1/127.5, have probabilities from its distribution function
+@pytest.mark.parametrize("data_min", [-1.0, 0.0])
+def test_bits_per_dim_of_pictures_whose_probability_is_known(data_min):
+    # the values of a Gaussian, in cells of one 8-bit value, have probabilities from its distribution function
+    width = (1 - data_min) / 255
     scheduler = AnnealedLangevinScheduler()
     gaussian = Gaussian(torch.full((8,), 0.1), 0.3**2 * torch.eye(8))
     model = GaussianUNet(gaussian, 2, 4, train_sigmas(scheduler).tolist())
     values = 0.1 + 0.3 * torch.randn(50, 1, 2, 4, generator=generator())
-    images = ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    images = ((values - data_min) / width).round().clamp(0, 255).to(torch.uint8)
     normal = Normal(0.1, math.sqrt(0.3**2 + scheduler.config.sigma_min**2))
-    centres = to_model_range(images).double()
-    probabilities = normal.cdf(centres + 0.5 / 127.5) - normal.cdf(centres - 0.5 / 127.5)
+    centres = data_min + width * images.double()
+    probabilities = normal.cdf(centres + width / 2) - normal.cdf(centres - width / 2)
     exact = -probabilities.log2().flatten(1).mean(1)
 
-    bits = bits_per_dim(model, scheduler, images, [generator(i) for i in range(50)])
-    # Within a cell log p varies by the offset: 0.0078/√12/0.3 times a standard normal, 0.004 bits a picture
+    bits = bits_per_dim(model, scheduler, images, [generator(i) for i in range(50)], data_min=data_min)
+    # within a cell log p varies with the offset, by 0.004 bits
     torch.testing.assert_close(bits, exact, rtol=0, atol=0.02)
     assert bits.mean() == pytest.approx(exact.mean().item(), abs=2e-3)
     # a picture's figure is its own
-    alone = bits_per_dim(model, scheduler, images[7:8], [generator(7)])
+    alone = bits_per_dim(model, scheduler, images[7:8], [generator(7)], data_min=data_min)
     torch.testing.assert_close(alone, bits[7:8], rtol=0, atol=1e-6)
 
 

@@ -1,0 +1,724 @@
+"""
+How good a pipeline's pictures are: `python scripts/evaluate.py PIPELINE`, or with `accelerate launch` on several
+devices.
+
+Whatever takes long (samples, features, likelihoods) is computed in batches that the processes share, and each batch is
+kept in the output folder: a run that was cut short goes on where it ended, and a second one with more pictures, or with
+other figures, draws only what is missing. The batches are the same whatever the number of processes, and so is every
+figure.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files, also where there is no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator, InitProcessGroupKwargs
+from datasets import ClassLabel
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.data import ImageReader, encode_labels, find_columns, load_training_data, open_images
+from ncsn_diffusers.evaluation import (
+    InceptionFeatures,
+    class_entropy,
+    class_shares,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    load_digit_classifier,
+    nearest_neighbours,
+    precision_recall,
+    to_uint8,
+)
+from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
+from ncsn_diffusers.loading import check_settings, find_scheduler, load_pipeline, parse_settings
+
+_FEATURE_BATCH = 100  # pictures
+_NUM_BLOCKS = 10  # of the kernel distance
+_NUM_LEVELS = 12  # of the loss
+_NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the pictures of the report
+
+
+@dataclass
+class EvaluateConfig:
+    """
+    Judge a trained pipeline by its pictures, and its network by real ones.
+
+    Writes metrics.json and report.md, and keeps the samples and their features, so that a run which was cut short goes
+    on where it ended. With no data set named, the pictures are compared with the embedded digits.
+    """
+
+    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
+    """Folder of the pipeline, or its id on the Hub."""
+
+    output_dir: str = "evaluation"
+    """Folder for the report, the figures and what is kept to go on; all processes must see it."""
+
+    overwrite_output_dir: bool = False
+    """Draw anew where `output_dir` holds samples that were drawn with other settings."""
+
+    dataset_name: str | None = None
+    """Name of a data set on the Hub, or a folder that `datasets.load_dataset` reads."""
+
+    dataset_config_name: str | None = None
+    """Configuration of that data set."""
+
+    train_data_dir: str | None = None
+    """Folder of pictures, of parquet files or of WebDataset archives."""
+
+    reference_split: str = "train"
+    """Split, or slice of one, that the samples are compared with: the training pictures."""
+
+    held_out_split: str | None = None
+    """Split whose distance from the reference is the floor; by default `num_images` of the reference, at most half."""
+
+    max_reference_images: int | None = None
+    """Compare with so many pictures of the reference, drawn at random; all by default."""
+
+    image_column: str | None = None
+    """Column of pictures; the first one by default."""
+
+    label_column: str | None = None
+    """Column of labels; the first column of class labels by default."""
+
+    resolution: int | None = None
+    """Side of the square that real pictures are resized and cropped to; their own size by default."""
+
+    channels: int | None = None
+    """1 (gray), 3 (colour) or 4 (colour and transparency); gray where all pictures are, and colour, by default."""
+
+    features: Literal["digits", "inception"] = "digits"
+    """What the pictures are compared by: a classifier of 28×28 digits, or the Inception network of the FID."""
+
+    num_images: int = 5000
+    """Number of samples."""
+
+    batch_size: int = 100
+    """Samples that are drawn at a time on each device."""
+
+    num_inference_steps: int = 50
+    """Number of noise levels."""
+
+    num_langevin_steps: int | None = None
+    """Langevin steps a level, for AnnealedLangevinScheduler; the pipeline's own by default."""
+
+    scheduler: str | None = None
+    """Class of the scheduler, such as DDIMScheduler; the pipeline's own by default."""
+
+    scheduler_config: tuple[str, ...] = ()
+    """Settings of the scheduler: `name=value` pairs, or a JSON object."""
+
+    class_labels: tuple[int, ...] | None = None
+    """Classes of a class-conditional pipeline, which the samples take in turn."""
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance towards the classes; 1 is none."""
+
+    seed: int = 0
+    """Seed of the first sample; the others' follow."""
+
+    loss_images: int = 500
+    """Held-out pictures that the network's loss at each noise level is averaged over; 0 for none."""
+
+    bits_per_dim: int = 0
+    """Held-out pictures whose likelihood is estimated, each at 4 evaluations and backward passes a step; 0 for none."""
+
+    likelihood_steps: int = 25
+    """Steps of the likelihood's integral."""
+
+    update_model_card: bool = False
+    """Put the figures into the metadata of the README.md in the pipeline's folder."""
+
+    def __post_init__(self):
+        for name, least in (
+            ("num_images", 1),
+            ("batch_size", 1),
+            ("max_reference_images", 1),
+            ("resolution", 1),
+            ("loss_images", 0),
+            ("bits_per_dim", 0),
+            ("likelihood_steps", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, not {value}.")
+        if self.channels not in (None, 1, 3, 4):
+            raise ValueError(f"`channels` must be 1, 3 or 4, not {self.channels}.")
+        if self.class_labels == ():
+            raise ValueError("`class_labels` needs at least one class.")
+        self.settings = parse_settings(self.scheduler_config)
+        self.scheduler_class = None if self.scheduler is None else find_scheduler(self.scheduler)
+        if self.scheduler_class is not None:
+            check_settings(self.scheduler_class, self.settings)
+        if self.update_model_card and not (Path(self.pipeline) / "README.md").is_file():
+            raise ValueError(f"`update_model_card` needs a model card, {Path(self.pipeline) / 'README.md'}.")
+
+
+# What is computed in batches, and kept
+
+
+class KeptBatches:
+    """
+    Tensors that are computed in batches, shared out among the processes, each batch kept as a file.
+
+    A file is written aside and renamed when it is whole. Beside them stands what they depend on: where that has
+    changed, they are computed anew, or refused.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path):
+        self.accelerator, self.folder = accelerator, folder
+
+    def compute(
+        self,
+        name: str,
+        depends_on: dict[str, Any],
+        num: int,
+        batch_size: int,
+        function: Callable[[range], dict[str, torch.Tensor]],
+        may_replace: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The tensors of `function(range)`, one row for each number in the range, for all ranges of `range(num)`.
+
+        Raises:
+            ValueError: what they depend on has changed, and `may_replace` is `False`.
+        """
+        accelerator, folder = self.accelerator, self.folder / name
+        settings = folder / "settings.json"
+        depends_on = json.loads(json.dumps(depends_on))
+        before = json.loads(settings.read_text()) if settings.exists() else None
+        if before not in (None, depends_on) and not may_replace:
+            changed = [key for key in depends_on if before.get(key) != depends_on[key]]
+            raise ValueError(
+                f"`output_dir`={str(self.folder)!r} holds {name} that were made with another "
+                f"{', '.join(f'`{key}`' for key in changed)}: name another folder, or replace them with "
+                "--overwrite_output_dir."
+            )
+        batches = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
+        accelerator.wait_for_everyone()  # all have looked before the first one writes
+        if accelerator.is_main_process and before != depends_on:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            aside = settings.with_suffix(".incomplete")
+            aside.write_text(json.dumps(depends_on, indent=2) + "\n")
+            os.replace(aside, settings)
+        accelerator.wait_for_everyone()
+        missing = [batch for batch in batches if not _is_whole(self._path(folder, batch))]
+        accelerator.wait_for_everyone()
+
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        with tqdm(
+            total=sum(map(len, mine)), desc=name, unit="image", disable=not (mine and accelerator.is_main_process)
+        ) as bar:
+            for batch in mine:
+                path = self._path(folder, batch)
+                aside = path.with_suffix(".incomplete")
+                save_file({key: tensor.contiguous() for key, tensor in function(batch).items()}, aside)
+                os.replace(aside, path)
+                bar.update(len(batch))
+        accelerator.wait_for_everyone()
+        parts = [load_file(self._path(folder, batch)) for batch in batches]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    @staticmethod
+    def _path(folder: Path, batch: range) -> Path:
+        return folder / f"{batch.start:08d}-{batch.stop:08d}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """By which one knows weights, or pictures, again."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# Pictures and features
+
+
+@dataclass
+class RealPictures:
+    """uint8 pictures `(n, channels, height, width)` in random order; the reference's classes `(n,)` where known."""
+
+    reference: torch.Tensor
+    held_out: torch.Tensor
+    labels: torch.Tensor | None
+    class_names: list[str]
+
+
+def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: tuple[int, int, int]) -> RealPictures:
+    """
+    The reference, and the held-out pictures.
+
+    Raises:
+        ValueError: they are not of the shape that the network draws, or there are too few.
+    """
+
+    def load(split: str, num: int | None, seed: int):
+        with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
+            dataset = load_training_data(config.dataset_name, config.dataset_config_name, config.train_data_dir, split)
+        dataset, image_column, label_column = find_columns(dataset, config.image_column, config.label_column)
+        names = []
+        if config.label_column is None and not isinstance(dataset.features.get(label_column), ClassLabel):
+            label_column = None  # numbers under such a name may be anything
+        if label_column is not None:
+            with accelerator.main_process_first():
+                dataset, num_classes = encode_labels(dataset, label_column)
+            feature = dataset.features[label_column]
+            names = feature.names if isinstance(feature, ClassLabel) else [str(k) for k in range(num_classes)]
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num]
+        reader = ImageReader(image_column, label_column, config.resolution, config.channels)
+        found = open_images(dataset.select(order.tolist()), reader, accelerator.device, max_cache_gb=math.inf)
+        if found.shape != shape:
+            raise ValueError(
+                f"{split!r} has pictures of shape {found.shape}, and the network draws {shape} (channels, height, "
+                "width): `resolution` and `channels` make them agree."
+            )
+        return found.images.cpu(), found.labels.cpu() if names else None, names
+
+    images, labels, names = load(config.reference_split, config.max_reference_images, config.seed)
+    if config.held_out_split is not None:
+        # another order: in the same one, two splits sorted alike would be paired, and seem nearer than they are
+        held_out = load(config.held_out_split, config.num_images, config.seed + 1)[0]
+        return RealPictures(images, held_out, labels, names)
+    num = min(config.num_images, len(images) // 2)
+    return RealPictures(images[num:], images[:num], None if labels is None else labels[num:], names)
+
+
+@dataclass
+class Features:
+    """`describe` uint8 pictures: `"features"` of shape `(n, d)` and, by a classifier, `"labels"` of shape `(n,)`."""
+
+    name: str
+    describe: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+def load_features(name: str, accelerator: Accelerator) -> Features:
+    device = accelerator.device
+    if name == "inception":
+        with accelerator.main_process_first():  # one downloads the weights, the others read them
+            extractor = InceptionFeatures(device)
+        return Features(
+            "2,048 of the Inception network of the FID, by torch-fidelity",
+            lambda images: {"features": extract_features(images, extractor, _FEATURE_BATCH)},
+        )
+    classifier = load_digit_classifier().to(device)
+
+    def describe(images):
+        features = extract_features(images, lambda batch: classifier.features(batch.to(device)), _FEATURE_BATCH)
+        return {"features": features, "labels": classifier.head(features.float().to(device)).argmax(1).cpu()}
+
+    return Features("64 of the digit classifier of ncsn_diffusers", describe)
+
+
+def check_numbers(config: EvaluateConfig, real: RealPictures, features: Features) -> None:
+    """Refuse too few pictures before any is drawn."""
+    try:
+        dim = features.describe(real.reference[:1])["features"].shape[1]
+    except ValueError as error:
+        raise ValueError(f"`features`={config.features!r} do not fit the pictures: {error}") from error
+    least = max(dim + 1, 2 * _NUM_BLOCKS)
+    numbers = {
+        "`num_images`": config.num_images,
+        "`reference_split`": len(real.reference),
+        "`held_out_split`" if config.held_out_split else "the held-out part of `reference_split`": len(real.held_out),
+    }
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(
+                f"{name}: {number} pictures are too few for {dim} features, whose covariance needs at least {least}."
+            )
+
+
+def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str, torch.Tensor]:
+    """uint8 samples, and how often each went through the network."""
+    arguments = {}
+    if config.num_langevin_steps is not None:
+        arguments["num_langevin_steps"] = config.num_langevin_steps
+    if config.class_labels is not None:
+        arguments["class_labels"] = [config.class_labels[i % len(config.class_labels)] for i in indices]
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        images = pipe(
+            batch_size=len(indices),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(config.seed + i) for i in indices],
+            output_type="pt",
+            **arguments,
+        ).images
+    finally:
+        hook.remove()
+    return {"images": to_uint8(images).cpu(), "evaluations": torch.full((len(indices),), sum(rows) // len(indices))}
+
+
+# Figures
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean of `(n,)` and its standard error; that of one value is not known: infinite."""
+    values = values.double()
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return values.mean().item(), error
+
+
+def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
+    """The figures of pictures' features `(n, d)` beside those of the reference `(m, d)`."""
+    kernel, kernel_error = kernel_distance(reference, features, _NUM_BLOCKS)
+    precision, recall = precision_recall(reference[: len(features)], features[: len(reference)])
+    return {
+        "number": len(features),
+        "frechet_distance": frechet_distance(reference, features),
+        "kernel_distance": kernel,
+        "kernel_distance_standard_error": kernel_error,
+        "precision": precision,
+        "recall": recall,
+        "median_distance_to_nearest_reference": nearest_neighbours(features, reference)[0].median().item(),
+    }
+
+
+# The report
+
+
+def make_grid(rows: list[list[torch.Tensor]], margin: int = 2) -> Image.Image:
+    """uint8 pictures `(channels, height, width)` in rows, on white."""
+    channels, height, width = rows[0][0].shape
+    shape = (channels, len(rows) * (height + margin) + margin, max(map(len, rows)) * (width + margin) + margin)
+    grid = np.full(shape, 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = margin + i * (height + margin), margin + j * (width + margin)
+            grid[:, top : top + height, left : left + width] = picture.numpy()
+    if channels not in (1, 3, 4):
+        grid = grid[:1]
+    image = Image.fromarray(grid[0] if len(grid) == 1 else grid.transpose(1, 2, 0))
+    scale = max(1, round(64 / height))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    names, width = list(shares["samples"]), 0.8 / len(shares)
+    for k, (label, values) in enumerate(shares.items()):
+        places = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * width
+        axes.bar(places, list(values.values()), width, label=label.replace("_", "-"))
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share", xlabel="class")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    sigmas, losses, errors = ([level[key] for level in levels] for key in ("sigma", "loss", "standard_error"))
+    axes.errorbar(sigmas, losses, errors, marker="o", capsize=3)
+    axes.set(xscale="log", yscale="log", xlabel="sigma (pictures in [-1, 1])", ylabel="loss a dimension")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def make_report(metrics: dict[str, Any]) -> str:
+    """report.md, whose pictures lie beside it."""
+    samples, data = metrics["sampling"], metrics["data"]
+    figures = {"samples": metrics["samples"], "held-out real pictures": metrics["floor"]}
+    held_out = f"of `{data['held_out_split']}`" if data["held_out_split"] else "others of the same"
+    lines = [
+        f"# {metrics['pipeline']}",
+        "",
+        f"{samples['num_images']:,} samples, {samples['evaluations']:,} network evaluations each: "
+        f"{samples['scheduler']}, num_inference_steps={samples['num_inference_steps']}, seed {samples['seed']}.",
+        "",
+        f"Reference: {data['num_reference']:,} pictures of `{data['reference_split']}` of {data['name']}; held out: "
+        f"{data['num_held_out']:,} {held_out}. Features: {metrics['features']}.",
+        "",
+        "| compared with the reference | " + " | ".join(figures) + " |",
+        "| --- |" + " --- |" * len(figures),
+    ]
+    for key, title, form in (
+        ("number", "pictures", "{:,}"),
+        ("frechet_distance", "Fréchet distance", "{:.4g}"),
+        ("kernel_distance", "kernel distance ± standard error", "{:.4g}"),
+        ("precision", "precision", "{:.3f}"),
+        ("recall", "recall", "{:.3f}"),
+        ("class_entropy", "entropy of the classes (nats)", "{:.4f}"),
+        ("median_distance_to_nearest_reference", "distance to the nearest reference picture, median", "{:.4g}"),
+    ):
+        if key in metrics["samples"]:
+            cells = [form.format(column[key]) for column in figures.values()]
+            if key == "kernel_distance":
+                errors = [column["kernel_distance_standard_error"] for column in figures.values()]
+                cells = [f"{cell} ± {error:.2g}" for cell, error in zip(cells, errors, strict=True)]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "The right column is the floor: what real pictures that the reference does not hold come to. Each distance "
+        "depends on the features and on the number of pictures, and compares only with one of the same.",
+        "",
+        "![samples](samples.png)",
+        "",
+        "## Nearest training pictures",
+        "",
+        "Each row: a sample, then the training pictures whose features are nearest. Where samples are learnt by heart, "
+        "their distance to the nearest is well below that of held-out pictures.",
+        "",
+        "![samples and their neighbours](neighbours.png)",
+    ]
+    if "class_shares" in metrics:
+        lines += ["", "## Classes", "", f"By {metrics['classes_by']}.", "", "![shares of the classes](classes.png)"]
+    if "loss_per_level" in metrics:
+        lines += [
+            "",
+            "## The network",
+            "",
+            "Denoising score matching loss ½ ‖sigma score + z‖² a dimension, of "
+            f"{metrics['loss_images']:,} held-out pictures:",
+            "",
+            "![loss at each noise level](losses.png)",
+            "",
+            "| sigma | loss | standard error |",
+            "| --- | --- | --- |",
+        ]
+        lines += [
+            f"| {level['sigma']:.4g} | {level['loss']:.4g} | {level['standard_error']:.2g} |"
+            for level in metrics["loss_per_level"]
+        ]
+    if "bits_per_dim" in metrics:
+        bits = metrics["bits_per_dim"]
+        lines += [
+            "",
+            f"Likelihood: {bits['mean']:.3f} ± {bits['standard_error']:.2g} bits per dimension, an upper bound, of "
+            f"{bits['number']:,} held-out pictures, uniformly dequantised, by the probability-flow ODE in "
+            f"{bits['steps']} Runge-Kutta steps with one Hutchinson probe.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def update_model_card(path: Path, metrics: dict[str, Any], is_fid: bool) -> None:
+    """Put the figures into the card's metadata, in place of an earlier evaluation's on the same data."""
+    card = ModelCard.load(path)
+    number, evaluations = metrics["samples"]["number"], metrics["sampling"]["evaluations"]
+    figures = {
+        "frechet_distance": ("fid" if is_fid else "frechet-distance", "FID" if is_fid else "Fréchet distance"),
+        "kernel_distance": ("kid" if is_fid else "kernel-distance", "KID" if is_fid else "Kernel distance"),
+        "precision": ("improved-precision", "Precision"),
+        "recall": ("improved-recall", "Recall"),
+    }
+    dataset = {"dataset_type": metrics["data"]["id"], "dataset_name": metrics["data"]["name"]}
+    dataset["dataset_split"] = metrics["data"]["reference_split"]
+    task = {"task_type": "unconditional-image-generation"}
+    results = []
+    for key, (kind, title) in figures.items():
+        name = f"{title} ({number:,} samples, {evaluations:,} evaluations each, features: {metrics['features']})"
+        value = round(metrics["samples"][key], 4)
+        results.append(EvalResult(**task, **dataset, metric_type=kind, metric_name=name, metric_value=value))
+    if "bits_per_dim" in metrics:
+        bits = metrics["bits_per_dim"]
+        name = f"Bits per dimension ({bits['number']:,} pictures, upper bound)"
+        value = round(bits["mean"], 4)
+        results.append(EvalResult(**task, **dataset, metric_type="bits-per-dim", metric_name=name, metric_value=value))
+    written = {(result.unique_identifier, result.metric_type) for result in results}
+    kept = [r for r in card.data.eval_results or [] if (r.unique_identifier, r.metric_type) not in written]
+    card.data.eval_results = kept + results
+    card.data.model_name = card.data.model_name or path.resolve().parent.name
+    card.save(path)
+
+
+# All of it
+
+
+class Evaluation:
+    """One run; [`main`] makes one."""
+
+    def __init__(self, config: EvaluateConfig):
+        self.config, self.folder = config, Path(config.output_dir)
+        # A process that has drawn its share waits for the slowest, however long that takes.
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pipe = load_pipeline(config.pipeline, config.scheduler_class, config.settings).to(self.accelerator.device)
+        pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
+        pipe.unet.requires_grad_(False)
+        self.pipe, self.weights = pipe, fingerprint(*pipe.unet.state_dict().values())
+        self.features = load_features(config.features, self.accelerator)
+        self.real = load_real_pictures(config, self.accelerator, pipe._picture_shape)
+        check_numbers(config, self.real, self.features)
+        self.kept = KeptBatches(self.accelerator, self.folder)
+        names = ("num_inference_steps", "num_langevin_steps", "class_labels", "guidance_scale", "seed", "batch_size")
+        self.sampling = {
+            "scheduler": type(pipe.scheduler).__name__,
+            "scheduler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
+            **{name: getattr(config, name) for name in names},
+        }
+
+    def run(self) -> None:
+        config, real = self.config, self.real
+        samples = self.kept.compute(
+            "samples",
+            {"pipeline": self.weights, **self.sampling},
+            config.num_images,
+            config.batch_size,
+            lambda indices: draw(self.pipe, config, indices),
+            may_replace=config.overwrite_output_dir,
+        )
+        self.sampling |= {"num_images": config.num_images, "evaluations": samples["evaluations"].max().item()}
+        sets = {"samples": samples["images"], "reference": real.reference, "held-out": real.held_out}
+        described = {name: self.describe(name, images) for name, images in sets.items()}
+        network = self.judge_network()
+        if self.accelerator.is_main_process:
+            metrics = self.judge_pictures(described) | network
+            self.save(metrics, samples["images"], described)
+        self.accelerator.end_training()
+
+    def describe(self, name: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See [`Features`]."""
+        return self.kept.compute(
+            f"features-{self.config.features}-{name}",
+            {"features": self.features.name, "images": fingerprint(images)},
+            len(images),
+            _FEATURE_BATCH,
+            lambda rows: self.features.describe(images[rows.start : rows.stop]),
+        )
+
+    def judge_network(self) -> dict[str, Any]:
+        """Its loss at each noise level, and the likelihood, of held-out pictures."""
+        config, pipe, held_out = self.config, self.pipe, self.real.held_out
+        device = self.accelerator.device
+        ladder = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
+        sigmas = np.geomspace(ladder.config.sigma_max, ladder.config.sigma_min, _NUM_LEVELS).tolist()
+        data_min = -1.0 if pipe.image_processor.config.do_normalize else 0.0
+
+        def batch(rows: range):
+            """uint8 pictures, their generators, and the class that means none."""
+            images = held_out[rows.start : rows.stop].to(device)
+            generators = [torch.Generator().manual_seed(config.seed + i) for i in rows]
+            return images, generators, pipe._embedding_indices(None, len(images), 1.0, device)
+
+        def losses(rows: range):
+            images, generators, labels = batch(rows)
+            noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators]).to(device)
+            x0 = data_min + (1 - data_min) / 255 * images
+            return {"losses": loss_per_level(pipe.unet, ladder, x0, noise, sigmas, labels).T.cpu()}
+
+        def bits(rows: range):
+            images, generators, labels = batch(rows)
+            steps = {"num_steps": config.likelihood_steps, "class_labels": labels, "data_min": data_min}
+            return {"bits": bits_per_dim(pipe.unet, ladder, images, generators, **steps)}
+
+        depends_on = {
+            "pipeline": self.weights,
+            "ladder": dict(ladder.config),
+            "images": fingerprint(held_out),
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+        }
+        figures = {}
+        if number := min(config.loss_images, len(held_out)):
+            table = self.kept.compute("losses", {**depends_on, "sigmas": sigmas}, number, config.batch_size, losses)
+            levels = [(sigma, *mean_and_error(column)) for sigma, column in zip(sigmas, table["losses"].T, strict=True)]
+            keys = ("sigma", "loss", "standard_error")
+            figures["loss_images"] = number
+            figures["loss_per_level"] = [dict(zip(keys, level, strict=True)) for level in levels]
+        if number := min(config.bits_per_dim, len(held_out)):
+            depends_on |= {"likelihood_steps": config.likelihood_steps}
+            values = self.kept.compute("bits-per-dim", depends_on, number, config.batch_size, bits)["bits"]
+            mean, error = mean_and_error(values)
+            figures["bits_per_dim"] = {"mean": mean, "standard_error": error}
+            figures["bits_per_dim"] |= {"number": number, "steps": config.likelihood_steps}
+        return figures
+
+    def judge_pictures(self, described: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """What metrics.json says, but for the network."""
+        config, real = self.config, self.real
+        source = config.dataset_name or config.train_data_dir
+        reference = described["reference"]["features"]
+        metrics = {
+            "pipeline": config.pipeline,
+            "sampling": self.sampling,
+            "data": {
+                "id": Path(config.train_data_dir).name if config.train_data_dir else config.dataset_name or "mnist",
+                "name": source or "MNIST (the embedded 10,000 digits)",
+                "reference_split": config.reference_split,
+                "num_reference": len(real.reference),
+                "held_out_split": config.held_out_split,
+                "num_held_out": len(real.held_out),
+            },
+            "features": self.features.name,
+            "samples": compare(reference, described["samples"]["features"]),
+            "floor": compare(reference, described["held-out"]["features"]),
+            "versions": {name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
+        }
+        classifier = "labels" in described["samples"]
+        if classifier or real.labels is not None:
+            names = [str(digit) for digit in range(10)] if classifier else real.class_names
+            metrics["classes_by"] = "the classifier" if classifier else "the nearest picture of the reference"
+            metrics["class_shares"] = {}
+            for key, name in (("samples", "samples"), ("floor", "held-out")):
+                labels = described[name].get("labels")
+                if labels is None:
+                    labels = real.labels[nearest_neighbours(described[name]["features"], reference)[1][:, 0]]
+                shares = class_shares(labels, len(names)).tolist()
+                metrics["class_shares"][name] = dict(zip(names, shares, strict=True))
+                metrics[key]["class_entropy"] = class_entropy(labels)
+        return metrics
+
+    def save(self, metrics: dict[str, Any], samples: torch.Tensor, described: dict[str, dict[str, torch.Tensor]]):
+        config, real, folder = self.config, self.real, self.folder
+        make_grid([list(row) for row in samples[:100].split(20)]).save(folder / "samples.png")
+
+        # held-out pictures of the training split may have been trained on, too
+        names = ["reference"] if config.held_out_split else ["reference", "held-out"]
+        training = torch.cat([real.reference] if config.held_out_split else [real.reference, real.held_out])
+        among = torch.cat([described[name]["features"] for name in names])
+        nearest = nearest_neighbours(described["samples"]["features"][:_NUM_SHOWN], among, _NUM_NEIGHBOURS)[1]
+        rows = [[image, *training[found]] for image, found in zip(samples[:_NUM_SHOWN], nearest, strict=True)]
+        make_grid(rows).save(folder / "neighbours.png")
+
+        if "class_shares" in metrics:
+            plot_classes(metrics["class_shares"], folder / "classes.png")
+        if "loss_per_level" in metrics:
+            plot_losses(metrics["loss_per_level"], folder / "losses.png")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / "report.md").write_text(make_report(metrics))
+        if config.update_model_card:
+            update_model_card(Path(config.pipeline) / "README.md", metrics, config.features == "inception")
+        print(f"Fréchet distance {metrics['samples']['frechet_distance']:.4g}; see {folder.resolve() / 'report.md'}.")
+
+
+def main(config: EvaluateConfig) -> None:
+    Evaluation(config).run()
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(EvaluateConfig, use_underscores=True))
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error

@@ -1,0 +1,343 @@
+"""scripts/evaluate.py: what it writes, how it goes on, and what it refuses."""
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
+from test_pipeline_ncsn import small_unet
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.data import decode_images, load_training_data, to_model_range
+from ncsn_diffusers.evaluation import (
+    class_shares,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    load_digit_classifier,
+    nearest_neighbours,
+    precision_recall,
+    to_uint8,
+)
+from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
+
+ROOT = Path(__file__).parent.parent
+
+spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
+evaluate = importlib.util.module_from_spec(spec)
+sys.modules["evaluate"] = evaluate  # where dataclasses look their annotations up
+spec.loader.exec_module(evaluate)
+
+# 66 samples: the least for 64 features; the last batch is smaller
+ARGUMENTS = {"num_images": 66, "batch_size": 20, "num_inference_steps": 2, "max_reference_images": 200}
+ARGUMENTS |= {"loss_images": 30, "bits_per_dim": 4, "likelihood_steps": 2}
+
+
+def run(pipeline, output_dir, **arguments):
+    evaluate.main(evaluate.EvaluateConfig(str(pipeline), output_dir=str(output_dir), **arguments))
+    return json.loads((Path(output_dir) / "metrics.json").read_text())
+
+
+def flags(arguments):
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are launched have: the number of threads changes roundings."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    NCSNPipeline(small_unet(sample_size=28), AnnealedLangevinScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory, pipeline):
+    """The output folder of a whole run, in one process."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    run(pipeline, folder, **ARGUMENTS)
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# --- What it writes ---
+
+
+def test_figures_are_the_librarys(pipeline, evaluation):
+    metrics = read(evaluation)
+    pipe = NCSNPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    samples = []
+    for start in range(0, 66, 20):
+        generators = [torch.Generator().manual_seed(i) for i in range(start, min(start + 20, 66))]
+        samples.append(to_uint8(pipe(len(generators), 2, generator=generators, output_type="pt").images))
+    samples = torch.cat(samples)
+    rows = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:200]
+    real = decode_images(load_training_data().select(rows.tolist()))
+    held_out, reference = real[:66], real[66:]
+
+    classifier = load_digit_classifier()
+    features = {
+        name: extract_features(images, classifier.features)
+        for name, images in (("samples", samples), ("floor", held_out), ("reference", reference))
+    }
+    for name, images in (("samples", samples), ("floor", held_out)):
+        figures, described = metrics[name], features[name]
+        assert figures["number"] == 66
+        distance = frechet_distance(features["reference"], described)
+        assert figures["frechet_distance"] == pytest.approx(distance, rel=1e-4)
+        kernel = kernel_distance(features["reference"], described)
+        given = [figures["kernel_distance"], figures["kernel_distance_standard_error"]]
+        assert given == pytest.approx(list(kernel), rel=1e-4, abs=1e-4)
+        precision = precision_recall(features["reference"][:66], described)
+        assert [figures["precision"], figures["recall"]] == pytest.approx(list(precision), abs=0.02)
+        nearest = nearest_neighbours(described, features["reference"])[0].median().item()
+        assert figures["median_distance_to_nearest_reference"] == pytest.approx(nearest, rel=1e-4)
+        shares = class_shares(classifier(images).argmax(1), 10).tolist()
+        key = {"samples": "samples", "floor": "held-out"}[name]
+        assert list(metrics["class_shares"][key].values()) == pytest.approx(shares)
+    # the floor is near zero, and the untrained network far above it
+    floor = metrics["floor"]
+    assert abs(floor["kernel_distance"]) < 4 * floor["kernel_distance_standard_error"]
+    assert metrics["samples"]["frechet_distance"] > 10 * floor["frechet_distance"]
+
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    bits = bits_per_dim(pipe.unet, pipe.scheduler, held_out[:4], generators, num_steps=2)
+    given = metrics["bits_per_dim"]
+    assert (given["number"], given["steps"]) == (4, 2)
+    assert given["mean"] == pytest.approx(bits.mean().item(), rel=1e-5)
+    assert given["standard_error"] == pytest.approx(bits.std().item() / 2, rel=1e-3)
+    noise = [torch.randn((1, 28, 28), generator=torch.Generator().manual_seed(i)) for i in range(30)]
+    levels = metrics["loss_per_level"]
+    sigmas = [level["sigma"] for level in levels]
+    assert (max(sigmas), min(sigmas)) == (50, pytest.approx(0.01))
+    losses = loss_per_level(pipe.unet, pipe.scheduler, to_model_range(held_out[:30]), torch.stack(noise), sigmas)
+    assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
+
+
+def test_the_report_states_what_the_figures_depend_on(evaluation):
+    metrics, report = read(evaluation), (evaluation / "report.md").read_text()
+    for fact in (
+        "66 samples, 2 network evaluations each: AnnealedLangevinScheduler, num_inference_steps=2, seed 0",
+        "Reference: 134 pictures of `train` of MNIST (the embedded 10,000 digits); held out: 66 others of the same",
+        "Features: 64 of the digit classifier",
+        "| Fréchet distance | {samples[frechet_distance]:.4g} | {floor[frechet_distance]:.4g} |".format(**metrics),
+        f"Likelihood: {metrics['bits_per_dim']['mean']:.3f} ±",
+    ):
+        assert fact in report
+    assert metrics["sampling"]["scheduler_config"]["sigma_max"] == 50
+    for name in ("samples", "neighbours", "classes", "losses"):
+        assert f"({name}.png)" in report
+        with Image.open(evaluation / f"{name}.png") as image:
+            image.verify()
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, pipeline, evaluation):
+    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    result = subprocess.run(
+        [*torchrun, ROOT / "scripts/evaluate.py", pipeline, "--output_dir", tmp_path, *flags(ARGUMENTS)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Fréchet distance") == 1
+    assert "samples:" in result.stderr  # the progress bar
+    assert read(tmp_path) == read(evaluation)
+    assert (tmp_path / "neighbours.png").read_bytes() == (evaluation / "neighbours.png").read_bytes()
+
+
+# --- How it goes on ---
+
+
+def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation):
+    drawn, draw = [], evaluate.draw
+
+    def interrupted(pipe, config, indices):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(indices)
+        return draw(pipe, config, indices)
+
+    monkeypatch.setattr(evaluate, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline, tmp_path, **ARGUMENTS)
+    # the disk cut a batch short
+    damaged = tmp_path / "samples" / "00000000-00000020.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+
+    def counted(pipe, config, indices):
+        drawn.append(indices)
+        return draw(pipe, config, indices)
+
+    monkeypatch.setattr(evaluate, "draw", counted)
+    assert run(pipeline, tmp_path, **ARGUMENTS) == read(evaluation)
+    assert drawn == [range(20), range(20, 40), range(20), range(40, 60), range(60, 66)]
+
+    # the same again draws nothing, more pictures only those that are missing
+    drawn.clear()
+    run(pipeline, tmp_path, **ARGUMENTS)
+    run(pipeline, tmp_path, **{**ARGUMENTS, "num_images": 80})
+    assert drawn == [range(60, 80)]
+
+    # other settings are refused, and nothing is lost
+    other = {**ARGUMENTS, "num_inference_steps": 1, "seed": 1}
+    with pytest.raises(ValueError, match=r"holds samples that were made with another `num_inference_steps`, `seed`"):
+        run(pipeline, tmp_path, **other)
+    assert len(list((tmp_path / "samples").glob("*.safetensors"))) == 5
+    drawn.clear()
+    metrics = run(pipeline, tmp_path, overwrite_output_dir=True, **other)
+    assert len(drawn) == 4
+    assert metrics["sampling"]["evaluations"] == 1
+    assert metrics["samples"] != read(evaluation)["samples"]
+
+
+# --- Any data, features and scheduler ---
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """A pipeline of 3 × 8 × 8 pictures with a card, and 120 such pictures in the classes blue and red."""
+    folder = tmp_path_factory.mktemp("coloured")
+    unet = small_unet(channels=3, out_channels=3, num_class_embeds=3)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder / "pipeline")
+    random = np.random.default_rng(0)
+    for name, channel, number in (("blue", 2, 40), ("red", 0, 80)):
+        for split in ("train", "test"):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = random.integers(0, 100, (8, 8, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / "data" / split / name / f"{i}.png")
+    return folder
+
+
+class Means:
+    """In place of Inception: the mean of each channel."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, images):
+        return images.to(self.device).double().mean((2, 3)) / 10
+
+
+def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured):
+    monkeypatch.setattr(evaluate, "InceptionFeatures", Means)
+    card = ModelCard.from_template(ModelCardData(license="mit"), template_str="---\n{{ card_data }}\n---\n\n# Mine")
+    data = {"task_type": "unconditional-image-generation", "dataset_type": "other", "dataset_name": "other"}
+    card.data.eval_results = [EvalResult(**data, metric_type="fid", metric_value=3.0)]
+    card.data.model_name = "mine"
+    card_path = coloured / "pipeline" / "README.md"
+    card.save(card_path)
+    arguments = {"train_data_dir": str(coloured / "data"), "held_out_split": "test", "features": "inception"}
+    arguments |= {"num_images": 40, "scheduler": "DDIMScheduler"}
+    arguments |= {"class_labels": (0, 1), "guidance_scale": 2.0, "num_inference_steps": 3, "loss_images": 4}
+    metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
+
+    assert metrics["sampling"]["scheduler"] == "DDIMScheduler"
+    assert metrics["sampling"]["evaluations"] == 6  # guidance asks the network twice
+    assert "bits_per_dim" not in metrics
+    assert metrics["data"]["num_reference"] == 120
+    assert abs(metrics["floor"]["kernel_distance"]) < 4 * metrics["floor"]["kernel_distance_standard_error"]
+    # the classes of the nearest reference pictures: the held-out ones' are right
+    assert metrics["classes_by"] == "the nearest picture of the reference"
+    shares = metrics["class_shares"]["held-out"]
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1))[:40]
+    assert shares == {"blue": (order < 40).sum().item() / 40, "red": (order >= 40).sum().item() / 40}
+    # the samples are those of the pipeline with that scheduler
+    pipe = NCSNPipeline.from_pretrained(coloured / "pipeline")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    generators = [torch.Generator().manual_seed(i) for i in range(40)]
+    images = pipe(
+        class_labels=[0, 1] * 20, guidance_scale=2.0, num_inference_steps=3, generator=generators, output_type="pt"
+    ).images
+    kept = evaluate.load_file(tmp_path / "samples" / "00000000-00000040.safetensors")["images"]
+    assert torch.equal(kept, to_uint8(images))
+
+    # the card holds the figures, once, beside what was there
+    metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
+    card = ModelCard.load(card_path)
+    results = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
+    assert len(results) == len(card.data.eval_results) == 5
+    assert card.data.license == "mit" and card.text.strip() == "# Mine"
+    assert results["other", "fid"].metric_value == 3.0
+    written = results[arguments["train_data_dir"], "fid"]
+    assert written.metric_value == round(metrics["samples"]["frechet_distance"], 4)
+    assert "40 samples, 6 evaluations each" in written.metric_name
+
+
+# --- What it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
+        ({"likelihood_steps": 0}, "`likelihood_steps` must be at least 1, not 0"),
+        ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
+        ({"class_labels": ()}, "`class_labels` needs at least one class"),
+        ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers"),
+        ({"scheduler": "DDIMScheduler", "scheduler_config": ("x=1",)}, "DDIMScheduler has no setting x"),
+        ({"update_model_card": True}, r"`update_model_card` needs a model card, nowhere.README\.md"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.EvaluateConfig("nowhere", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"num_images": 64},
+            "`num_images`: 64 pictures are too few for 64 features, whose covariance needs at least 65",
+        ),
+        ({"max_reference_images": 100}, "`reference_split`: 50 pictures are too few"),
+        ({"max_reference_images": 200, "held_out_split": "train[:50]"}, "`held_out_split`: 50 pictures are too few"),
+        ({"train_data_dir": "data"}, r"'train' has pictures of shape \(3, 8, 8\), and the network draws \(1, 28, 28\)"),
+        ({"reference_split": "nowhere"}, "nowhere"),
+        ({"class_labels": (1,), "max_reference_images": 200, "num_images": 66}, "`class_labels` are for a class-cond"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path, pipeline, coloured, arguments, message):
+    if "train_data_dir" in arguments:
+        arguments = {"train_data_dir": str(coloured / "data")}
+    with pytest.raises(ValueError, match=message):
+        run(pipeline, tmp_path, **arguments)
+    assert not list(tmp_path.glob("samples/*.safetensors"))
+
+
+def test_digit_features_of_other_pictures(tmp_path, coloured):
+    arguments = {"train_data_dir": str(coloured / "data"), "num_images": 40}
+    with pytest.raises(ValueError, match=r"`features`='digits' do not fit the pictures: .* not \(1, 3, 8, 8\)"):
+        run(coloured / "pipeline", tmp_path, **arguments)
+
+
+def test_errors_on_the_command_line(monkeypatch, tmp_path, pipeline):
+    (tmp_path / "empty").mkdir()
+    arguments = [str(pipeline), "--train_data_dir", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^evaluate\.py: .*empty"):
+        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")

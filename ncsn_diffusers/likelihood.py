@@ -160,7 +160,7 @@ def log_likelihood(
         trace = 0
         for k, probe in enumerate(probes):
             (product,) = torch.autograd.grad(denoised, x, probe, retain_graph=k < len(probes) - 1)
-            trace = trace + (product * probe).flatten(1).sum(1).double().cpu()
+            trace = trace + (product * probe).flatten(1).sum(1).cpu().double()
         dy = (x / c**2 - denoised).detach() / c  # (1)
         return dy, d / c**2 - trace / len(probes)
 
@@ -176,7 +176,7 @@ def log_likelihood(
         dy4, dl4 = slope(y + h * dy3, u + h)
         y = y + h / 6 * (dy1 + 2 * dy2 + 2 * dy3 + dy4)
         integral += h / 6 * (dl1 + 2 * dl2 + 2 * dl3 + dl4)
-    log_prior = -0.5 * (y.double().square().flatten(1).sum(1).cpu() + d * math.log(2 * math.pi))
+    log_prior = -0.5 * (y.cpu().double().square().flatten(1).sum(1) + d * math.log(2 * math.pi))
     return log_prior - d * math.log(c_min) + integral  # (2)
 
 

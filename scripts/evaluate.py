@@ -155,13 +155,14 @@ class EvaluateConfig:
             ("batch_size", 1),
             ("max_reference_images", 1),
             ("resolution", 1),
-            ("loss_images", 0),
-            ("bits_per_dim", 0),
             ("likelihood_steps", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, not {value}.")
+        for name in ("loss_images", "bits_per_dim"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise ValueError(f"`{name}` must be 0 or at least 2, for a standard error, not {getattr(self, name)}.")
         if self.channels not in (None, 1, 3, 4):
             raise ValueError(f"`channels` must be 1, 3 or 4, not {self.channels}.")
         if self.class_labels == ():
@@ -280,7 +281,7 @@ def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: 
     The reference, and the held-out pictures.
 
     Raises:
-        ValueError: they are not of the shape that the network draws, or there are too few.
+        ValueError: they are not of the shape that the network draws, or cannot be read.
     """
 
     def load(split: str, num: int | None, seed: int):
@@ -386,10 +387,9 @@ def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of `(n,)` and its standard error; that of one value is not known: infinite."""
+    """The mean of `(n,)` and its standard error."""
     values = values.double()
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return values.mean().item(), error
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
 def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
@@ -442,7 +442,7 @@ def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     sigmas, losses, errors = ([level[key] for level in levels] for key in ("sigma", "loss", "standard_error"))
     axes.errorbar(sigmas, losses, errors, marker="o", capsize=3)
-    axes.set(xscale="log", yscale="log", xlabel="sigma (pictures in [-1, 1])", ylabel="loss a dimension")
+    axes.set(xscale="log", yscale="log", xlabel="sigma, in units of the data", ylabel="loss a dimension")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -482,7 +482,8 @@ def make_report(metrics: dict[str, Any]) -> str:
     lines += [
         "",
         "The right column is the floor: what real pictures that the reference does not hold come to. Each distance "
-        "depends on the features and on the number of pictures, and compares only with one of the same.",
+        "depends on the features and on the number of pictures, and compares only with one of the same. Precision and "
+        "recall (k = 3) take as many pictures of the reference as of the others.",
         "",
         "![samples](samples.png)",
         "",
@@ -659,12 +660,14 @@ class Evaluation:
         """What metrics.json says, but for the network."""
         config, real = self.config, self.real
         source = config.dataset_name or config.train_data_dir
+        if source and Path(source).is_dir():
+            source = Path(source).resolve().name  # where the data lie here is of no interest in a published card
         reference = described["reference"]["features"]
         metrics = {
             "pipeline": config.pipeline,
             "sampling": self.sampling,
             "data": {
-                "id": Path(config.train_data_dir).name if config.train_data_dir else config.dataset_name or "mnist",
+                "id": source or "ylecun/mnist",
                 "name": source or "MNIST (the embedded 10,000 digits)",
                 "reference_split": config.reference_split,
                 "num_reference": len(real.reference),

@@ -282,7 +282,7 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
     assert len(results) == len(card.data.eval_results) == 5
     assert card.data.license == "mit" and card.text.strip() == "# Mine"
     assert results["other", "fid"].metric_value == 3.0
-    written = results[arguments["train_data_dir"], "fid"]
+    written = results["data", "fid"]
     assert written.metric_value == round(metrics["samples"]["frechet_distance"], 4)
     assert "40 samples, 6 evaluations each" in written.metric_name
 
@@ -295,6 +295,7 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
     [
         ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
         ({"likelihood_steps": 0}, "`likelihood_steps` must be at least 1, not 0"),
+        ({"bits_per_dim": 1}, "`bits_per_dim` must be 0 or at least 2, for a standard error, not 1"),
         ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
         ({"class_labels": ()}, "`class_labels` needs at least one class"),
         ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers"),

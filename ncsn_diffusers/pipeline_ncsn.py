@@ -7,20 +7,43 @@ sources: interpolation, Song & Ermon 2020, arXiv:2006.09011).
 """
 
 import copy
+import hashlib
+import importlib
 import inspect
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import PNDMScheduler, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# The least value of a pixel, black, in the data of foreign pipelines that an NCSNPipeline can take over; white is 1.
+FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
+# To be raised with each change after which older versions of this file would draw other pictures from a saved pipeline.
+SAVED_FORMAT = 1
+
+logger = logging.get_logger(__name__)
 
 
 class NCSNPipeline(DiffusionPipeline):
@@ -33,17 +56,25 @@ class NCSNPipeline(DiffusionPipeline):
     Args:
         unet ([`UNet2DModel`]): The network, conditioned on the noise level as the scheduler's config says.
         scheduler ([`SchedulerMixin`]): The sampler.
+        data_min (`float`, defaults to -1.0):
+            Black in the data that the network was trained on, -1 or 0; white is 1. Public NCSN++ networks have 0.
+
+    Raises:
+        ValueError: `data_min` is neither -1 nor 0.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents", "sigma", "denoised"]
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, data_min: float = -1.0):
         super().__init__()
+        if data_min not in (-1, 0):
+            raise ValueError(f"`data_min` must be -1 or 0, black in the data, not {data_min!r}.")
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(data_min=float(data_min), _saved_format=SAVED_FORMAT)
         self._interrupt = False
         # The picture is the latent: nothing is scaled down, and no number of channels marks a VAE's latents.
-        pixels = {"vae_scale_factor": 1, "vae_latent_channels": 0, "do_resize": False}
+        pixels = {"vae_scale_factor": 1, "vae_latent_channels": 0, "do_resize": False, "do_normalize": data_min == -1}
         channels = unet.config.in_channels
         self.image_processor = VaeImageProcessor(
             do_convert_grayscale=channels == 1, do_convert_rgb=channels == 3, **pixels
@@ -215,6 +246,79 @@ class NCSNPipeline(DiffusionPipeline):
         )
         return self._finish(images, output_type, return_dict)
 
+    # Loading and publishing
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "NCSNPipeline":
+        """
+        As [`~DiffusionPipeline.from_pretrained`], from a folder or a repository on the Hub. No code of the repository
+        is run: the package's own takes its place.
+
+        DDPM, DDIM, PNDM and ScoreSdeVe pipelines load as well: `AnnealedLangevinScheduler` takes over their noise
+        levels, and `data_min` is that of their data.
+
+        The weights of an NCSN are safetensors. Of other repositories, safetensors are preferred; one that has only a
+        pickle is read as diffusers does, by torch's loader for plain tensors, unless `use_safetensors=True`.
+
+        Raises:
+            OSError: there is no such repository or revision, a file is missing or damaged, or the Hub is out of reach
+                and the cache does not hold it.
+            ValueError: the pipeline is of another kind, or was saved by a newer version of this package.
+        """
+        source = str(pretrained_model_name_or_path)
+        folder = source if os.path.isdir(source) else str(cls.download(source, **kwargs))
+        index_file = os.path.join(folder, cls.config_name)
+        if not os.path.isfile(index_file):
+            raise OSError(f"{source!r} holds no pipeline: it has no {cls.config_name}.")
+        with open(index_file, encoding="utf-8") as file:
+            index = json.load(file)
+        _translate_index(index, cls.__name__)  # raises where it cannot
+        foreign = _class_name(index)
+        if foreign not in FOREIGN_PIPELINES:
+            foreign = None
+            _check_complete(source, folder, [name for name in ("unet", "scheduler") if name not in kwargs])
+            kwargs["use_safetensors"] = True
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=source)
+        if foreign is not None:
+            scheduler = "" if "scheduler" in kwargs else f"its {index['scheduler'][1]} has become an "
+            logger.warning(
+                f"{source} is a {foreign}: {scheduler}{type(pipe.scheduler).__name__}, and its data are taken to be "
+                f"in [{pipe.config.data_min:g}, 1]."
+            )
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
+        """
+        As [`~DiffusionPipeline.download`]: the folder of the cache that holds the repository's pipeline. Files whose
+        content differs from what the Hub says of them are refused.
+
+        Raises:
+            OSError: as [`from_pretrained`].
+        """
+        revision = kwargs.get("revision") or "main"
+        try:
+            folder = super().download(pretrained_model_name, **kwargs)
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise OSError(_explain(error, pretrained_model_name, revision)) from error
+        for path in sorted(Path(folder).rglob("*")):
+            _check_content(path, pretrained_model_name)
+        return folder
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        # diffusers reads model_index.json through this method, to download as well as to load
+        return _translate_index(super()._dict_from_json_file(json_file), cls.__name__)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Upload the pipeline with a model card and the code that loads it where this package is not installed; the
+        arguments are those of `ncsn_diffusers.hub.push_to_hub`.
+        """
+        # Not a plain import: diffusers, which reads this file's imports from its text, would ask for the package.
+        return importlib.import_module("ncsn_diffusers.hub").push_to_hub(self, repo_id, **kwargs)
+
     # The loop and what surrounds it
 
     def _set_timesteps(
@@ -309,6 +413,8 @@ class NCSNPipeline(DiffusionPipeline):
 
     def _finish(self, images: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         self.maybe_free_model_hooks()
+        if output_type != "latent":
+            images = images.clamp(self.config.data_min, 1)  # the processor clips data in [-1, 1] alone
         images = self.image_processor.postprocess(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -401,7 +507,7 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`{name}` must be {' × '.join(map(str, shape))} (channels, height, width) for this network, not "
                 f"{' × '.join(map(str, tensor.shape[1:]))}: resize it first."
             )
-        if not (tensor.abs() <= 1).all():
+        if not ((tensor >= self.config.data_min) & (tensor <= 1)).all():
             raise ValueError(f"`{name}` must hold numbers from 0 to 1, or be an 8-bit picture.")
         return tensor
 
@@ -524,3 +630,99 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, not "
                 f"{sorted(unknown)}."
             )
+
+
+def _class_name(index: dict) -> str:
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list | tuple) else name  # with the module of its code, in a repository
+
+
+def _translate_index(index: dict, class_name: str) -> dict:
+    """
+    A model_index.json as it would be if `class_name` and `AnnealedLangevinScheduler` were diffusers' own, where the
+    package makes them known: code that is in the repository is not asked for.
+    """
+    found = _class_name(index)
+    if found not in (*FOREIGN_PIPELINES, "NCSNPipeline", "NCSNInpaintPipeline", class_name):
+        raise ValueError(
+            f"The pipeline is a {found}, which an NCSNPipeline cannot take over; it can be an NCSNPipeline or one of "
+            f"{', '.join(FOREIGN_PIPELINES)}. DiffusionPipeline.from_pretrained loads any."
+        )
+    if index.get("_saved_format", 1) > SAVED_FORMAT:
+        raise ValueError(
+            f"The pipeline was saved by a newer version of ncsn_diffusers, in format {index['_saved_format']}; this "
+            f"version reads formats up to {SAVED_FORMAT}. Update the package, or run the repository's own code by "
+            "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
+        )
+    index = {**index, "_class_name": class_name}
+    ours = index.get("scheduler", [None, None])[1] == "AnnealedLangevinScheduler"
+    if (ours or found in FOREIGN_PIPELINES) and hasattr(diffusers, "AnnealedLangevinScheduler"):
+        index["scheduler"] = ["diffusers", "AnnealedLangevinScheduler"]
+    if found in FOREIGN_PIPELINES:
+        index["data_min"] = FOREIGN_PIPELINES[found]
+    return index
+
+
+def _check_complete(source: str, folder: str, components: list[str]) -> None:
+    needed = {"unet": ("config.json", "*.safetensors"), "scheduler": ("scheduler_config.json",)}
+    missing = [
+        f"{name}/{pattern}"
+        for name in components
+        for pattern in needed[name]
+        if not any(Path(folder, name).glob(pattern))
+    ]
+    if missing:
+        raise OSError(
+            f"{source!r} is incomplete: {', '.join(missing)} is missing. Save or upload the pipeline once more, or ask "
+            "its author to, or choose another `revision`."
+        )
+
+
+def _check_content(path: Path, repo_id: str) -> None:
+    """The Hub's cache names a file after its hash: SHA-256, or git's for small files."""
+    if not path.is_symlink() or not path.is_file():
+        return  # a file system without links: the name is lost
+    blob = path.resolve()
+    if len(blob.name) == 64:
+        digest = hashlib.sha256()
+    elif len(blob.name) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+    else:
+        return
+    with open(blob, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        raise OSError(
+            f"{path.name} of {repo_id!r} is damaged: its hash is not the one that the Hub has on record. Delete {blob} "
+            "and load again."
+        )
+
+
+def _explain(error: BaseException, repo_id: str, revision: str) -> str:
+    """What is wrong with a repository and what to do, from whatever the Hub's client has raised."""
+    causes = [error]
+    for cause in causes:
+        causes += [c for c in (cause.__cause__, cause.__context__) if c is not None and c not in causes]
+
+    def found(*kinds):
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if found(RepositoryNotFoundError, HFValidationError):
+        return (
+            f"{repo_id!r} is neither a folder here nor a repository on the Hub that can be read: check the name; if it "
+            "is private, log in by `hf auth login` or give a `token` that may read it."
+        )
+    if found(RevisionNotFoundError):
+        return f"{repo_id!r} has no revision {revision!r}: `revision` must be a branch, a tag or a commit of it."
+    if found(LocalEntryNotFoundError, OfflineModeIsEnabled, FileNotFoundError):
+        return (
+            f"{repo_id!r} at revision {revision!r} is not in the cache, or not all of it, and the Hub is out of reach "
+            "or not to be asked: load it once with a connection and without `local_files_only`."
+        )
+    if found(EntryNotFoundError):
+        return (
+            f"{repo_id!r} is incomplete, or holds no pipeline, at revision {revision!r}: {error}. Choose another "
+            "`revision`, or ask its author to upload it once more."
+        )
+    return f"{repo_id!r} could not be loaded from the Hub: {error}"

@@ -21,7 +21,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 
 
 def analytic_pipeline(scheduler=None, **arguments):
@@ -586,6 +586,73 @@ def test_output_types(channels, sample_size):
     assert all(isinstance(image, PIL.Image.Image) for image in outputs["pil"])
     assert outputs["pil"][0].mode == {1: "L", 3: "RGB"}[channels]
     np.testing.assert_allclose(np.array(outputs["pil"][0]).squeeze(), outputs["np"][0].squeeze() * 255, atol=0.51)
+
+
+def pipelines_of_both_data_ranges(cls=NCSNPipeline):
+    """Perfect networks for the same pictures, in [-1, 1] and in [0, 1], where all sigmas are halved."""
+    pipes = []
+    for data_min, mean, scale in ((-1.0, 0.2, 1.0), (0.0, 0.6, 0.5)):
+        scheduler = AnnealedLangevinScheduler(
+            sigma_min=0.01 * scale, sigma_max=200.0 * scale, conditioning="sigma", prediction_type="score"
+        )
+        gaussian = Gaussian(torch.full((8,), mean), (0.5 * scale) ** 2 * torch.eye(8))
+        network = {"prediction_type": "score", "conditioning": "sigma"}
+        unet = GaussianUNet(gaussian, 2, 4, train_sigmas(scheduler).tolist(), **network)
+        pipes.append(cls(unet, scheduler, data_min=data_min))
+        pipes[-1].set_progress_bar_config(disable=True)
+    return pipes
+
+
+@pytest.mark.parametrize("arguments", [{}, {"strength": 0.6}, {"output_type": "np"}, {"output_type": "pil"}])
+def test_data_range_changes_nothing_but_the_units(arguments):
+    # The chain starts around 0, which is gray in one range and black in the other: what is left of the difference is
+    # 0.5 (s/sigma_max)² = 3e-6 of the range.
+    if "strength" in arguments:
+        arguments = {**arguments, "image": torch.rand(50, 1, 2, 4, generator=torch.Generator().manual_seed(1))}
+    arguments = {"batch_size": 50, "output_type": "pt", **arguments}
+    wide, unit = (
+        pipe(generator=torch.Generator().manual_seed(0), **arguments).images for pipe in pipelines_of_both_data_ranges()
+    )
+    wide, unit = (np.stack([np.asarray(image, dtype=np.float64) for image in images]) for images in (wide, unit))
+    np.testing.assert_allclose(wide, unit, rtol=0, atol=1 if arguments["output_type"] == "pil" else 1e-4)
+    assert (unit.min(), unit.max()) == ((0, 255) if arguments["output_type"] == "pil" else (0, 1))  # clipped
+
+
+def test_inpainting_in_both_data_ranges():
+    image = torch.rand(50, 1, 2, 4, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[True, False, True, False], [False, True, False, True]])[None, None]
+    wide, unit = (
+        pipe(image, mask, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for pipe in pipelines_of_both_data_ranges(NCSNInpaintPipeline)
+    )
+    torch.testing.assert_close(wide, unit, rtol=0, atol=1e-4)
+    assert torch.equal(unit[~mask.expand_as(unit)], image[~mask.expand_as(image)])
+
+
+def test_latents_are_in_units_of_the_data_in_both_ranges():
+    wide, unit = (
+        pipe(batch_size=50, generator=torch.Generator().manual_seed(0), output_type="latent").images
+        for pipe in pipelines_of_both_data_ranges()
+    )
+    torch.testing.assert_close((wide + 1) / 2, unit, rtol=0, atol=1e-4)
+    assert unit.min() < 0 and unit.max() > 1
+
+
+def test_data_range_is_saved(tmp_path):
+    NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), data_min=0).save_pretrained(tmp_path)
+    assert NCSNPipeline.from_pretrained(tmp_path).config.data_min == 0
+    assert NCSNPipeline.from_pretrained(tmp_path, data_min=-1).config.data_min == -1
+
+
+@pytest.mark.parametrize("data_min", [-0.5, 1, "0", None])
+def test_bad_data_range(data_min):
+    with pytest.raises(ValueError, match="`data_min` must be -1 or 0"):
+        NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), data_min=data_min)
+
+
+def test_pictures_below_black_are_refused():
+    with pytest.raises(ValueError, match="`image` must hold numbers from 0 to 1"):
+        pipelines_of_both_data_ranges()[1](image=torch.full((1, 1, 2, 4), -0.5))
 
 
 def test_other_channel_counts():

@@ -1,0 +1,681 @@
+"""
+Publishing and loading with huggingface_hub's own client, over HTTP, against the server of hub_server.py.
+
+The client reads its endpoint when it is imported: the fixture `hub` sets what it has read, and the test that needs an
+environment of its own (this package not installed) runs a process with HF_ENDPOINT set.
+"""
+
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+)
+from hub_server import HubServer
+from huggingface_hub import HfApi, ModelCard, constants
+from PIL import Image
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
+from ncsn_diffusers import hub as publishing
+from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_annsSecretToken0123456789"
+FILES = {
+    ".gitattributes",
+    "README.md",
+    "model_index.json",
+    "pipeline_ncsn.py",
+    "scheduler/scheduler_config.json",
+    "scheduler/scheduling_annealed_langevin.py",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        server.users = {TOKEN: ("ann", ["lab"]), "hf_bobsSecretToken0123456789": ("bob", [])}
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(publishing, "_FIRST_WAIT", 0.01)
+        yield server
+
+
+def environment(hub, tmp_path):
+    """Of a process whose client talks to the server."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def make_unet(**arguments):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        **arguments,
+    ).eval()
+
+
+def make_pipeline(scheduler=None, **arguments):
+    return NCSNPipeline(make_unet(**arguments), scheduler or AnnealedLangevinScheduler())
+
+
+def draw(pipe, **arguments):
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 3, "output_type": "pt", **arguments}
+    return pipe(generator=torch.Generator().manual_seed(0), **arguments).images
+
+
+def check_same(pipe, expected):
+    """The same weights; the pictures up to float32's roundings, which depend on where in memory the weights lie."""
+    assert all(map(torch.equal, pipe.unet.state_dict().values(), expected.unet.state_dict().values()))
+    torch.testing.assert_close(draw(pipe), draw(expected), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def pipe():
+    return make_pipeline()
+
+
+@pytest.fixture
+def folder(tmp_path, pipe):
+    """What a training run leaves."""
+    folder = tmp_path / "run"
+    pipe.save_pretrained(folder)
+    settings = {
+        "dataset_name": None,
+        "train_data_dir": None,
+        "output_dir": "/home/ann/run",
+        "num_epochs": 7,
+        "random_flip": True,
+        "use_ema": True,
+        "block_out_channels": [8, 8],
+        "train_batch_size": 32,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "hub_token": TOKEN,
+    }
+    (folder / "training_config.json").write_text(json.dumps(settings))
+    records = [
+        {"step": 20, "loss": 0.5, "images_per_second": 90.0, "epoch": 3.5},
+        {"step": 40, "loss": 0.125, "images_per_second": 100.0, "epoch": 7.0},
+        {"step": 40, "validation_loss": 0.25},
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for name in ("samples.png", "loss.png"):
+        Image.new("L", (8, 8)).save(folder / name)
+    (folder / "checkpoint-40").mkdir()
+    (folder / "checkpoint-40" / "optimizer.bin").write_bytes(b"pickle")
+    (folder / "events.out.tfevents").write_text(TOKEN)
+    return folder
+
+
+# --- Publishing ---
+
+
+def test_push_and_load(hub, pipe, tmp_path):
+    info = pipe.push_to_hub("ann/digits", commit_message="First")
+    assert info.oid == hub.repositories["ann/digits"].branches["main"]
+    assert hub.repositories["ann/digits"].messages[info.oid] == "First"
+    assert set(hub.files("ann/digits")) == FILES
+    loaded = NCSNPipeline.from_pretrained("ann/digits")
+    assert type(loaded) is NCSNPipeline and type(loaded.scheduler) is AnnealedLangevinScheduler
+    assert loaded.config._name_or_path == "ann/digits"
+    check_same(loaded, pipe)
+    inpaint = NCSNInpaintPipeline.from_pretrained("ann/digits")
+    assert type(inpaint) is NCSNInpaintPipeline
+    # and once more from what has been loaded, whose config names other modules
+    loaded.push_to_hub("copy")
+    assert json.loads(hub.files("ann/copy")["model_index.json"]) == json.loads(
+        hub.files("ann/digits")["model_index.json"]
+    )
+
+
+def test_only_what_belongs_there_is_uploaded(hub, folder):
+    push_to_hub(folder, "lab/digits", private=True)
+    files = hub.files("lab/digits")
+    assert set(files) == FILES | {"samples.png", "loss.png"}
+    assert hub.repositories["lab/digits"].private
+    assert not any(TOKEN.encode() in content for content in files.values())
+    assert b"/home/ann" not in b"".join(files.values())
+
+
+def test_unet_loads_alone_under_any_scheduler(hub, pipe):
+    pipe.push_to_hub("ann/digits")
+    unet = UNet2DModel.from_pretrained("ann/digits", subfolder="unet", use_safetensors=True)
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.equal(unet.state_dict()[name], weight)
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config)
+    stock = DDPMPipeline(unet, ddim)
+    stock.set_progress_bar_config(disable=True)
+    assert stock(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+def test_stock_scheduler_stays(hub):
+    make_pipeline(DDIMScheduler.from_config(AnnealedLangevinScheduler().config)).push_to_hub("ann/ddim")
+    assert type(NCSNPipeline.from_pretrained("ann/ddim").scheduler) is DDIMScheduler
+    assert "scheduler/scheduling_annealed_langevin.py" not in hub.files("ann/ddim")
+
+
+def test_revision_and_tag(hub, pipe):
+    pipe.push_to_hub("ann/digits", tag="v1")
+    before = NCSNPipeline.from_pretrained("ann/digits")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1.0)
+    pipe.push_to_hub("ann/digits", revision="next")
+    check_same(NCSNPipeline.from_pretrained("ann/digits", revision="next"), pipe)
+    for revision in ("v1", None, hub.repositories["ann/digits"].tags["v1"]):
+        check_same(NCSNPipeline.from_pretrained("ann/digits", revision=revision), before)
+    hub.requests.clear()
+    with pytest.raises(ValueError, match="`tag`='v1' exists already"):
+        pipe.push_to_hub("ann/digits", tag="v1")
+    assert not any(method in ("POST", "PUT") for method, _, _ in hub.requests)
+
+
+def test_variants(hub, folder, pipe):
+    push_to_hub(folder, "ann/digits", variants=("fp16", "ema"))
+    names = {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.ema.safetensors"}
+    files = hub.files("ann/digits")
+    assert names < set(files)
+    half = NCSNPipeline.from_pretrained("ann/digits", variant="fp16", torch_dtype=torch.float16)
+    weights = pipe.unet.state_dict()
+    for name, weight in half.unet.state_dict().items():
+        assert weight.dtype == torch.float16 and torch.equal(weight, weights[name].half())
+    assert not any("model.safetensors" in path for _, path, _ in hub.requests if "/resolve/" in path)
+    average = NCSNPipeline.from_pretrained("ann/digits", variant="ema")
+    check_same(average, pipe)
+    with pytest.raises(ValueError, match="variant"):
+        NCSNPipeline.from_pretrained("ann/digits", variant="bf16")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), FileNotFoundError, "model_index.json is missing"),
+        (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), FileNotFoundError, "safetensors is miss"),
+        (
+            lambda f: (f / "unet/diffusion_pytorch_model.safetensors").rename(f / "unet/diffusion_pytorch_model.bin"),
+            ValueError,
+            "pickle",
+        ),
+        (lambda f: (f / "README.md").write_text(f"My token is {TOKEN}"), ValueError, "README.md holds an access token"),
+    ],
+)
+def test_folder_that_cannot_be_published(hub, folder, damage, error, message):
+    damage(folder)
+    with pytest.raises(error, match=message) as raised:
+        push_to_hub(folder, "ann/digits")
+    assert TOKEN not in str(raised.value)
+    assert not hub.repositories
+
+
+def test_arguments_that_cannot_work(hub, folder, pipe, monkeypatch):
+    with pytest.raises(ValueError, match="`variants` must be among fp16, ema"):
+        push_to_hub(folder, "ann/digits", variants=("int8",))
+    with pytest.raises(ValueError, match="no 'ema'"):
+        pipe.push_to_hub("ann/digits", variants=("ema",))
+    with pytest.raises(ValueError, match="not/a/name"):
+        pipe.push_to_hub("not/a/name")
+    with pytest.raises(PermissionError, match=r"ann, lab, and not of bob"):
+        pipe.push_to_hub("bob/digits")
+    with pytest.raises(PermissionError, match="hf auth login"):
+        pipe.push_to_hub("ann/digits", token="hf_wrongwrongwrongwrong")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PermissionError, match="hf auth login"):
+        pipe.push_to_hub("ann/digits")
+    assert not hub.repositories
+    pipe.push_to_hub("ann/digits", token=TOKEN)
+    with pytest.raises(ValueError, match="`private`: ann/digits exists and is public"):
+        pipe.push_to_hub("ann/digits", private=True, token=TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "how"),
+    [
+        ("POST", "/api/repos/create", 503),
+        ("PUT", "/storage/", "cut"),
+        ("POST", "/commit/", 500),
+        ("POST", "/commit/", "cut"),
+        ("ANSWER", "/commit/", "cut"),
+    ],
+)
+def test_failures_that_pass_are_tried_again(hub, pipe, method, path, how, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client's own waits, too
+    hub.fail(method, path, how)
+    pipe.push_to_hub("ann/digits")
+    assert not hub.failures[0][3]
+    assert len(hub.repositories["ann/digits"].commits) == 2  # the repository's first and ours, once
+    assert set(hub.files("ann/digits")) == FILES
+
+
+def test_failures_that_stay_are_reported(hub, pipe, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.fail("POST", "/commit/", 503, times=100)
+    with pytest.raises(OSError, match="failed 5 times") as raised:
+        pipe.push_to_hub("ann/digits")
+    assert TOKEN not in str(raised.value)
+    assert set(hub.files("ann/digits")) == {".gitattributes"}
+
+
+# --- In the background ---
+
+
+def test_background_push_uploads_what_was_pushed_last(hub, folder, pipe):
+    uploads = BackgroundPush("digits", folder, private=True)
+    assert uploads.repo_id == "ann/digits" and hub.repositories["ann/digits"].private
+    with hub.lock:  # no request is answered: the first is under way, and those behind it give way to the last
+        futures = []
+        for step in range(4):
+            with torch.no_grad():
+                pipe.unet.conv_out.bias.fill_(float(step))
+            futures.append(uploads.push(pipe, f"Step {step}"))
+        (folder / "samples.png").write_bytes(b"of a later step")
+    info = uploads.finish()
+    assert futures[1].result() is None or futures[2].result() is None
+    assert info.oid == hub.repositories["ann/digits"].branches["main"]
+    assert hub.repositories["ann/digits"].messages[info.oid] == "Step 3"
+    loaded = NCSNPipeline.from_pretrained("ann/digits")
+    assert (loaded.unet.conv_out.bias == 3).all()
+    assert hub.files("ann/digits")["samples.png"] != b"of a later step"
+
+
+def test_background_push_warns_and_never_raises(hub, folder, pipe, monkeypatch, caplog):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    uploads = BackgroundPush("ann/digits", folder)
+    hub.fail("POST", "/commit/", "cut", times=100)
+    with caplog.at_level(logging.WARNING):
+        assert uploads.push(pipe, "Step 1").result() is None
+        assert uploads.finish() is None
+    assert "The upload to ann/digits has failed" in caplog.text and TOKEN not in caplog.text
+    hub.failures.clear()
+    assert uploads.push(pipe, "Step 2").result().oid == hub.repositories["ann/digits"].branches["main"]
+
+
+def test_background_push_finds_mistakes_before_the_training(hub, folder):
+    with pytest.raises(PermissionError, match="not of bob"):
+        BackgroundPush("bob/digits", folder)
+    with pytest.raises(PermissionError, match="hf auth login"):
+        BackgroundPush("ann/digits", folder, token="hf_wrongwrongwrongwrong")
+
+
+# --- The card ---
+
+
+def test_card_of_a_training_run(hub, folder):
+    push_to_hub(folder, "ann/digits", license="apache-2.0", variants=("fp16",))
+    text = hub.files("ann/digits")["README.md"].decode()
+    card = ModelCard(text)
+    assert card.data.to_dict() == {
+        "datasets": ["ylecun/mnist"],
+        "library_name": "diffusers",
+        "license": "apache-2.0",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["ncsn", "score-matching", "langevin-dynamics", "diffusion"],
+    }
+    for expected in (
+        "gray pictures of 8 × 8 pixels",
+        "![Samples](samples.png)",
+        "![Loss curve](loss.png)",
+        'NCSNPipeline.from_pretrained("ann/digits")',
+        "trust_remote_code=True",
+        "DDIMScheduler.from_config(pipe.scheduler.config)",
+        'Other weights: `variant="fp16"`.',
+        "| sigma, largest | 50.0 |",
+        "| steps | 40 |",
+        "| epochs | 7 |",
+        "| pictures a step and process | 64 |",
+        "| loss at the end | 0.125 |",
+        "| validation loss | 0.25 |",
+        "CC BY-SA 3.0",
+        "@inproceedings{song2019generative",
+    ):
+        assert expected in text
+    command = text.split("```bash\n")[1].split("```")[0].replace("\\\n", "")
+    assert command.split() == [
+        *("accelerate", "launch", "scripts/train_ncsn.py"),
+        *("--num_epochs", "7", "--random_flip", "--block_out_channels", "8", "8"),
+        *("--gradient_accumulation_steps", "2"),
+    ]
+
+
+def test_training_command_is_understood_by_the_script():
+    tyro = pytest.importorskip("tyro")
+    from ncsn_diffusers.training import TrainingConfig
+
+    config = TrainingConfig(
+        train_data_dir="my pictures", use_ema=False, random_flip=True, block_out_channels=(8, 16), sigma_max="auto"
+    )
+    settings = json.loads(json.dumps(vars(config)))
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {publishing.training_command(settings)}"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert tyro.cli(TrainingConfig, args=words[3:], use_underscores=True) == config
+
+
+def test_card_names_the_data_set(hub, folder):
+    (folder / "training_config.json").write_text(json.dumps({"dataset_name": "ylecun/mnist"}))
+    push_to_hub(folder, "ann/digits")
+    text = hub.files("ann/digits")["README.md"].decode()
+    assert ModelCard(text).data.datasets == ["ylecun/mnist"] and "first 10,000" not in text
+    push_to_hub(folder, "ann/digits", dataset="ann/numbers")
+    text = hub.files("ann/digits")["README.md"].decode()
+    assert ModelCard(text).data.datasets == ["ann/numbers"] and "CC BY-SA" not in text
+    with pytest.raises(ValueError, match="`dataset`='/home/ann/x' must be the name"):
+        push_to_hub(folder, "ann/digits", dataset="/home/ann/x")
+
+
+def test_card_shows_the_newest_samples(hub, folder):
+    for step, age in ((20, 2), (40, 1)):
+        path = folder / f"samples-{step}.png"
+        path.write_bytes(f"{step}".encode())
+        os.utime(path, (time.time() + 60 - age,) * 2)
+    push_to_hub(folder, "ann/digits")
+    assert hub.files("ann/digits")["samples.png"] == b"40"
+
+
+def test_card_of_private_folders_and_sigma_conditioning(hub, folder):
+    settings = json.loads((folder / "training_config.json").read_text())
+    settings["train_data_dir"] = "/home/ann/faces"
+    (folder / "training_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    config["conditioning"] = "sigma"
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    push_to_hub(folder, "ann/faces")
+    text = hub.files("ann/faces")["README.md"].decode()
+    assert "| data | faces |" in text and "/home/ann" not in text and "\ndatasets:" not in text
+    assert "DDIMScheduler" not in text
+
+
+def test_card_of_ones_own(hub, folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    push_to_hub(folder, "ann/digits")
+    assert hub.files("ann/digits")["README.md"].decode().endswith("# Mine\n")
+    (folder / "README.md").write_text("---\nlicense: free beer\n---\n# Mine\n")
+    with pytest.raises(ValueError, match="license"):  # the Hub's own check
+        push_to_hub(folder, "ann/digits")
+
+
+# --- Loading ---
+
+
+def test_without_the_package(hub, pipe, tmp_path):
+    pipe.push_to_hub("ann/digits")
+    expected = draw(pipe)
+    torch.save(expected, tmp_path / "expected.pt")
+    program = textwrap.dedent(
+        """
+        import importlib.abc, sys
+
+        class Hidden(importlib.abc.MetaPathFinder):  # as if it were not installed
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "ncsn_diffusers":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Hidden())
+        import torch
+        from diffusers import DDIMScheduler, DiffusionPipeline
+
+        try:
+            DiffusionPipeline.from_pretrained("ann/digits")
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            raise AssertionError("code of a repository was run unasked")
+
+        for offline in (False, True):
+            pipe = DiffusionPipeline.from_pretrained(
+                "ann/digits", trust_remote_code=True, **({"local_files_only": True} if offline else {})
+            )
+            pipe.set_progress_bar_config(disable=True)
+            assert type(pipe).__name__ == "NCSNPipeline"
+            images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+            torch.testing.assert_close(images, torch.load(sys.argv[1], weights_only=True), rtol=0, atol=1e-5)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe(num_inference_steps=2)
+        pipe.save_pretrained(sys.argv[2])
+        try:
+            pipe.push_to_hub("ann/copy")
+        except ModuleNotFoundError:
+            pass
+        assert not any(name.startswith("ncsn_diffusers") for name in sys.modules)
+        """
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "expected.pt", tmp_path / "saved"],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert type(NCSNPipeline.from_pretrained(tmp_path / "saved").scheduler) is DDIMScheduler
+
+
+def test_clone_with_code_loads_without_running_it(hub, pipe, tmp_path):
+    pipe.push_to_hub("ann/digits")
+    clone = Path(huggingface_hub.snapshot_download("ann/digits", local_dir=tmp_path / "clone"))
+    for path in clone.rglob("*.py"):
+        path.write_text("raise RuntimeError('run')")
+    check_same(NCSNPipeline.from_pretrained(clone), pipe)
+
+
+def test_offline_from_the_cache(hub, pipe, monkeypatch):
+    pipe.push_to_hub("ann/digits", tag="v1")
+    NCSNPipeline.from_pretrained("ann/digits")
+    hub.requests.clear()
+    check_same(NCSNPipeline.from_pretrained("ann/digits", local_files_only=True), pipe)
+    assert not hub.requests
+    with pytest.raises(OSError, match="not in the cache"):
+        NCSNPipeline.from_pretrained("ann/other", local_files_only=True)
+    hub.close()
+    check_same(NCSNPipeline.from_pretrained("ann/digits"), pipe)
+    with pytest.raises(OSError, match="out of reach"):
+        NCSNPipeline.from_pretrained("ann/digits", revision="v1")
+
+
+def test_private_repository(hub, pipe, monkeypatch, tmp_path):
+    pipe.push_to_hub("ann/secret", private=True)
+    for token in (False, "hf_bobsSecretToken0123456789"):
+        with pytest.raises(OSError, match="hf auth login"):
+            NCSNPipeline.from_pretrained("ann/secret", token=token, cache_dir=tmp_path / "bob")
+    monkeypatch.delenv("HF_TOKEN")
+    loaded = NCSNPipeline.from_pretrained("ann/secret", token=TOKEN)
+    check_same(loaded, pipe)
+    assert TOKEN not in json.dumps(dict(loaded.config), default=str)
+
+
+def test_what_is_not_there(hub, pipe, tmp_path):
+    pipe.push_to_hub("ann/digits")
+    with pytest.raises(OSError, match="'ann/digit' is neither a folder here nor a repository"):
+        NCSNPipeline.from_pretrained("ann/digit")
+    with pytest.raises(OSError, match="no revision 'v2'"):
+        NCSNPipeline.from_pretrained("ann/digits", revision="v2")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"no model_index\.json"):
+        NCSNPipeline.from_pretrained(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "unet/*.safetensors"]
+)
+def test_missing_file(hub, pipe, tmp_path, name):
+    pipe.save_pretrained(tmp_path / "pipe")
+    for path in (tmp_path / "pipe").glob(name):
+        path.unlink()
+    hub.publish("ann/digits", tmp_path / "pipe")
+    for source in ("ann/digits", tmp_path / "pipe"):
+        with pytest.raises(OSError, match=name.split("/")[-1].replace("*.", "")):
+            NCSNPipeline.from_pretrained(source)
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
+def test_wrong_hash(hub, pipe, name):
+    pipe.push_to_hub("ann/digits")
+    hub.damaged.add(name)
+    with pytest.raises(OSError, match=r"damaged.*Delete (\S+) and load again") as raised:
+        NCSNPipeline.from_pretrained("ann/digits")
+    hub.damaged.clear()
+    Path(str(raised.value).split("Delete ")[1].split(" and load")[0]).unlink()
+    check_same(NCSNPipeline.from_pretrained("ann/digits"), pipe)
+
+
+def test_of_a_newer_version(hub, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe/model_index.json").read_text())
+    index["_saved_format"] += 1
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps(index))
+    hub.publish("ann/digits", tmp_path / "pipe")
+    for source in ("ann/digits", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=r"newer version.*Update the package"):
+            NCSNPipeline.from_pretrained(source)
+
+
+# --- Public checkpoints ---
+
+
+def flatten(folder):
+    """As the oldest repositories are: everything in one folder."""
+    for part in ("unet", "scheduler"):
+        for path in (folder / part).iterdir():
+            path.rename(folder / path.name)
+        (folder / part).rmdir()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_ncsnpp_repository(hub, tmp_path, caplog, flat):
+    unet = make_unet(time_embedding_type="fourier")
+    stock = ScoreSdeVePipeline(unet, ScoreSdeVeScheduler(num_train_timesteps=2000, sigma_max=378.0, snr=0.17))
+    stock.save_pretrained(tmp_path / "pp")
+    if flat:
+        flatten(tmp_path / "pp")
+    hub.publish("google/ncsnpp", tmp_path / "pp")
+    with caplog.at_level(logging.WARNING):
+        pipe = NCSNPipeline.from_pretrained("google/ncsnpp")
+    assert "google/ncsnpp is a ScoreSdeVePipeline: its ScoreSdeVeScheduler has become an Anneal" in caplog.text
+    assert "in [0, 1]" in caplog.text
+    assert type(pipe.scheduler) is AnnealedLangevinScheduler
+    assert pipe.scheduler.config.conditioning == "sigma" and pipe.scheduler.config.prediction_type == "score"
+    assert pipe.scheduler.config.sigma_max == pytest.approx(378.0)
+    assert pipe.config.data_min == 0
+    for name, weight in unet.state_dict().items():
+        assert torch.equal(pipe.unet.state_dict()[name], weight)
+    # its data range is kept, in the own format too
+    pipe.push_to_hub("ann/pp")
+    again = NCSNPipeline.from_pretrained("ann/pp")
+    assert again.config.data_min == 0 and "in [0, 1]" in hub.files("ann/pp")["README.md"].decode()
+    check_same(again, pipe)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_ddpm_repository(hub, tmp_path, caplog, flat, pickled):
+    stock = DDPMPipeline(make_unet(), DDPMScheduler())
+    stock.save_pretrained(tmp_path / "ddpm", safe_serialization=not pickled)
+    if flat:
+        flatten(tmp_path / "ddpm")
+    hub.publish("google/ddpm", tmp_path / "ddpm")
+    with caplog.at_level(logging.WARNING):
+        pipe = NCSNPipeline.from_pretrained("google/ddpm")
+    assert "google/ddpm is a DDPMPipeline: its DDPMScheduler has become an Annealed" in caplog.text
+    assert "in [-1, 1]" in caplog.text
+    assert type(pipe.scheduler) is AnnealedLangevinScheduler and pipe.scheduler.config.prediction_type == "epsilon"
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, stock.scheduler.alphas_cumprod)
+    assert draw(pipe).shape == (1, 1, 8, 8)
+    if pickled:
+        with pytest.raises(OSError, match="safetensors"):
+            NCSNPipeline.from_pretrained("google/ddpm", use_safetensors=True)
+
+
+def test_pickles_are_refused_under_our_name(hub, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe", safe_serialization=False)
+    hub.publish("ann/pickle", tmp_path / "pipe")
+    for source in ("ann/pickle", tmp_path / "pipe"):
+        with pytest.raises(OSError, match="safetensors"):
+            NCSNPipeline.from_pretrained(source)
+
+
+def test_other_pipelines_are_refused(hub, tmp_path):
+    (tmp_path / "sd").mkdir()
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    hub.publish("ann/sd", tmp_path / "sd")
+    for source in ("ann/sd", tmp_path / "sd"):
+        with pytest.raises(ValueError, match="is a StableDiffusionPipeline"):
+            NCSNPipeline.from_pretrained(source)
+
+
+# --- The script ---
+
+
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])
+    runpy.run_path(ROOT / "scripts" / "push_to_hub.py", run_name="__main__")
+
+
+def test_script(hub, folder, monkeypatch, capfd):
+    arguments = ["--private", "--tag", "v1", "--revision", "release", "--variants", "fp16", "--license", "mit"]
+    run_script(monkeypatch, folder, "lab/digits", *arguments)
+    repository = hub.repositories["lab/digits"]
+    assert repository.private and repository.tags["v1"] == repository.branches["release"]
+    files = hub.files("lab/digits", "release")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files and b"license: mit" in files["README.md"]
+    out, err = capfd.readouterr()
+    assert f"{hub.url}/lab/digits" in out
+    assert "100%" in err  # the progress bar
+    assert TOKEN not in out + err
+
+
+def test_script_fails_before_any_upload(hub, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^push_to_hub\.py: .*model_index\.json is missing"):
+        run_script(monkeypatch, tmp_path, "ann/digits")
+    assert not hub.repositories
+
+
+def test_collected_files_are_loadable_as_a_folder(folder, pipe, tmp_path):
+    for name, content in collect_files(folder, "ann/digits").items():
+        path = tmp_path / "copy" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    check_same(NCSNPipeline.from_pretrained(tmp_path / "copy"), pipe)
+
+
+def test_login_is_used_where_no_token_is_given(hub, pipe):
+    pipe.push_to_hub("digits")
+    assert {token for method, _, token in hub.requests if method == "POST"} == {TOKEN}
+    assert HfApi().repo_exists("ann/digits")

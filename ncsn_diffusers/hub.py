@@ -34,7 +34,7 @@ _EXAMPLE_DATASET = "ylecun/mnist"  # of which the package embeds a part, to trai
 _ATTEMPTS = 5
 _FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}")
+_SECRET = re.compile(r"hf_(oauth_|jwt_)?[A-Za-z0-9]{16,}")
 # Settings that say where a run kept its files and how it was watched, and not what came out
 _UNTOLD = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpointing_steps", "logger")
 
@@ -579,12 +579,12 @@ def _check_access(api: HfApi, repo_id: str, private: bool | None, tag: str | Non
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if owner not in owners:
         raise PermissionError(f"`repo_id`={repo_id!r}: the token is of {', '.join(owners)}, and not of {owner}.")
-    if api.repo_exists(repo_id):
-        if private and not api.repo_info(repo_id).private:
+    if _retry(lambda: api.repo_exists(repo_id)):
+        if private and not _retry(lambda: api.repo_info(repo_id)).private:
             raise ValueError(
                 f"`private`: {repo_id} exists and is public. Change that in its settings, or choose another name."
             )
-        if tag is not None and tag in (ref.name for ref in api.list_repo_refs(repo_id).tags):
+        if tag is not None and tag in (ref.name for ref in _retry(lambda: api.list_repo_refs(repo_id)).tags):
             raise ValueError(f"`tag`={tag!r} exists already in {repo_id}: choose another one.")
     return repo_id
 
@@ -645,7 +645,9 @@ def _retry(function: Callable[[], Any]) -> Any:
                 raise
             if attempt == _ATTEMPTS - 1:
                 raise OSError(f"The Hub has failed {_ATTEMPTS} times, the last time with: {error}") from error
-            time.sleep(_FIRST_WAIT * 2**attempt)
+            wait = _FIRST_WAIT * 2**attempt
+            logger.warning(f"The Hub has failed ({type(error).__name__}); trying again in {wait:g} seconds.")
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 

@@ -311,6 +311,17 @@ class NCSNPipeline(DiffusionPipeline):
         # diffusers reads model_index.json through this method, to download as well as to load
         return _translate_index(super()._dict_from_json_file(json_file), cls.__name__)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        As [`~DiffusionPipeline.save_pretrained`]. With `push_to_hub=True` the folder is uploaded as well, under its
+        name or as `repo_id` says; `private`, `token` and `commit_message` are as of [`push_to_hub`].
+        """
+        options = {name: kwargs.pop(name) for name in ("private", "token", "commit_message") if name in kwargs}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            importlib.import_module("ncsn_diffusers.hub").push_to_hub(save_directory, repo_id, **options)
+
     def push_to_hub(self, repo_id: str, **kwargs):
         """
         Upload the pipeline with a model card and the code that loads it where this package is not installed; the

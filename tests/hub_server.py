@@ -68,6 +68,7 @@ class HubServer:
         self.storage_url = self.url.replace("127.0.0.1", "localhost")  # another host, as the Hub's storage is
 
     def __enter__(self) -> "HubServer":
+        close_session()  # of this process's client, so that it reads its settings anew
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
@@ -78,7 +79,7 @@ class HubServer:
         """Stop: clients find the Hub out of reach."""
         self.server.shutdown()
         self.server.server_close()
-        close_session()  # of this process's client, which would go on with the connections that it has
+        close_session()  # which would go on with the connections that it has
 
     def fail(self, method: str, pattern: str, how: int | str, times: int = 1) -> None:
         """The next `times` requests whose path matches fail: with a status, or with the connection cut ("cut")."""

@@ -59,6 +59,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(publishing, "_FIRST_WAIT", 0.01)
@@ -69,6 +71,7 @@ def environment(hub, tmp_path):
     """Of a process whose client talks to the server."""
     return {
         **os.environ,
+        "HF_HUB_OFFLINE": "0",
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
@@ -166,6 +169,14 @@ def test_push_and_load(hub, pipe, tmp_path):
     assert json.loads(hub.files("ann/copy")["model_index.json"]) == json.loads(
         hub.files("ann/digits")["model_index.json"]
     )
+
+
+def test_save_and_push(hub, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "digits", push_to_hub=True, private=True, commit_message="First")
+    pipe.save_pretrained(tmp_path / "digits", push_to_hub=True, repo_id="lab/digits", token=TOKEN)
+    assert set(hub.files("ann/digits")) == set(hub.files("lab/digits")) == FILES
+    assert hub.repositories["ann/digits"].private and not hub.repositories["lab/digits"].private
+    check_same(NCSNPipeline.from_pretrained(tmp_path / "digits"), pipe)
 
 
 def test_only_what_belongs_there_is_uploaded(hub, folder):
@@ -508,6 +519,20 @@ def test_offline_from_the_cache(hub, pipe, monkeypatch):
     check_same(NCSNPipeline.from_pretrained("ann/digits"), pipe)
     with pytest.raises(OSError, match="out of reach"):
         NCSNPipeline.from_pretrained("ann/digits", revision="v1")
+
+
+def test_download_goes_on_after_a_cut_connection(hub, pipe, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    pipe.push_to_hub("ann/digits")
+    hub.fail("GET", "/storage/", "cut")
+    check_same(NCSNPipeline.from_pretrained("ann/digits"), pipe)
+    assert not hub.failures[0][3]
+
+
+def test_tokens_are_not_sent_to_the_storage(hub, pipe):
+    pipe.push_to_hub("ann/digits")
+    NCSNPipeline.from_pretrained("ann/digits")
+    assert {token for _, path, token in hub.requests if path.startswith("/storage/")} == {None}
 
 
 def test_private_repository(hub, pipe, monkeypatch, tmp_path):

@@ -149,16 +149,17 @@ class BackgroundPush:
         Returns:
             `Future`: of the `CommitInfo`, or of None where the upload has failed or given way to a later one.
         """
-        future = Future()
-        scratch = tempfile.TemporaryDirectory()
+        future, scratch = Future(), None
         try:
+            scratch = tempfile.TemporaryDirectory()
             folder = Path(scratch.name)
             pipeline.save_pretrained(folder)
             files = collect_files(folder, self.repo_id, **self._card)
             # the training folder's pictures may change while they wait
             files = {name: _read(file) if name.endswith(".png") else file for name, file in files.items()}
-        except Exception as error:
-            scratch.cleanup()
+        except Exception as error:  # a full disk, for example
+            if scratch is not None:
+                scratch.cleanup()
             self._warn(error)
             future.set_result(None)
             return future

@@ -336,7 +336,11 @@ def test_background_push_warns_and_never_raises(hub, folder, pipe, monkeypatch, 
         assert uploads.finish() is None
     assert "The upload to ann/digits has failed" in caplog.text and TOKEN not in caplog.text
     hub.failures.clear()
-    assert uploads.push(pipe, "Step 2").result().oid == hub.repositories["ann/digits"].branches["main"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryDirectory", lambda: (_ for _ in ()).throw(OSError("No space left on device")))
+        assert uploads.push(pipe, "Step 2").result() is None
+    assert "No space left on device" in caplog.text
+    assert uploads.push(pipe, "Step 3").result().oid == hub.repositories["ann/digits"].branches["main"]
 
 
 def test_background_push_finds_mistakes_before_the_training(hub, folder):

@@ -433,7 +433,7 @@ def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
         places = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * width
         axes.bar(places, list(values.values()), width, label=label.replace("_", "-"))
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share", xlabel="class")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(shares))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -615,7 +615,7 @@ class Evaluation:
         device = self.accelerator.device
         ladder = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
         sigmas = np.geomspace(ladder.config.sigma_max, ladder.config.sigma_min, _NUM_LEVELS).tolist()
-        data_min = -1.0 if pipe.image_processor.config.do_normalize else 0.0
+        data_min = pipe.config.data_min
 
         def batch(rows: range):
             """uint8 pictures, their generators, and the class that means none."""

@@ -135,6 +135,7 @@ class BackgroundPush:
     ):
         self._api = HfApi(token=token)
         self.repo_id = _check_access(self._api, repo_id, private)
+        self._private = private
         _create_repository(self._api, self.repo_id, private, None)
         self._card = {"license": license, "dataset": dataset, "training_dir": Path(training_dir)}
         self._lock = threading.Lock()
@@ -187,7 +188,7 @@ class BackgroundPush:
                 (future, scratch, files, message), self._waiting = self._waiting, None
             result = None
             try:
-                result = _upload(self._api, files, self.repo_id, None, None, None, message)
+                result = _upload(self._api, files, self.repo_id, self._private, None, None, message)
             except Exception as error:
                 self._warn(error)
             finally:
@@ -225,6 +226,13 @@ def collect_files(
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: {name} is missing.")
+    index = _read_json(folder / "model_index.json")
+    kind = index["_class_name"]
+    kind = kind[-1] if isinstance(kind, list) else kind  # with the module of its code, in a repository
+    if kind not in ("NCSNPipeline", "NCSNInpaintPipeline"):
+        raise ValueError(
+            f"{str(folder)!r} holds a {kind}: load it by NCSNPipeline.from_pretrained, save that, and upload it."
+        )
     weights = sorted((folder / "unet").glob(f"{_WEIGHTS}*.safetensors"))
     if not any(re.fullmatch(rf"{_WEIGHTS}(-\d+-of-\d+)?\.safetensors", path.name) for path in weights):
         pickles = sorted(path.name for path in (folder / "unet").iterdir() if path.suffix in (".bin", ".pt", ".ckpt"))
@@ -235,7 +243,6 @@ def collect_files(
             )
         raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: unet/{_WEIGHTS}.safetensors is missing.")
 
-    index = json.loads((folder / "model_index.json").read_text())
     files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in weights}
     for path in sorted((folder / "unet").glob(f"{_WEIGHTS}*.index*.json")):
         files[f"unet/{path.name}"] = path
@@ -566,14 +573,7 @@ def _to_json(value: dict) -> bytes:
 def _check_access(api: HfApi, repo_id: str, private: bool | None, tag: str | None = None) -> str:
     """The full name of the repository, if the token may write there and nothing stands against it."""
     validate_repo_id(repo_id)  # raises a ValueError that says what is accepted
-    try:
-        user = _retry(api.whoami)
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        if _status(error) not in (None, 401, 403):
-            raise
-        raise PermissionError(
-            "The Hub does not know you: log in by `hf auth login`, or give a `token` that may write."
-        ) from None
+    user = _retry(api.whoami)
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     owner = repo_id.split("/")[0]
@@ -591,17 +591,9 @@ def _check_access(api: HfApi, repo_id: str, private: bool | None, tag: str | Non
 
 
 def _create_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> None:
-    try:
-        _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        if revision not in (None, "main"):
-            _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    except HfHubHTTPError as error:
-        if _status(error) in (401, 403):
-            raise PermissionError(
-                f"The token may not write to {repo_id}: give one with write access, from "
-                "https://huggingface.co/settings/tokens."
-            ) from None
-        raise
+    _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if revision not in (None, "main"):
+        _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
 
 def _upload(
@@ -613,6 +605,7 @@ def _upload(
     tag: str | None,
     commit_message: str | None,
 ) -> CommitInfo:
+    _retry(ModelCard(_read(files["README.md"]).decode()).validate)
     _create_repository(api, repo_id, private, revision)
 
     def commit() -> CommitInfo:
@@ -634,6 +627,7 @@ def _retry(function: Callable[[], Any]) -> Any:
 
     Raises:
         OSError: it has failed each time.
+        PermissionError: the token is missing, invalid, or not enough.
         Exception: what the function raises for a reason that will not pass.
     """
     for attempt in range(_ATTEMPTS):
@@ -641,6 +635,11 @@ def _retry(function: Callable[[], Any]) -> Any:
             return function()
         except Exception as error:
             status = _status(error)
+            if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+                raise PermissionError(
+                    "The Hub does not let you do that: log in by `hf auth login`, or give a `token` that may write, "
+                    "from https://huggingface.co/settings/tokens."
+                ) from None
             passing = status in (408, 429) or (status or 0) >= 500 or (status is None and _is_of_the_network(error))
             if not passing:
                 raise

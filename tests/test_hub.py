@@ -246,6 +246,11 @@ def test_variants(hub, folder, pipe):
             ValueError,
             "pickle",
         ),
+        (
+            lambda f: DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(f),
+            ValueError,
+            "holds a DDPMPipeline: load it by NCSNPipeline",
+        ),
         (lambda f: (f / "README.md").write_text(f"My token is {TOKEN}"), ValueError, "README.md holds an access token"),
     ],
 )
@@ -303,6 +308,13 @@ def test_failures_that_stay_are_reported(hub, pipe, monkeypatch):
         pipe.push_to_hub("ann/digits")
     assert TOKEN not in str(raised.value)
     assert set(hub.files("ann/digits")) == {".gitattributes"}
+
+
+def test_token_that_may_only_read(hub, pipe):
+    hub.fail("POST", "/commit/", 403, times=100)
+    with pytest.raises(PermissionError, match="`token` that may write"):
+        pipe.push_to_hub("ann/digits")
+    assert hub.failures[0][3] == 99  # asked once
 
 
 # --- In the background ---
@@ -443,8 +455,10 @@ def test_card_of_ones_own(hub, folder):
     push_to_hub(folder, "ann/digits")
     assert hub.files("ann/digits")["README.md"].decode().endswith("# Mine\n")
     (folder / "README.md").write_text("---\nlicense: free beer\n---\n# Mine\n")
-    with pytest.raises(ValueError, match="license"):  # the Hub's own check
-        push_to_hub(folder, "ann/digits")
+    for repo_id in ("ann/digits", "ann/new"):
+        with pytest.raises(ValueError, match="license"):  # the Hub's own check
+            push_to_hub(folder, repo_id)
+    assert "ann/new" not in hub.repositories
 
 
 # --- Loading ---
@@ -706,5 +720,5 @@ def test_collected_files_are_loadable_as_a_folder(folder, pipe, tmp_path):
 
 def test_login_is_used_where_no_token_is_given(hub, pipe):
     pipe.push_to_hub("digits")
-    assert {token for method, _, token in hub.requests if method == "POST"} == {TOKEN}
+    assert {token for method, path, token in hub.requests if method == "POST" and "/api/models/" in path} == {TOKEN}
     assert HfApi().repo_exists("ann/digits")

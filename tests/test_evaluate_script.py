@@ -217,10 +217,10 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory):
-    """A pipeline of 3 × 8 × 8 pictures with a card, and 120 such pictures in the classes blue and red."""
+    """A class-conditional pipeline of 3 × 8 × 8 pictures in [0, 1], and 120 such pictures: 40 are blue and 80 red."""
     folder = tmp_path_factory.mktemp("coloured")
     unet = small_unet(channels=3, out_channels=3, num_class_embeds=3)
-    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder / "pipeline")
+    NCSNPipeline(unet, AnnealedLangevinScheduler(), data_min=0).save_pretrained(folder / "pipeline")
     random = np.random.default_rng(0)
     for name, channel, number in (("blue", 2, 40), ("red", 0, 80)):
         for split in ("train", "test"):
@@ -265,8 +265,15 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
     shares = metrics["class_shares"]["held-out"]
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))[:40]
     assert shares == {"blue": (order < 40).sum().item() / 40, "red": (order >= 40).sum().item() / 40}
-    # the samples are those of the pipeline with that scheduler
+    # the network is judged without a class, in units of its data
     pipe = NCSNPipeline.from_pretrained(coloured / "pipeline")
+    dataset = load_training_data(train_data_dir=arguments["train_data_dir"], split="test")
+    images = decode_images(dataset.select(order[:4].tolist())) / 255
+    noise = torch.stack([torch.randn((3, 8, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)])
+    no_label, levels = torch.full((4,), 2), metrics["loss_per_level"]
+    losses = loss_per_level(pipe.unet, pipe.scheduler, images, noise, [level["sigma"] for level in levels], no_label)
+    assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
+    # the samples are those of the pipeline with that scheduler
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     generators = [torch.Generator().manual_seed(i) for i in range(40)]
     images = pipe(

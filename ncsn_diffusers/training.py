@@ -47,6 +47,7 @@ from .data import (
     open_images,
     to_model_range,
 )
+from .hub import BackgroundPush
 from .noise_levels import choose_num_train_timesteps, choose_sigma_max
 from .pipeline_ncsn import NCSNPipeline
 from .scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES, AnnealedLangevinScheduler
@@ -112,6 +113,12 @@ class TrainingConfig:
     """Steps between two grids of samples (samples-STEP.png) and validation losses; only at the end by default."""
     logger: str | None = None
     """Tracker of accelerate: tensorboard, wandb, …, or all that are installed; log.jsonl is written in any case."""
+    push_to_hub: bool = False
+    """Publish the pipeline on the Hub at each checkpoint and at the end; see `hf auth login`."""
+    hub_model_id: str | None = None
+    """Repository to publish in, NAME or ORGANISATION/NAME; named after `output_dir` by default."""
+    hub_private_repo: bool = False
+    """Make that repository a private one."""
     seed: int = 0
     """The same seed gives the same weights on the same machine."""
 
@@ -170,8 +177,8 @@ class TrainingConfig:
     """Mean of log sigma, for lognormal."""
     log_sigma_std: float = 1.4
     """Standard deviation of log sigma, for lognormal."""
-    loss_weighting: str = "sigma_squared"
-    """Weight of a level's loss: sigma_squared (the paper), or edm, which weighs large sigma more."""
+    loss_weighting: str = "edm"
+    """Weight of a level's loss: edm, which weighs the error of a v-prediction equally, or sigma_squared (the paper)."""
     mixed_precision: str | None = None
     """no, fp16 or bf16; by default what `accelerate launch` was told, or else bf16 on a GPU that has it."""
     compile: bool | None = None
@@ -221,6 +228,9 @@ class TrainingConfig:
             raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`streaming` needs `max_train_steps`: how long an epoch is is not known beforehand.")
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`{name}`={getattr(self, name)} needs `push_to_hub`.")
         if self.random_crop and self.resolution is None:
             raise ValueError("`random_crop` needs `resolution`, the side of what is left.")
 
@@ -298,6 +308,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.output_dir = Path(config.output_dir)
         self.checkpoint = self._prepare_output_dir()
+        self.uploads = None
+        if config.push_to_hub and self.accelerator.is_main_process:
+            repo_id = config.hub_model_id or self.output_dir.resolve().name
+            self.uploads = BackgroundPush(repo_id, self.output_dir, private=config.hub_private_repo or None)
         if self.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
             # `accelerate launch` leaves a CPU process one thread, and the other cores idle
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.accelerator.num_processes))
@@ -472,6 +486,8 @@ class Trainer:
                 if checkpoint:
                     self._save_checkpoint()
                     saved_step = self.step
+                    if self.uploads is not None and not last:
+                        self.uploads.push(self._make_pipeline(), f"Step {self.step}")
                 if evaluate:
                     self._evaluate(self._make_pipeline(), self.output_dir / f"samples-{self.step}.png")
                 if checkpoint or evaluate:
@@ -487,9 +503,12 @@ class Trainer:
         pipeline = self._make_pipeline()
         if accelerator.is_main_process:
             pipeline.save_pretrained(self.output_dir)
-            _save_loss_curve(self.losses[: self.step].cpu(), self.output_dir / "loss.png")
+            _save_loss_curve(self.losses[: self.step].cpu(), config.loss_weighting, self.output_dir / "loss.png")
         self._evaluate(pipeline, self.output_dir / "samples.png")
         accelerator.print(f"Saved the pipeline, samples.png and loss.png in {self.output_dir}.")
+        if self.uploads is not None:
+            self.uploads.push(pipeline, "End of training")
+            self.uploads.finish()
         accelerator.end_training()
         return pipeline
 
@@ -776,6 +795,9 @@ _HARMLESS = (
     "eval_steps",
     "eval_batch_size",
     "logger",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
     "max_cache_gb",
     "dataloader_num_workers",
 )
@@ -837,13 +859,14 @@ def _make_grid(images: list[Image.Image]) -> Image.Image:
     return grid.resize((grid.width * enlargement, grid.height * enlargement), Image.Resampling.NEAREST)
 
 
-def _save_loss_curve(losses: torch.Tensor, path: Path) -> None:
+def _save_loss_curve(losses: torch.Tensor, weighting: str, path: Path) -> None:
     window = max(1, len(losses) // 50)
     smooth = torch.nn.functional.avg_pool1d(losses[None], window, stride=1)[0] if len(losses) else losses
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(losses, color="tab:blue", alpha=0.25, label="each step")
     axes.plot(range(window // 2, window // 2 + len(smooth)), smooth, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="½ ‖sigma score + z‖² a dimension", yscale="log")
+    weight = "½ (1 + sigma²)" if weighting == "edm" else "½"
+    axes.set(xlabel="step", ylabel=f"{weight} ‖sigma score + z‖² a dimension", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

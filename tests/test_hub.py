@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -33,6 +34,7 @@ from PIL import Image
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers import hub as publishing
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
+from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_annsSecretToken0123456789"
@@ -353,6 +355,54 @@ def test_background_push_warns_and_never_raises(hub, folder, pipe, monkeypatch, 
         assert uploads.push(pipe, "Step 2").result() is None
     assert "No space left on device" in caplog.text
     assert uploads.push(pipe, "Step 3").result().oid == hub.repositories["ann/digits"].branches["main"]
+
+
+@pytest.fixture
+def training_config(tmp_path):
+    for i in range(8):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / "pictures" / f"{i}.png")
+    return partial(
+        TrainingConfig,
+        train_data_dir=str(tmp_path / "pictures"),
+        output_dir=str(tmp_path / "run"),
+        block_out_channels=(8, 8),
+        train_batch_size=4,
+        eval_batch_size=1,
+        max_train_steps=2,
+        checkpointing_steps=1,
+        push_to_hub=True,
+    )
+
+
+def test_training_publishes_at_checkpoints_and_at_the_end(hub, training_config, monkeypatch, tmp_path):
+    messages = []
+    push = BackgroundPush.push
+    monkeypatch.setattr(
+        BackgroundPush, "push", lambda self, pipe, text: messages.append(text) or push(self, pipe, text)
+    )
+    pipe = train(training_config(hub_model_id="lab/digits", hub_private_repo=True))
+    assert messages == ["Step 1", "End of training"]
+    assert hub.repositories["lab/digits"].private
+    files = hub.files("lab/digits")
+    assert {"README.md", "samples.png", "loss.png", "unet/diffusion_pytorch_model.safetensors"} <= files.keys()
+    assert not any(b"hf_" in content for content in files.values())
+    check_same(NCSNPipeline.from_pretrained("lab/digits"), pipe)
+
+
+def test_a_hub_that_is_gone_costs_no_training(hub, training_config, caplog, tmp_path):
+    hub.fail("POST", "/commit/", "cut", times=100)
+    train(training_config())
+    assert "The upload to ann/run has failed" in caplog.text  # named after the folder
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_training_finds_a_wrong_repository_first(hub, training_config, tmp_path):
+    with pytest.raises(OSError, match="bob/digits"):
+        train(training_config(hub_model_id="bob/digits"))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    with pytest.raises(ValueError, match="`hub_model_id`=digits needs `push_to_hub`"):
+        TrainingConfig(hub_model_id="digits")
 
 
 def test_background_push_finds_mistakes_before_the_training(hub, folder):

@@ -72,12 +72,28 @@ def test_a_zero_score_costs_a_half():
     assert losses.mean().item() == pytest.approx(0.5, rel=3 * math.sqrt(2 / noise.numel()))
 
 
+def test_edm_weighs_the_error_of_a_v_prediction_equally():
+    scheduler = AnnealedLangevinScheduler()
+    generator = torch.Generator().manual_seed(0)
+    images, noise = (torch.randn(6, 1, 4, 4, generator=generator) for _ in range(2))
+    timesteps = scheduler.sigma_to_t(torch.tensor([0.02, 0.1, 0.5, 2.0, 10.0, 40.0]))
+    target = scheduler.get_velocity(images, noise, timesteps)
+    model = lambda x, t, return_dict: (target + 0.3,)  # noqa: E731
+    losses = score_matching_loss(model, scheduler, images, noise, timesteps, weighting="edm")
+    torch.testing.assert_close(losses, torch.full((6,), 0.5 * 0.3**2), rtol=1e-3, atol=0)
+    plain = score_matching_loss(model, scheduler, images, noise, timesteps)
+    sigma = scheduler.t_to_sigma(timesteps)
+    torch.testing.assert_close(losses / plain, 1 + sigma**2, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"`weighting` must be one of .* not 'flat'"):
+        score_matching_loss(model, scheduler, images, noise, timesteps, weighting="flat")
+
+
 def test_loss_takes_pictures_and_passes_gradients():
     scheduler = AnnealedLangevinScheduler()
     unet = AnalyticUNet(train_sigmas(scheduler).tolist())
     images = torch.rand(6, 1, 2, 4)
     scale = torch.ones(1, requires_grad=True)
-    model = lambda x, t, return_dict: (unet(x, t, return_dict)[0] * scale,)  # noqa: E731
+    model = lambda x, t, return_dict: (unet(x, t, return_dict=return_dict)[0] * scale,)  # noqa: E731
     timesteps = torch.tensor([0.0, 10.5, 300.0, 500.0, 700.25, 999.0])
     losses = score_matching_loss(model, scheduler, images, torch.randn_like(images), timesteps)
     assert losses.shape == (6,)

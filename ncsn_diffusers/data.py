@@ -12,6 +12,7 @@ has to be saved for a run to go on exactly where it stopped. A stream's position
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -214,14 +215,12 @@ def encode_labels(
     return dataset, num_classes
 
 
-def decode_images(
-    dataset: Dataset | IterableDataset, resolution: int | None = None, channels: int | None = None
-) -> torch.Tensor:
+def decode_images(dataset: Dataset, resolution: int | None = None, channels: int | None = None) -> torch.Tensor:
     """
-    Decode every picture once, in this process.
+    Every picture of a data set, decoded once: [`open_images`] where nothing but the pictures is of interest.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): with a column of pictures.
+        dataset (`datasets.Dataset`): with a column of pictures.
         resolution (`int`, *optional*): see [`ImageReader`].
         channels (`int`, *optional*): 1, 3 or 4; 1 if all pictures are gray and 3 otherwise when not given.
 
@@ -233,15 +232,12 @@ def decode_images(
     """
     dataset, image_column, _ = find_columns(dataset)
     reader = ImageReader(image_column, resolution=resolution, channels=channels)
-    progress = tqdm(dataset, desc="Decoding", unit="image", leave=False)
-    arrays = [reader(row, (0, i))[0] for i, row in enumerate(progress)]
-    shape = _common_shape({array.shape for array in arrays})
-    return torch.from_numpy(np.stack([np.broadcast_to(array, shape) for array in arrays]))
+    return open_images(dataset, reader, torch.device("cpu"), max_cache_gb=math.inf).images
 
 
-def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures in [0, 255] as float32 in [-1, 1], the network's units of the data; any shape."""
-    return images.float() / 127.5 - 1
+def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
+    """Pictures in [0, 255] as float32 in [data_min, 1], the network's units of the data; any shape."""
+    return images.float() / (255 / (1 - data_min)) + data_min
 
 
 @dataclass(frozen=True)

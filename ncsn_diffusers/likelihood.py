@@ -27,27 +27,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .score_matching import score_matching_loss
-
-
-def denoise(model, scheduler, x: torch.Tensor, sigma: float, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    The denoised estimate D(x, sigma) of a network, whatever its prediction type and conditioning.
-
-    Args:
-        model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
-        scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
-        x (`torch.Tensor` of shape `(n, ...)`): in units of the data.
-        sigma (`float`): the noise level, in units of the data.
-        class_labels (`torch.Tensor` of shape `(n,)`, *optional*): for a network that takes them.
-
-    Returns:
-        `torch.Tensor` of shape `(n, ...)`: D, in units of the data, float32.
-    """
-    timestep = scheduler.sigma_to_t(torch.full((len(x),), sigma, dtype=torch.float32, device=x.device))
-    labels = {} if class_labels is None else {"class_labels": class_labels}
-    output = model(scheduler.scale_model_input(x, timestep), timestep, **labels, return_dict=False)[0]
-    return scheduler.convert_model_output(output.float(), timestep, x)
+from .data import to_model_range
+from .score_matching import denoise, score_matching_loss
 
 
 @torch.no_grad()
@@ -81,7 +62,7 @@ def loss_per_level(
         raise ValueError(f"`sigmas` must lie in the ladder, from {low:g} to {high:g}, not {list(sigmas)}.")
     losses = []
     for sigma in sigmas:
-        timesteps = scheduler.sigma_to_t(torch.full((len(images),), sigma, dtype=torch.float32, device=images.device))
+        timesteps = _timesteps_at(scheduler, sigma, images)
         losses.append(score_matching_loss(model, scheduler, images, noise, timesteps, class_labels))
     return torch.stack(losses)
 
@@ -113,7 +94,7 @@ def score_error(
     for sigma in sigmas:
         x = images + sigma * noise
         # score = (D - x)/sigma²
-        error = (denoise(model, scheduler, x, sigma) - denoised(x, sigma)) / sigma
+        error = (denoise(model, scheduler, x, _timesteps_at(scheduler, sigma, x)) - denoised(x, sigma)) / sigma
         errors.append(error.square().flatten(1).mean(1))
     return torch.stack(errors)
 
@@ -156,7 +137,7 @@ def log_likelihood(
         c = math.sqrt(1 + sigma**2)
         with torch.enable_grad():
             x = (c * y).requires_grad_()
-            denoised = denoise(model, scheduler, x, sigma, class_labels)
+            denoised = denoise(model, scheduler, x, _timesteps_at(scheduler, sigma, x), class_labels)
         trace = 0
         for k, probe in enumerate(probes):
             (product,) = torch.autograd.grad(denoised, x, probe, retain_graph=k < len(probes) - 1)
@@ -222,6 +203,11 @@ def bits_per_dim(
     offsets = torch.stack([torch.rand(shape, generator=g) for g in generators]) - 0.5
     signs = torch.stack([torch.randint(2, (num_probes, *shape), generator=g) * 2.0 - 1 for g in generators], dim=1)
     width = (1 - data_min) / 255
-    x = data_min + width * (images + offsets.to(images.device))
+    x = to_model_range(images + offsets.to(images.device), data_min)
     log_p = log_likelihood(model, scheduler, x, signs.to(images.device), num_steps, class_labels)
     return -log_p / (x[0].numel() * math.log(2)) - math.log2(width)
+
+
+def _timesteps_at(scheduler, sigma: float, like: torch.Tensor) -> torch.Tensor:
+    """What a network is told of the level sigma, for each picture of a batch."""
+    return scheduler.sigma_to_t(torch.full((len(like),), sigma, dtype=torch.float32, device=like.device))

@@ -473,7 +473,8 @@ class NCSNPipeline(DiffusionPipeline):
     def _denoise(self, model_output: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """
         The denoised estimate D, in units of the data, from what the network was given and returned at level `sigma`:
-        the same for all schedulers, because the network's convention is.
+        the same for all schedulers, because the network's convention is. (AnnealedLangevinScheduler has it too, but
+        the stock ones do not, and on the Hub either file must stand alone.)
         """
         scale = (1 + sigma**2) ** 0.5
         x = model_input if self.scheduler.config.get("conditioning") == "sigma" else model_input * scale

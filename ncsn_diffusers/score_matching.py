@@ -60,6 +60,27 @@ def stratified(uniform: torch.Tensor) -> torch.Tensor:
     return (torch.arange(len(uniform), device=uniform.device) + uniform) / len(uniform)
 
 
+def denoise(
+    model, scheduler, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The denoised estimate D(x, sigma) of a network, whatever its prediction type and conditioning.
+
+    Args:
+        model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
+        scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
+        x (`torch.Tensor` of shape `(batch_size, ...)`): in units of the data.
+        timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each picture.
+        class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): for a network that takes them.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, ...)`: D, in units of the data, float32.
+    """
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    output = model(scheduler.scale_model_input(x, timesteps), timesteps, **labels, return_dict=False)[0]
+    return scheduler.convert_model_output(output.float(), timesteps, x)
+
+
 def score_matching_loss(
     model,
     scheduler,
@@ -74,12 +95,9 @@ def score_matching_loss(
     the score 0.
 
     Args:
-        model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
-        scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
+        model, scheduler, timesteps, class_labels: see [`denoise`].
         images (`torch.Tensor` of shape `(batch_size, ...)`): x0, in units of the data.
         noise (`torch.Tensor` of shape `(batch_size, ...)`): z, standard normal.
-        timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each picture. See [`draw_timesteps`].
-        class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): for a network that takes them.
         weighting (`str`, defaults to `"sigma_squared"`):
             `"sigma_squared"`: lambda(sigma) = sigma², as the 2019 paper has it; `"edm"`: 1 + sigma² times as much,
             which weighs the error of a v-prediction equally at every level (Karras et al. 2022, arXiv:2206.00364,
@@ -93,10 +111,7 @@ def score_matching_loss(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, not {weighting!r}.")
-    x = scheduler.add_noise(images, noise, timesteps)
-    labels = {} if class_labels is None else {"class_labels": class_labels}
-    model_output = model(scheduler.scale_model_input(x, timesteps), timesteps, **labels, return_dict=False)[0]
-    denoised = scheduler.convert_model_output(model_output.float(), timesteps, x)
+    denoised = denoise(model, scheduler, scheduler.add_noise(images, noise, timesteps), timesteps, class_labels)
     sigma = scheduler.t_to_sigma(timesteps).reshape(-1, *[1] * (images.ndim - 1))
     losses = 0.5 * ((denoised - images) / sigma).square().flatten(1).mean(1)
     return losses * (1 + sigma.flatten() ** 2) if weighting == "edm" else losses

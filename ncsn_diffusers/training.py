@@ -33,7 +33,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -50,6 +49,7 @@ from .data import (
 from .hub import BackgroundPush
 from .noise_levels import choose_num_train_timesteps, choose_sigma_max
 from .pipeline_ncsn import NCSNPipeline
+from .sampling import make_grid
 from .scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES, AnnealedLangevinScheduler
 from .score_matching import DISTRIBUTIONS, WEIGHTINGS, draw_timesteps, score_matching_loss, stratified
 
@@ -416,6 +416,7 @@ class Trainer:
             alone = accelerator.num_processes == config.gradient_accumulation_steps == 1
             unet.compile(mode="reduce-overhead" if alone else "default", dynamic=False)
         self.unet = unet
+        self.weights, self.averages = list(unet.parameters()), list(self.eval_unet.parameters())
         optimizer = torch.optim.AdamW(
             unet.parameters(),
             lr=config.learning_rate,
@@ -442,7 +443,7 @@ class Trainer:
     def _check_disk(self) -> None:
         """Raise an OSError where the run's checkpoints would not fit, instead of losing the run to it."""
         config = self.config
-        weights = 4 * sum(p.numel() for p in self.unet.parameters())
+        weights = 4 * sum(p.numel() for p in self.weights)
         # weights, their average and AdamW's two moments; a new checkpoint is whole before an old one goes
         needed = weights * (4 * (config.checkpoints_total_limit + 1) if config.checkpointing_steps else 1)
         free = shutil.disk_usage(self.output_dir).free
@@ -527,13 +528,7 @@ class Trainer:
         seed = np.random.SeedSequence((config.seed, self.step, 1)).generate_state(1, np.uint64)
         self.generator.manual_seed(int(seed[0] >> 1))
         uniform = torch.rand(3, num_micro * all_size, generator=self.generator, device=self.device)
-        timesteps = draw_timesteps(
-            self.scheduler,
-            stratified(uniform[0]),
-            config.noise_distribution,
-            config.log_sigma_mean,
-            config.log_sigma_std,
-        )
+        timesteps = self._draw_timesteps(uniform[0])
         for micro in range(num_micro):
             images, labels = next(batches)
             noise = torch.randn(all_size, *images.shape[1:], generator=self.generator, device=self.device)
@@ -553,7 +548,7 @@ class Trainer:
                 loss = losses.mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    self.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                    self.grad_norm = accelerator.clip_grad_norm_(self.weights, config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
@@ -564,8 +559,17 @@ class Trainer:
         self.lr_scheduler.step()
         self.step += 1
         if config.use_ema:
-            weights, averages = list(self.unet.parameters()), list(self.eval_unet.parameters())
-            torch._foreach_lerp_(averages, weights, 1 - self._ema_decay())
+            torch._foreach_lerp_(self.averages, self.weights, 1 - self._ema_decay())
+
+    def _draw_timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        return draw_timesteps(
+            self.scheduler,
+            stratified(uniform),
+            config.noise_distribution,
+            config.log_sigma_mean,
+            config.log_sigma_std,
+        )
 
     def _with_dropout(self, labels: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor | None:
         if self.num_classes is None:
@@ -657,19 +661,19 @@ class Trainer:
 
     def _make_pipeline(self) -> NCSNPipeline:
         if not self.config.use_ema:
-            torch._foreach_copy_(list(self.eval_unet.parameters()), list(self.unet.parameters()))
+            torch._foreach_copy_(self.averages, self.weights)
         return NCSNPipeline(unet=self.eval_unet, scheduler=self.scheduler)
 
     def _evaluate(self, pipeline: NCSNPipeline, path: Path) -> None:
         """Draw a grid of samples to `path`, report the validation loss; every process does its share."""
         images = self._draw(pipeline)
         if self.accelerator.is_main_process:
-            grid = _make_grid(pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy()))
+            grid = _enlarge(make_grid(pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())))
             grid.save(path)
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=self.step, **layout)
+                    tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **layout)
         if self.validation is not None:
             self._write({"step": self.step, "validation_loss": self._validation_loss()})
 
@@ -703,13 +707,7 @@ class Trainer:
             self.generator.manual_seed(chunk)
             uniform = torch.rand(len(images), generator=self.generator, device=self.device)
             noise = torch.randn(images.shape, generator=self.generator, device=self.device)
-            timesteps = draw_timesteps(
-                self.scheduler,
-                stratified(uniform),
-                config.noise_distribution,
-                config.log_sigma_mean,
-                config.log_sigma_std,
-            )
+            timesteps = self._draw_timesteps(uniform)
             labels = None if self.num_classes is None else data.labels[rows]
             with accelerator.autocast():
                 total += score_matching_loss(
@@ -851,10 +849,7 @@ def _choose_noise_levels(config: TrainingConfig, images) -> dict:
     return {"num_train_timesteps": num_levels, "sigma_min": config.sigma_min, "sigma_max": sigma_max}
 
 
-def _make_grid(images: list[Image.Image]) -> Image.Image:
-    columns = math.ceil(math.sqrt(len(images)))
-    blank = [images[0].point(lambda _: 0)] * (-len(images) % columns)
-    grid = make_image_grid(images + blank, rows=math.ceil(len(images) / columns), cols=columns)
+def _enlarge(grid: Image.Image) -> Image.Image:
     enlargement = max(1, 512 // grid.width)  # small pictures are hard to judge by eye
     return grid.resize((grid.width * enlargement, grid.height * enlargement), Image.Resampling.NEAREST)
 

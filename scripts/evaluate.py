@@ -15,10 +15,9 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import matplotlib
 
@@ -28,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from datasets import ClassLabel
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
@@ -37,7 +36,14 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
-from ncsn_diffusers.data import ImageReader, encode_labels, find_columns, load_training_data, open_images
+from ncsn_diffusers.data import (
+    ImageReader,
+    encode_labels,
+    find_columns,
+    load_training_data,
+    open_images,
+    to_model_range,
+)
 from ncsn_diffusers.evaluation import (
     InceptionFeatures,
     class_entropy,
@@ -51,7 +57,7 @@ from ncsn_diffusers.evaluation import (
     to_uint8,
 )
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
-from ncsn_diffusers.loading import check_settings, find_scheduler, load_pipeline, parse_settings
+from ncsn_diffusers.sampling import SamplingConfig, make_batches
 
 _FEATURE_BATCH = 100  # pictures
 _NUM_BLOCKS = 10  # of the kernel distance
@@ -60,7 +66,7 @@ _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the pictures of the report
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(SamplingConfig):
     """
     Judge a trained pipeline by its pictures, and its network by real ones.
 
@@ -68,8 +74,11 @@ class EvaluateConfig:
     on where it ended. With no data set named, the pictures are compared with the embedded digits.
     """
 
-    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
-    """Folder of the pipeline, or its id on the Hub."""
+    num_images: int = 5000
+    """Number of samples."""
+
+    batch_size: int = 100
+    """Samples that are drawn at a time on each device."""
 
     output_dir: str = "evaluation"
     """Folder for the report, the figures and what is kept to go on; all processes must see it."""
@@ -110,33 +119,6 @@ class EvaluateConfig:
     features: Literal["digits", "inception"] = "digits"
     """What the pictures are compared by: a classifier of 28×28 digits, or the Inception network of the FID."""
 
-    num_images: int = 5000
-    """Number of samples."""
-
-    batch_size: int = 100
-    """Samples that are drawn at a time on each device."""
-
-    num_inference_steps: int = 50
-    """Number of noise levels."""
-
-    num_langevin_steps: int | None = None
-    """Langevin steps a level, for AnnealedLangevinScheduler; the pipeline's own by default."""
-
-    scheduler: str | None = None
-    """Class of the scheduler, such as DDIMScheduler; the pipeline's own by default."""
-
-    scheduler_config: tuple[str, ...] = ()
-    """Settings of the scheduler: `name=value` pairs, or a JSON object."""
-
-    class_labels: tuple[int, ...] | None = None
-    """Classes of a class-conditional pipeline, which the samples take in turn."""
-
-    guidance_scale: float = 1.0
-    """Classifier-free guidance towards the classes; 1 is none."""
-
-    seed: int = 0
-    """Seed of the first sample; the others' follow."""
-
     loss_images: int = 500
     """Held-out pictures that the network's loss at each noise level is averaged over; 0 for none."""
 
@@ -150,27 +132,13 @@ class EvaluateConfig:
     """Put the figures into the metadata of the README.md in the pipeline's folder."""
 
     def __post_init__(self):
-        for name, least in (
-            ("num_images", 1),
-            ("batch_size", 1),
-            ("max_reference_images", 1),
-            ("resolution", 1),
-            ("likelihood_steps", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least}, not {value}.")
+        self.check_least(max_reference_images=1, resolution=1, likelihood_steps=1)
         for name in ("loss_images", "bits_per_dim"):
             if getattr(self, name) < 0 or getattr(self, name) == 1:
                 raise ValueError(f"`{name}` must be 0 or at least 2, for a standard error, not {getattr(self, name)}.")
         if self.channels not in (None, 1, 3, 4):
             raise ValueError(f"`channels` must be 1, 3 or 4, not {self.channels}.")
-        if self.class_labels == ():
-            raise ValueError("`class_labels` needs at least one class.")
-        self.settings = parse_settings(self.scheduler_config)
-        self.scheduler_class = None if self.scheduler is None else find_scheduler(self.scheduler)
-        if self.scheduler_class is not None:
-            check_settings(self.scheduler_class, self.settings)
+        super().__post_init__()
         if self.update_model_card and not (Path(self.pipeline) / "README.md").is_file():
             raise ValueError(f"`update_model_card` needs a model card, {Path(self.pipeline) / 'README.md'}.")
 
@@ -215,7 +183,7 @@ class KeptBatches:
                 f"{', '.join(f'`{key}`' for key in changed)}: name another folder, or replace them with "
                 "--overwrite_output_dir."
             )
-        batches = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
+        batches = make_batches(num, batch_size)
         accelerator.wait_for_everyone()  # all have looked before the first one writes
         if accelerator.is_main_process and before != depends_on:
             shutil.rmtree(folder, ignore_errors=True)
@@ -362,22 +330,10 @@ def check_numbers(config: EvaluateConfig, real: RealPictures, features: Features
 
 def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str, torch.Tensor]:
     """uint8 samples, and how often each went through the network."""
-    arguments = {}
-    if config.num_langevin_steps is not None:
-        arguments["num_langevin_steps"] = config.num_langevin_steps
-    if config.class_labels is not None:
-        arguments["class_labels"] = [config.class_labels[i % len(config.class_labels)] for i in indices]
     rows = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
-        images = pipe(
-            batch_size=len(indices),
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            generator=[torch.Generator().manual_seed(config.seed + i) for i in indices],
-            output_type="pt",
-            **arguments,
-        ).images
+        images = config.draw(pipe, indices, output_type="pt")
     finally:
         hook.remove()
     return {"images": to_uint8(images).cpu(), "evaluations": torch.full((len(indices),), sum(rows) // len(indices))}
@@ -562,11 +518,8 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig):
         self.config, self.folder = config, Path(config.output_dir)
-        # A process that has drawn its share waits for the slowest, however long that takes.
-        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        self.accelerator, pipe = config.open()
         self.folder.mkdir(parents=True, exist_ok=True)
-        pipe = load_pipeline(config.pipeline, config.scheduler_class, config.settings).to(self.accelerator.device)
-        pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
         pipe.unet.requires_grad_(False)
         self.pipe, self.weights = pipe, fingerprint(*pipe.unet.state_dict().values())
         self.features = load_features(config.features, self.accelerator)
@@ -626,7 +579,7 @@ class Evaluation:
         def losses(rows: range):
             images, generators, labels = batch(rows)
             noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators]).to(device)
-            x0 = data_min + (1 - data_min) / 255 * images
+            x0 = to_model_range(images, data_min)
             return {"losses": loss_per_level(pipe.unet, ladder, x0, noise, sigmas, labels).T.cpu()}
 
         def bits(rows: range):

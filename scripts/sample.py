@@ -1,26 +1,22 @@
 """Draw pictures: `python scripts/sample.py PIPELINE`, or with `accelerate launch` on several devices."""
 
-import math
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ncsn_diffusers import NCSNPipeline
-from ncsn_diffusers.loading import check_settings, find_scheduler, load_pipeline, parse_settings
+from ncsn_diffusers.sampling import SamplingConfig, make_batches, make_grid
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(SamplingConfig):
     """
     Draw pictures with a trained pipeline.
 
@@ -28,17 +24,8 @@ class SampleConfig:
     processes there are: their number does not change it.
     """
 
-    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
-    """Folder of the pipeline, or its id on the Hub."""
-
     output_dir: str = "samples"
     """Folder for the pictures."""
-
-    num_images: int = 64
-    """Number of pictures."""
-
-    batch_size: int = 16
-    """Pictures that are drawn at a time on each device."""
 
     save_grid: bool = True
     """Save all pictures as one, `samples.png`."""
@@ -55,39 +42,11 @@ class SampleConfig:
     num_frames: int = 12
     """Frames of the animation, evenly spaced over the steps; the picture itself is the last."""
 
-    num_inference_steps: int = 50
-    """Number of noise levels."""
-
-    num_langevin_steps: int | None = None
-    """Langevin steps a level, for AnnealedLangevinScheduler; the pipeline's own by default."""
-
-    scheduler: str | None = None
-    """Class of the scheduler, such as DDIMScheduler; the pipeline's own by default."""
-
-    scheduler_config: tuple[str, ...] = ()
-    """Settings of the scheduler: `name=value` pairs, or a JSON object."""
-
-    class_labels: tuple[int, ...] | None = None
-    """Classes of a class-conditional pipeline, which the pictures take in turn."""
-
-    guidance_scale: float = 1.0
-    """Classifier-free guidance towards the classes; 1 is none."""
-
-    seed: int = 0
-    """Seed of the first picture; the others' follow."""
-
     def __post_init__(self):
-        for name in ("num_images", "batch_size", "num_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
+        self.check_least(num_frames=1)
         if not (self.save_grid or self.save_images or self.animation):
             raise ValueError("Nothing would be saved: `save_grid`, `save_images` or `animation` is needed.")
-        if self.class_labels == ():
-            raise ValueError("`class_labels` needs at least one class.")
-        self.settings = parse_settings(self.scheduler_config)
-        self.scheduler_class = None if self.scheduler is None else find_scheduler(self.scheduler)
-        if self.scheduler_class is not None:
-            check_settings(self.scheduler_class, self.settings)
+        super().__post_init__()
 
 
 def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str, Any]:
@@ -104,32 +63,11 @@ def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str,
 
 def draw(pipe: NCSNPipeline, config: SampleConfig, indices: range) -> list[tuple[int, list[Image.Image]]]:
     """For each picture its index and its frames, the last of which is the picture."""
-    arguments, steps = {}, []
-    if config.num_langevin_steps is not None:
-        arguments["num_langevin_steps"] = config.num_langevin_steps
-    if config.class_labels is not None:
-        arguments["class_labels"] = [config.class_labels[i % len(config.class_labels)] for i in indices]
-    images = pipe(
-        batch_size=len(indices),
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=[torch.Generator().manual_seed(config.seed + i) for i in indices],
-        **record_frames(config, steps),
-        **arguments,
-    ).images
+    steps = []
+    images = config.draw(pipe, indices, **record_frames(config, steps))
     chosen = np.linspace(0, len(steps) - 1, config.num_frames)[:-1].round().astype(int) if steps else []
     frames = [*(pipe.image_processor.postprocess(steps[k]) for k in chosen), images]
     return list(zip(indices, map(list, zip(*frames, strict=True)), strict=True))
-
-
-def make_grid(images: list[Image.Image], num_columns: int | None = None) -> Image.Image:
-    """Side by side, in the shape nearest to a square unless `num_columns` says otherwise."""
-    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
-    num_rows = math.ceil(len(images) / num_columns)
-    blank = Image.new(images[0].mode, images[0].size)
-    images = images + [blank] * (num_rows * num_columns - len(images))
-    grid = make_image_grid(images, num_rows, num_columns)
-    return grid.convert(images[0].mode)
 
 
 def save(config: SampleConfig, pictures: list[list[Image.Image]]) -> None:
@@ -149,17 +87,9 @@ def save(config: SampleConfig, pictures: list[list[Image.Image]]) -> None:
 
 
 def main(config: SampleConfig) -> None:
-    # A process that has drawn its share waits for the slowest, however long that takes.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator, pipe = config.open()
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(config.pipeline, config.scheduler_class, config.settings).to(accelerator.device)
-    pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
-
-    # The batches are the same whatever the number of processes, and so are the network's roundings.
-    batches = [
-        range(start, min(start + config.batch_size, config.num_images))
-        for start in range(0, config.num_images, config.batch_size)
-    ]
+    batches = make_batches(config.num_images, config.batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     pictures = []
     with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as bar:

@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import load_dataset
-from diffusers import UNet2DModel
 from PIL import Image
+from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 
@@ -26,17 +25,7 @@ def benchmark():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A pipeline for 28×28 digits that has learned nothing, and a data set of 100 real digits in each split."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    unet = small_unet(sample_size=28)
     pipeline, digits = tmp_path_factory.mktemp("pipeline"), tmp_path_factory.mktemp("digits")
     NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(pipeline)
     embedded = str(ROOT / "ncsn_diffusers/assets/mnist_train_10k.parquet")

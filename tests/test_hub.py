@@ -30,6 +30,7 @@ from diffusers import (
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
+from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers import hub as publishing
@@ -82,23 +83,8 @@ def environment(hub, tmp_path):
     }
 
 
-def make_unet(**arguments):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        **arguments,
-    ).eval()
-
-
 def make_pipeline(scheduler=None, **arguments):
-    return NCSNPipeline(make_unet(**arguments), scheduler or AnnealedLangevinScheduler())
+    return NCSNPipeline(small_unet(**arguments), scheduler or AnnealedLangevinScheduler())
 
 
 def draw(pipe, **arguments):
@@ -249,7 +235,7 @@ def test_variants(hub, folder, pipe):
             "pickle",
         ),
         (
-            lambda f: DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(f),
+            lambda f: DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(f),
             ValueError,
             "holds a DDPMPipeline: load it by NCSNPipeline",
         ),
@@ -673,7 +659,7 @@ def flatten(folder):
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_ncsnpp_repository(hub, tmp_path, caplog, flat):
-    unet = make_unet(time_embedding_type="fourier")
+    unet = small_unet(time_embedding_type="fourier")
     stock = ScoreSdeVePipeline(unet, ScoreSdeVeScheduler(num_train_timesteps=2000, sigma_max=378.0, snr=0.17))
     stock.save_pretrained(tmp_path / "pp")
     if flat:
@@ -699,7 +685,7 @@ def test_ncsnpp_repository(hub, tmp_path, caplog, flat):
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_ddpm_repository(hub, tmp_path, caplog, flat, pickled):
-    stock = DDPMPipeline(make_unet(), DDPMScheduler())
+    stock = DDPMPipeline(small_unet(), DDPMScheduler())
     stock.save_pretrained(tmp_path / "ddpm", safe_serialization=not pickled)
     if flat:
         flatten(tmp_path / "ddpm")

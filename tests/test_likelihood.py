@@ -8,8 +8,9 @@ from analytic import MIXTURE, AnalyticUNet, Gaussian, GaussianUNet, train_sigmas
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from ncsn_diffusers import AnnealedLangevinScheduler
-from ncsn_diffusers.likelihood import bits_per_dim, denoise, log_likelihood, loss_per_level, score_error
+from ncsn_diffusers.likelihood import bits_per_dim, log_likelihood, loss_per_level, score_error
 from ncsn_diffusers.scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES
+from ncsn_diffusers.score_matching import denoise
 
 ROTATED = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
 # Correlated, with deviations from 0.02, little above sigma_min, to 0.8
@@ -169,7 +170,7 @@ def test_denoise_is_the_networks_estimate():
     scheduler = AnnealedLangevinScheduler(conditioning="sigma", prediction_type="score")
     x = torch.randn(5, 1, 2, 4, generator=generator())
     expected = MIXTURE.denoised(x.flatten(1).double(), 0.7).reshape(x.shape).float()
-    torch.testing.assert_close(denoise(mixture_unet(scheduler), scheduler, x, 0.7), expected)
+    torch.testing.assert_close(denoise(mixture_unet(scheduler), scheduler, x, torch.full((5,), 0.7)), expected)
 
 
 # --- Wrong inputs ---

@@ -14,6 +14,7 @@ from PIL import Image
 from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.sampling import parse_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,7 +136,7 @@ def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
 
 def test_settings():
     items = ("a=1", "b=0.5", "c=true", "d=None", "e=dpmsolver++", "f=[1, 2]", '{"g": {"h": 1}, "a": 2}')
-    assert sample.parse_settings(items) == dict(a=2, b=0.5, c=True, d=None, e="dpmsolver++", f=[1, 2], g={"h": 1})
+    assert parse_settings(items) == dict(a=2, b=0.5, c=True, d=None, e="dpmsolver++", f=[1, 2], g={"h": 1})
 
 
 @pytest.mark.parametrize(

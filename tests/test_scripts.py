@@ -10,8 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
+from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.evaluation import extract_features, load_digit_classifier
@@ -76,17 +76,7 @@ def test_bad_flags(tmp_path, arguments, message):
 
 @pytest.fixture(scope="module")
 def small_pipeline(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    unet = small_unet()
     folder = tmp_path_factory.mktemp("pipeline")
     NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder)
     return folder

@@ -1,0 +1,194 @@
+"""What the scripts that draw pictures share: the settings of a command line, the pipeline, the batches, the grid."""
+
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import tyro
+from accelerate import Accelerator, InitProcessGroupKwargs
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from .pipeline_ncsn import NCSNPipeline
+from .scheduling_annealed_langevin import AnnealedLangevinScheduler
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+    """
+    `name=value` pairs, whose values are JSON or else strings, and JSON objects, as one dictionary.
+
+    Raises:
+        ValueError: an item is neither.
+    """
+    settings = {}
+    for item in items:
+        if item.lstrip().startswith("{"):
+            try:
+                settings |= json.loads(item)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`scheduler_config`: {item} is not a JSON object: {error}.") from error
+            continue
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"`scheduler_config` must be name=value pairs or a JSON object, not {item!r}.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return settings
+
+
+def find_scheduler(name: str) -> type[SchedulerMixin]:
+    """
+    The scheduler class of that name.
+
+    Raises:
+        ValueError: diffusers has none.
+    """
+    scheduler_class = getattr(diffusers, name, None)
+    if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
+        return scheduler_class
+    names = ["AnnealedLangevinScheduler", *AnnealedLangevinScheduler._compatibles]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"`scheduler`={name!r} is no scheduler of diffusers; {', '.join(names)} fit.{hint}")
+
+
+def check_settings(scheduler_class: type[SchedulerMixin], settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the scheduler has no such setting; `from_config` would drop it without a word.
+    """
+    known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ValueError(
+            f"`scheduler_config`: {scheduler_class.__name__} has no setting {', '.join(unknown)}, but "
+            f"{', '.join(sorted(known))}."
+        )
+
+
+def load_pipeline(
+    name: str, scheduler_class: type[SchedulerMixin] | None = None, settings: dict[str, Any] | None = None
+) -> NCSNPipeline:
+    """
+    A pipeline from a folder or the Hub.
+
+    Args:
+        name (`str`): the folder, or the repository's id.
+        scheduler_class (`type`, *optional*): the scheduler to sample with; the pipeline's own when not given.
+        settings (`dict`, *optional*): settings of the scheduler that replace those of the pipeline's config.
+
+    Raises:
+        ValueError: there is no such pipeline, or the scheduler has no such setting.
+    """
+    try:
+        pipe = NCSNPipeline.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"`pipeline`={name!r} cannot be loaded, as a folder or from the Hub: {error}") from error
+    scheduler_class, settings = scheduler_class or type(pipe.scheduler), settings or {}
+    check_settings(scheduler_class, settings)
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
+    return pipe
+
+
+@dataclass
+class SamplingConfig:
+    """The settings that every script takes which draws pictures with a trained pipeline."""
+
+    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
+    """Folder of the pipeline, or its id on the Hub."""
+
+    num_images: int = 64
+    """Number of pictures."""
+
+    batch_size: int = 16
+    """Pictures that are drawn at a time on each device."""
+
+    num_inference_steps: int = 50
+    """Number of noise levels."""
+
+    num_langevin_steps: int | None = None
+    """Langevin steps a level, for AnnealedLangevinScheduler; the pipeline's own by default."""
+
+    scheduler: str | None = None
+    """Class of the scheduler, such as DDIMScheduler; the pipeline's own by default."""
+
+    scheduler_config: tuple[str, ...] = ()
+    """Settings of the scheduler: `name=value` pairs, or a JSON object."""
+
+    class_labels: tuple[int, ...] | None = None
+    """Classes of a class-conditional pipeline, which the pictures take in turn."""
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance towards the classes; 1 is none."""
+
+    seed: int = 0
+    """Seed of the first picture; the others' follow."""
+
+    def __post_init__(self):
+        self.check_least(num_images=1, batch_size=1)
+        if self.class_labels == ():
+            raise ValueError("`class_labels` needs at least one class.")
+        self.settings = parse_settings(self.scheduler_config)
+        self.scheduler_class = None if self.scheduler is None else find_scheduler(self.scheduler)
+        if self.scheduler_class is not None:
+            check_settings(self.scheduler_class, self.settings)
+
+    def check_least(self, **least: int) -> None:
+        """
+        Raises:
+            ValueError: a setting that is given is below its least value.
+        """
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise ValueError(f"`{name}` must be at least {number}, not {value}.")
+
+    def open(self) -> tuple[Accelerator, NCSNPipeline]:
+        """The processes that share the work, and the pipeline on this one's device."""
+        # A process that has drawn its share waits for the slowest, however long that takes.
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        pipe = load_pipeline(self.pipeline, self.scheduler_class, self.settings).to(accelerator.device)
+        pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
+        return accelerator, pipe
+
+    def draw(self, pipe: NCSNPipeline, indices: range, **arguments) -> Any:
+        """
+        The pictures of these numbers, in the type that `arguments` for the pipeline ask for. Picture i takes its
+        randomness from the seed `seed` + i.
+        """
+        if self.num_langevin_steps is not None:
+            arguments["num_langevin_steps"] = self.num_langevin_steps
+        if self.class_labels is not None:
+            arguments["class_labels"] = [self.class_labels[i % len(self.class_labels)] for i in indices]
+        return pipe(
+            batch_size=len(indices),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            generator=[torch.Generator().manual_seed(self.seed + i) for i in indices],
+            **arguments,
+        ).images
+
+
+def make_batches(num: int, batch_size: int) -> list[range]:
+    """The numbers below `num` in batches, the same for any number of processes: so are a network's roundings."""
+    return [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
+
+
+def make_grid(images: list[Image.Image], num_columns: int | None = None) -> Image.Image:
+    """Side by side, in the shape nearest to a square unless `num_columns` says otherwise."""
+    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
+    num_rows = math.ceil(len(images) / num_columns)
+    blank = Image.new(images[0].mode, images[0].size)
+    images = images + [blank] * (num_rows * num_columns - len(images))
+    grid = make_image_grid(images, num_rows, num_columns)
+    return grid.convert(images[0].mode)

@@ -263,6 +263,7 @@ def make_unet(
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
         # A group of one channel would take away all that the embeddings of level and class add to it.
         norm_num_groups=math.gcd(32, math.gcd(*config.block_out_channels) // 4),
+        attention_head_dim=math.gcd(64, config.block_out_channels[-1]),  # diffusers' heads of 8 are slow
         resnet_time_scale_shift="scale_shift",  # after the norm, where nothing takes them away
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
@@ -403,9 +404,10 @@ class Trainer:
             conditioning=config.conditioning,
         )
         set_seed(config.seed)  # here, since data loaders draw from the same generator
-        unet = make_unet(config, *self.images.shape, self.num_classes).to(
-            self.device, memory_format=torch.channels_last
-        )
+        # A CPU's convolutions in bf16 are the exception that takes longer with the channels last.
+        on_cpu_in_bf16 = self.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+        self.memory_format = torch.contiguous_format if on_cpu_in_bf16 else torch.channels_last
+        unet = make_unet(config, *self.images.shape, self.num_classes).to(self.device, memory_format=self.memory_format)
         # What is sampled, judged and saved: the moving average, or a copy made when it is needed.
         self.eval_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.compiled = config.compile
@@ -539,7 +541,7 @@ class Trainer:
             clean = to_model_range(images)
             if config.random_flip:
                 clean = torch.where((uniform[1, rows] < 0.5)[:, None, None, None], clean.flip(-1), clean)
-            clean = clean.contiguous(memory_format=torch.channels_last)
+            clean = clean.contiguous(memory_format=self.memory_format)
             labels = self._with_dropout(labels, uniform[2, rows])
             with accelerator.accumulate(self.model):
                 losses = score_matching_loss(

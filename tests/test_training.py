@@ -667,6 +667,13 @@ def test_no_norm_takes_the_embeddings_away(channels):
         assert (other - first).norm() > 1e-3 * first.norm()
 
 
+@pytest.mark.parametrize(("channels", "heads"), [(64, 1), (96, 3), (128, 2), (40, 5)])
+def test_heads_of_attention_are_as_wide_as_fits(channels, heads):
+    attention = make_unet(TrainingConfig(block_out_channels=(32, channels)), 1, 8, 8).mid_block.attentions[0]
+    assert attention.heads == heads
+    assert attention.inner_dim == channels
+
+
 def test_default_network_is_small_and_fits_digits():
     unet = make_unet(TrainingConfig(), 1, 28, 28)
     assert sum(p.numel() for p in unet.parameters()) < 1_500_000

@@ -46,6 +46,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .pipeline_ncsn import NCSNPipeline
+from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 # The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by
 # the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in pictures.
@@ -159,7 +160,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             before_step=prepare,
-            schedulers=self._fresh_schedulers(len(timesteps)) if num_resamplings else None,
+            schedulers=self._fresh_schedulers(num_inference_steps, len(timesteps)) if num_resamplings else None,
         )
         return self._finish(torch.where(mask, images, image), output_type, return_dict)
 
@@ -168,14 +169,18 @@ class NCSNInpaintPipeline(NCSNPipeline):
         model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
         return self._denoise(self._predict(model_input, timestep, labels, guidance_scale), model_input, sigma)
 
-    def _fresh_schedulers(self, num_steps: int) -> list:
+    def _fresh_schedulers(self, num_inference_steps: int, num_steps: int) -> list:
         """
         For each step the scheduler to take it with, as if the chain began at its level: what a multistep scheduler
         remembers of the steps before is of another sample than the one that the passes have left.
         """
+        fresh = self.scheduler
+        if isinstance(fresh, AnnealedLangevinScheduler):  # without a memory it is of first order, and has its rate
+            fresh = AnnealedLangevinScheduler.from_config(fresh.config, solver_order=1)
+            fresh.set_timesteps(num_inference_steps, device=self._execution_device)
         schedulers = []
         for i in range(0, num_steps, self.scheduler.order):
-            scheduler = copy.deepcopy(self.scheduler)
+            scheduler = copy.deepcopy(fresh)
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(i)
             schedulers += [scheduler] * self.scheduler.order

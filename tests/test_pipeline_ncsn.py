@@ -608,8 +608,8 @@ def test_data_range_changes_nothing_but_the_units(arguments):
     # The chain starts around 0, which is gray in one range and black in the other: what is left of the difference is
     # 0.5 (s/sigma_max)² = 3e-6 of the range.
     if "strength" in arguments:
-        arguments = {**arguments, "image": torch.rand(50, 1, 2, 4, generator=torch.Generator().manual_seed(1))}
-    arguments = {"batch_size": 50, "output_type": "pt", **arguments}
+        arguments = {**arguments, "image": torch.rand(200, 1, 2, 4, generator=torch.Generator().manual_seed(1))}
+    arguments = {"batch_size": 200, "output_type": "pt", **arguments}
     wide, unit = (
         pipe(generator=torch.Generator().manual_seed(0), **arguments).images for pipe in pipelines_of_both_data_ranges()
     )
@@ -631,7 +631,7 @@ def test_inpainting_in_both_data_ranges():
 
 def test_latents_are_in_units_of_the_data_in_both_ranges():
     wide, unit = (
-        pipe(batch_size=50, generator=torch.Generator().manual_seed(0), output_type="latent").images
+        pipe(batch_size=200, generator=torch.Generator().manual_seed(0), output_type="latent").images
         for pipe in pipelines_of_both_data_ranges()
     )
     torch.testing.assert_close((wide + 1) / 2, unit, rtol=0, atol=1e-4)

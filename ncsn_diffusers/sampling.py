@@ -18,6 +18,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from .pipeline_ncsn import NCSNPipeline
+from .pretrained import pretrained
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 
@@ -104,8 +105,8 @@ def load_pipeline(
 class SamplingConfig:
     """The settings that every script takes which draws pictures with a trained pipeline."""
 
-    pipeline: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PIPELINE")]
-    """Folder of the pipeline, or its id on the Hub."""
+    pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")] = None
+    """Folder of the pipeline, or its id on the Hub; the digits that come with the package by default."""
 
     num_images: int = 64
     """Number of pictures."""
@@ -135,6 +136,7 @@ class SamplingConfig:
     """Seed of the first picture; the others' follow."""
 
     def __post_init__(self):
+        self.pipeline = self.pipeline or pretrained("mnist")
         self.check_least(num_images=1, batch_size=1)
         if self.class_labels == ():
             raise ValueError("`class_labels` needs at least one class.")

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from test_pipeline_ncsn import small_unet
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
 from ncsn_diffusers.sampling import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +132,17 @@ def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
     sample.main(config)
     assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
     assert Image.open(tmp_path / "out" / "samples.gif").n_frames > 1
+
+
+def test_no_pipeline_named_draws_the_digits_of_the_package(tmp_path):
+    result = run("--num_images", 3, "--num_inference_steps", 10, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    grid = pixels(tmp_path / "samples" / "samples.png")
+    assert grid.shape == (56, 56)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    pipe = NCSNPipeline.from_pretrained(pretrained("mnist"))
+    images = pipe(batch_size=3, num_inference_steps=10, generator=generators).images
+    assert np.abs(grid[28:, :28] - np.asarray(images[2], dtype=int)).max() <= 1
 
 
 def test_settings():

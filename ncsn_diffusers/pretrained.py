@@ -1,0 +1,22 @@
+"""The pipelines that come with the package."""
+
+from pathlib import Path
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def pretrained(name: str) -> str:
+    """
+    Folder of a pipeline that comes with the package: `NCSNPipeline.from_pretrained(pretrained("mnist"))` needs no
+    network.
+
+    Args:
+        name (`str`): `"mnist"`, 28×28 grayscale digits. The README.md in the folder is the pipeline's card.
+
+    Raises:
+        ValueError: there is no pipeline of that name.
+    """
+    names = sorted(path.parent.name for path in _ASSETS.glob("*/model_index.json"))
+    if name not in names:
+        raise ValueError(f"`name` must be one of {', '.join(names)}, not {name!r}.")
+    return str(_ASSETS / name)

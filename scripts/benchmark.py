@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import diffusers
 import matplotlib
@@ -22,10 +23,11 @@ from datasets import load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F  # noqa: N812
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import (
     class_entropy,
@@ -60,31 +62,51 @@ FAST_SAMPLERS = {
     "UniPC": ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
     "SA-Solver": ("SASolverScheduler", {"use_karras_sigmas": True}),
 }
+# What they are measured against, at 1,160 evaluations: 232 levels of 5 steps, and the final denoising.
+NCSNV2 = {"NCSNv2": ("AnnealedLangevinScheduler", {"noise_rule": "euler_maruyama", "num_langevin_steps": 5})}
 
 
-def load(pipeline: str) -> NCSNPipeline:
-    pipe = NCSNPipeline.from_pretrained(pipeline)
+PipelineName = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")]
+
+
+def load(pipeline: str | None) -> NCSNPipeline:
+    pipe = NCSNPipeline.from_pretrained(pipeline or pretrained("mnist"))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_output(output: str) -> None:
+    """Before any work is lost."""
+    if not Path(output).absolute().parent.is_dir():
+        raise SystemExit(f"--output {output} is not in a folder that exists.")
+
+
+def save_json(output: str, rows: list[dict], **settings) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record = {"device": device, "torch": torch.__version__, **settings, "rows": rows}
+    Path(f"{output}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def overhead(
-    pipeline: tyro.conf.Positional[str],
+    pipeline: PipelineName = None,
     batch_size: int = 16,
     num_inference_steps: int = 50,
     repeats: int = 5,
     compile_backend: str | None = None,
+    output: str = "overhead",
 ) -> None:
     """
     Time of the pipeline over the time of its network calls alone, the two in turn in one run.
 
     Args:
-        pipeline: Folder of the pipeline.
+        pipeline: Folder of the pipeline; the digits that come with the package by default.
         batch_size: Pictures a call.
         num_inference_steps: Network evaluations a call.
         repeats: Pairs of runs; the median of their ratios counts.
         compile_backend: Compile the network with this backend of torch.compile, such as inductor; else it is eager.
+        output: Path of the figures, without its ending .json.
     """
+    check_output(output)
     pipe = load(pipeline)
     if compile_backend is not None:
         pipe.unet.compile(backend=compile_backend)
@@ -114,20 +136,70 @@ def overhead(
     print(f"pipeline   {statistics.median(a for a, _ in pairs):8.3f} s")
     print(f"bare calls {statistics.median(b for _, b in pairs):8.3f} s")
     print(f"ratio      {statistics.median(ratios):8.3f}   (lowest {min(ratios):.3f}, highest {max(ratios):.3f})")
+    rows = [{"pipeline_seconds": a, "bare_seconds": b, "ratio": a / b} for a, b in pairs]
+    settings = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
+    save_json(output, rows, pipeline=pipeline, **settings, compile_backend=compile_backend)
+
+
+def memory(
+    pipeline: PipelineName = None, batch_size: int = 16, budgets: tuple[int, ...] = (10, 50), output: str = "memory"
+) -> None:
+    """
+    Peak memory of the pipeline over that of one bare network call: the difference, in buffers of the sample's size.
+
+    Args:
+        pipeline: Folder of the pipeline; the digits that come with the package by default.
+        batch_size: Pictures a call.
+        budgets: Numbers of network evaluations.
+        output: Path of the figures, without its ending .json.
+    """
+    check_output(output)
+    pipe = load(pipeline)
+    x = pipe(batch_size, 2, output_type="latent").images.to(pipe.unet.dtype)  # warms up, too
+    timestep = pipe.scheduler.timesteps[0]
+    with torch.no_grad():
+        bare = peak_memory(lambda: pipe.unet(x, timestep), x.device)
+    rows = []
+    print(f"one bare network call    {bare / 1e6:9.3f} MB")
+    for budget in tqdm(budgets, unit="row"):
+        peak = peak_memory(lambda n=budget: pipe(batch_size, n, output_type="latent"), x.device)
+        extra = (peak - bare) / (x.numel() * 4)
+        rows.append({"evaluations": budget, "peak_bytes": peak, "bare_bytes": bare, "extra_buffers": extra})
+        tqdm.write(
+            f"{budget:5d} evaluations        {peak / 1e6:9.3f} MB, {extra:.2f} buffers of the sample's size more"
+        )
+    save_json(output, rows, pipeline=pipeline, batch_size=batch_size)
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes at a time of what `function` allocates on the device."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def schedulers(
-    pipeline: tyro.conf.Positional[str], output: str = "schedulers.png", num_images: int = 12, seed: int = 0
+    pipeline: PipelineName = None, output: str = "schedulers.png", num_images: int = 12, seed: int = 0
 ) -> None:
     """
     Draw a row of pictures with each scheduler, swapped in by `from_config` alone.
 
     Args:
-        pipeline: Folder of the pipeline.
+        pipeline: Folder of the pipeline; the digits that come with the package by default.
         output: The picture's file.
         num_images: Pictures a row.
         seed: Seed of each row.
     """
+    check_output(output)
     pipe = load(pipeline)
     config = pipe.scheduler.config
     paper = AnnealedLangevinScheduler.from_config(config, noise_rule="euler_maruyama", num_langevin_steps=5)
@@ -160,7 +232,7 @@ def schedulers(
 
 
 def samplers(
-    pipeline: tyro.conf.Positional[str],
+    pipeline: PipelineName = None,
     dataset_name: str = "ylecun/mnist",
     budgets: tuple[int, ...] = (6, 10, 20, 50),
     names: tuple[str, ...] = tuple(FAST_SAMPLERS),
@@ -177,20 +249,20 @@ def samplers(
     OUTPUT.json, row by row, and the plot to OUTPUT.png.
 
     Args:
-        pipeline: Folder of a pipeline that draws 28×28 grayscale digits.
+        pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
         dataset_name: The real digits, on the Hub or in a folder, with the splits `train` and `test`.
         budgets: Numbers of network evaluations.
-        names: Which samplers.
+        names: Which samplers; NCSNv2 is there too, for a budget of 1160.
         num_images: Pictures for each distance; distances from different numbers do not compare.
         batch_size: Pictures a call.
         seed: Seed of every row: all start from the same noise.
         output: Path of the two files, without their endings.
     """
-    unknown = set(names) - set(FAST_SAMPLERS)
+    known = FAST_SAMPLERS | NCSNV2
+    unknown = set(names) - set(known)
     if unknown:
-        raise SystemExit(f"--names must be among {', '.join(FAST_SAMPLERS)}, not {', '.join(sorted(unknown))}.")
-    if not Path(output).absolute().parent.is_dir():
-        raise SystemExit(f"--output {output} is not in a folder that exists.")
+        raise SystemExit(f"--names must be among {', '.join(known)}, not {', '.join(sorted(unknown))}.")
+    check_output(output)
     classifier = load_digit_classifier()
     if num_images <= classifier.head.in_features:
         raise SystemExit(
@@ -218,7 +290,7 @@ def samplers(
             }
         )
         settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images, "seed": seed}
-        Path(f"{output}.json").write_text(json.dumps({**settings, "rows": rows}, indent=1))
+        save_json(output, rows, **settings)
         tqdm.write(" ".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>18}" for v in rows[-1].values()))
 
     print(" ".join(f"{title:>18}" for title in ("sampler", "evaluations")), end=" ")
@@ -226,13 +298,14 @@ def samplers(
     held_out = torch.randperm(len(dataset["train"]), generator=torch.Generator().manual_seed(seed))[:num_images]
     judge("real digits", 0, decode_images(dataset["train"].select(held_out.tolist())))
     for name, evaluations in tqdm([(name, budget) for name in names for budget in budgets], unit="row"):
-        class_name, settings = FAST_SAMPLERS[name]
+        class_name, settings = known[name]
+        num_levels = max(1, evaluations // settings.get("num_langevin_steps", 1))
         pipe.scheduler = getattr(diffusers, class_name).from_config(config, **settings)
         generator = torch.Generator().manual_seed(seed)
         images = [
             pipe(
                 batch_size=min(batch_size, num_images - start),
-                num_inference_steps=evaluations,
+                num_inference_steps=num_levels,
                 generator=generator,
                 output_type="pt",
             ).images.cpu()
@@ -253,7 +326,7 @@ def samplers(
     print(f"Saved {Path(output).resolve()}.json and .png.")
 
 
-def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), output: str = "convergence.png") -> None:
+def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), output: str = "convergence") -> None:
     """
     Error of the variance of Gaussian data over the number of evaluations, first order and second, without sampling.
 
@@ -262,8 +335,10 @@ def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), o
 
     Args:
         budgets: Numbers of network evaluations.
-        output: The plot's file.
+        output: Path of the table, .json, and of the plot, .png, without their endings.
     """
+    check_output(output)
+    rows = []
     variances = torch.logspace(math.log10(0.3), math.log10(3), 21, dtype=torch.float64) ** 2
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for solver_order in (1, 2):
@@ -279,14 +354,16 @@ def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), o
                 denoised = x * variances / (variances + sigma**2)
                 x = scheduler.step(denoised, t, x, variance_noise=noise).prev_sample
             errors.append((x.square().sum(0) / variances - 1).abs().max().item())
+            rows.append({"solver_order": solver_order, "evaluations": budget, "variance_error": errors[-1]})
             print(f"order {solver_order} {budget:5d} evaluations, variance off by {errors[-1]:8.3%}")
         axis.loglog(budgets, errors, "o-", label=f"order {solver_order}")
     axis.set_xticks(budgets, [str(budget) for budget in budgets])
     axis.minorticks_off()
     axis.set(xlabel="evaluations", ylabel="largest relative error of the variance")
     axis.legend()
-    figure.savefig(output, dpi=110)
-    print(f"Saved {Path(output).resolve()}.")
+    figure.savefig(f"{output}.png", dpi=110)
+    save_json(output, rows)
+    print(f"Saved {Path(output).resolve()}.json and .png.")
 
 
 def training(
@@ -297,6 +374,7 @@ def training(
     compile: bool | None = None,
     num_steps: int = 20,
     rounds: int = 5,
+    output: str = "training",
 ) -> None:
     """
     Throughput of the training step on the embedded digits over that of a plain loop (eager, float32, as diffusers' own
@@ -310,7 +388,9 @@ def training(
         compile: Compile the network of the training step; by default what training chooses for a long run.
         num_steps: Steps a round.
         rounds: Rounds, after one to warm up; the median of their ratios counts.
+        output: Path of the figures, without its ending .json.
     """
+    check_output(output)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             TrainingConfig(
@@ -353,6 +433,13 @@ def training(
     for name in ("plain loop", "a constant batch"):
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["training step"][1:], strict=True)]
         print(f"throughput over {name:20} {statistics.median(ratios):6.3f}   ({min(ratios):.3f} to {max(ratios):.3f})")
+    rows = [
+        {"loop": name, "images_per_second": [images / t for t in times[1:]], "peak_memory_gb": memory.get(name)}
+        for name, times in seconds.items()
+    ]
+    settings = {"train_batch_size": train_batch_size, "block_out_channels": block_out_channels}
+    settings |= {"layers_per_block": layers_per_block, "mixed_precision": trainer.accelerator.mixed_precision}
+    save_json(output, rows, **settings, compile=trainer.compiled)
 
 
 def plain_training_step(trainer: Trainer) -> Callable[[], None]:
@@ -389,6 +476,7 @@ def plain_training_step(trainer: Trainer) -> Callable[[], None]:
 if __name__ == "__main__":
     commands = {
         "overhead": overhead,
+        "memory": memory,
         "schedulers": schedulers,
         "samplers": samplers,
         "convergence": convergence,

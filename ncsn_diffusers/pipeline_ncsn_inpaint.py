@@ -174,13 +174,14 @@ class NCSNInpaintPipeline(NCSNPipeline):
         For each step the scheduler to take it with, as if the chain began at its level: what a multistep scheduler
         remembers of the steps before is of another sample than the one that the passes have left.
         """
-        fresh = self.scheduler
-        if isinstance(fresh, AnnealedLangevinScheduler):  # without a memory it is of first order, and has its rate
-            fresh = AnnealedLangevinScheduler.from_config(fresh.config, solver_order=1)
-            fresh.set_timesteps(num_inference_steps, device=self._execution_device)
+        if isinstance(self.scheduler, AnnealedLangevinScheduler):
+            # of first order, whose rate is another, it remembers nothing: one serves all steps
+            scheduler = AnnealedLangevinScheduler.from_config(self.scheduler.config, solver_order=1)
+            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            return [scheduler] * num_steps
         schedulers = []
         for i in range(0, num_steps, self.scheduler.order):
-            scheduler = copy.deepcopy(fresh)
+            scheduler = copy.deepcopy(self.scheduler)
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(i)
             schedulers += [scheduler] * self.scheduler.order

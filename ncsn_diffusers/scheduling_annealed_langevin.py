@@ -128,7 +128,7 @@ MAX_STEP_RATIO = 1.2
 
 
 def langevin_rate(num_levels: int, solver_order: int) -> float:
-    """The consistent rule's rate b, when `step_size` is not given; see the module's docstring."""
+    """The rate b of (2) when `step_size` is not given: 2, and 2 √(N/10) at second order for N > 10 levels."""
     return 2.0 * math.sqrt(max(1.0, num_levels / 10)) if solver_order == 2 else 2.0
 
 

@@ -754,7 +754,7 @@ def _translate_config(config: dict) -> dict:
     # What __init__ wrote into the config it can work out again, for the ladder that the config then asks for: the betas
     # of a geometric ladder, and the ends of any other.
     betas = config.get("trained_betas")
-    if config.get("beta_schedule") == "geometric" and (betas is None or _are_exported(betas, config)):
+    if config.get("beta_schedule") == "geometric" and (betas is None or are_exported(betas, config)):
         config.pop("trained_betas", None)
     elif "beta_schedule" in config:
         config.pop("sigma_min", None)
@@ -762,7 +762,8 @@ def _translate_config(config: dict) -> dict:
     return config
 
 
-def _are_exported(betas: list[float], config: dict) -> bool:
+def are_exported(betas: list[float], config: dict) -> bool:
+    """Whether the betas are those of the geometric ladder that the rest of the config describes."""
     if not {"sigma_min", "sigma_max", "num_train_timesteps"} <= config.keys():
         return False
     ladder = np.geomspace(config["sigma_min"], config["sigma_max"], config["num_train_timesteps"])

@@ -33,9 +33,19 @@ from ncsn_diffusers.evaluation import (
     class_entropy,
     extract_features,
     frechet_distance,
+    kernel_distance,
     load_digit_classifier,
     precision_recall,
     to_uint8,
+)
+from ncsn_diffusers.sampling import (
+    DType,
+    KeptBatches,
+    cast,
+    describe_scheduler,
+    fingerprint,
+    make_generators,
+    open_processes,
 )
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet
 
@@ -239,24 +249,31 @@ def samplers(
     num_images: int = 1000,
     batch_size: int = 50,
     seed: int = 0,
+    dtype: DType = "float32",
     output: str = "samplers",
+    overwrite_output_dir: bool = False,
 ) -> None:
     """
     The Fréchet distance of digits to real ones over the number of network evaluations, for each sampler.
 
     Distances are taken to the data set's `test` split, in the digit classifier's features; the floor is that of as many
-    digits of its `train` split. Class entropy (2.303 for even shares) and recall stand beside them. Writes the table to
-    OUTPUT.json, row by row, and the plot to OUTPUT.png.
+    digits of its `train` split. The kernel distance (which does not depend on their number), class entropy (2.303 for
+    even shares), precision and recall stand beside them. Writes the table to OUTPUT.json, row by row, and the plot to
+    OUTPUT.png; the samples' features are kept in the folder OUTPUT, batch by batch, so that a run which was cut short
+    goes on where it ended, and one with more pictures draws only those. Under `accelerate launch` processes share the
+    work, and the figures do not depend on how many there are.
 
     Args:
         pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
         dataset_name: The real digits, on the Hub or in a folder, with the splits `train` and `test`.
         budgets: Numbers of network evaluations.
         names: Which samplers; NCSNv2 is there too, for a budget of 1160.
-        num_images: Pictures for each distance; distances from different numbers do not compare.
+        num_images: Pictures for each distance; Fréchet distances from different numbers do not compare.
         batch_size: Pictures a call.
-        seed: Seed of every row: all start from the same noise.
-        output: Path of the two files, without their endings.
+        seed: Seed of the first picture of every row, the others' follow: all rows start from the same noise.
+        dtype: What the network computes in.
+        output: Path of the two files, without their endings, and of the folder.
+        overwrite_output_dir: Draw anew where the folder holds samples that were drawn with other settings.
     """
     known = FAST_SAMPLERS | NCSNV2
     unknown = set(names) - set(known)
@@ -268,56 +285,76 @@ def samplers(
         raise SystemExit(
             f"--num_images {num_images} must be above the features' number, {classifier.head.in_features}."
         )
-    pipe = load(pipeline)
-    config = pipe.scheduler.config
-    dataset = load_dataset(dataset_name)
-    real = extract_features(decode_images(dataset["test"]), classifier.features)
+    accelerator = open_processes()
+    pipe = load(pipeline).to(accelerator.device)
+    cast(pipe, dtype)
+    config, weights = pipe.scheduler.config, fingerprint(*pipe.unet.state_dict().values())
+    with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
+        dataset = load_dataset(dataset_name)
+    real = extract_features(decode_images(dataset["test"].shuffle(seed=seed)), classifier.features)
+    kept = KeptBatches(accelerator, Path(output))
     rows = []
 
-    def judge(name, evaluations, images):
-        images = to_uint8(images)
-        features = extract_features(images, classifier.features)
-        logits = classifier.head(features.to(classifier.head.weight))
+    def judge(name, evaluations, features):
+        if not accelerator.is_main_process:
+            return
+        kernel, kernel_error = kernel_distance(real, features)
         precision, recall = precision_recall(real, features)
         rows.append(
             {
                 "sampler": name,
                 "evaluations": evaluations,
                 "distance": frechet_distance(real, features),
-                "class_entropy": class_entropy(logits),
+                "kernel_distance": kernel,
+                "kernel_distance_standard_error": kernel_error,
+                "class_entropy": class_entropy(classifier.head(features.to(classifier.head.weight))),
                 "precision": precision,
                 "recall": recall,
             }
         )
         settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images, "seed": seed}
-        save_json(output, rows, **settings)
-        tqdm.write(" ".join(f"{v:>14.3f}" if isinstance(v, float) else f"{v:>18}" for v in rows[-1].values()))
+        save_json(output, rows, **settings, dtype=dtype)
+        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>18}" for v in rows[-1].values()))
 
-    print(" ".join(f"{title:>18}" for title in ("sampler", "evaluations")), end=" ")
-    print(" ".join(f"{title:>14}" for title in ("distance", "class entropy", "precision", "recall")))
+    def draw(indices):
+        generators = make_generators(seed, indices)
+        images = pipe(len(indices), num_levels, generator=generators, output_type="pt").images
+        return {"features": extract_features(to_uint8(images).cpu(), classifier.features)}
+
+    accelerator.print(" ".join(f"{title:>18}" for title in ("sampler", "evaluations")), end=" ")
+    titles = ("distance", "kernel", "standard error", "class entropy", "precision", "recall")
+    accelerator.print(" ".join(f"{title:>14}" for title in titles))
     held_out = torch.randperm(len(dataset["train"]), generator=torch.Generator().manual_seed(seed))[:num_images]
-    judge("real digits", 0, decode_images(dataset["train"].select(held_out.tolist())))
-    for name, evaluations in tqdm([(name, budget) for name in names for budget in budgets], unit="row"):
+    judge("real digits", 0, extract_features(decode_images(dataset["train"].select(held_out)), classifier.features))
+    for name, evaluations in itertools.product(names, budgets):
         class_name, settings = known[name]
         num_levels = max(1, evaluations // settings.get("num_langevin_steps", 1))
         pipe.scheduler = getattr(diffusers, class_name).from_config(config, **settings)
-        generator = torch.Generator().manual_seed(seed)
-        images = [
-            pipe(
-                batch_size=min(batch_size, num_images - start),
-                num_inference_steps=num_levels,
-                generator=generator,
-                output_type="pt",
-            ).images.cpu()
-            for start in tqdm(range(0, num_images, batch_size), desc=f"{name}, {evaluations}", leave=False)
-        ]
-        judge(name, len(pipe.scheduler.timesteps), torch.cat(images))
+        pipe.scheduler.set_timesteps(num_levels)
+        evaluations = len(pipe.scheduler.timesteps)
+        depends_on = {"pipeline": weights, "evaluations": evaluations, "batch_size": batch_size, "seed": seed}
+        depends_on |= describe_scheduler(pipe.scheduler)
+        try:
+            features = kept.compute(
+                f"{name}, {evaluations}", depends_on, num_images, batch_size, draw, may_replace=overwrite_output_dir
+            )["features"]
+        except ValueError as error:
+            raise SystemExit(f"benchmark.py: {error}") from error
+        judge(name, evaluations, features)
+    if accelerator.is_main_process:
+        plot_samplers(rows, num_images, output)
+    accelerator.end_training()
 
+
+def plot_samplers(rows: list[dict[str, Any]], num_images: int, output: str) -> None:
+    """Distance over evaluations, from the table of [`samplers`], whose first row is the floor."""
+    floor, *rows = rows
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in names:
-        own = [row for row in rows if row["sampler"] == name]
+    for name, own in itertools.groupby(rows, key=lambda row: row["sampler"]):
+        own = list(own)
         axis.loglog([row["evaluations"] for row in own], [row["distance"] for row in own], "o-", label=name)
-    axis.axhline(rows[0]["distance"], color="gray", linestyle="--", label=f"{num_images} real digits")
+    axis.axhline(floor["distance"], color="gray", linestyle="--", label=f"{num_images} real digits")
+    budgets = sorted({row["evaluations"] for row in rows})
     axis.set_xticks(budgets, [str(budget) for budget in budgets])
     axis.minorticks_off()
     axis.set(xlabel="network evaluations", ylabel=f"Fréchet distance, {num_images} digits")

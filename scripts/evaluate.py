@@ -8,11 +8,8 @@ other figures, draws only what is missing. The batches are the same whatever the
 figure.
 """
 
-import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,9 +28,6 @@ from accelerate import Accelerator
 from datasets import ClassLabel
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.data import (
@@ -57,7 +51,7 @@ from ncsn_diffusers.evaluation import (
     to_uint8,
 )
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
-from ncsn_diffusers.sampling import SamplingConfig, make_batches
+from ncsn_diffusers.sampling import KeptBatches, SamplingConfig, describe_scheduler, fingerprint
 
 _FEATURE_BATCH = 100  # pictures
 _NUM_BLOCKS = 10  # of the kernel distance
@@ -141,94 +135,6 @@ class EvaluateConfig(SamplingConfig):
         super().__post_init__()
         if self.update_model_card and not (Path(self.pipeline) / "README.md").is_file():
             raise ValueError(f"`update_model_card` needs a model card, {Path(self.pipeline) / 'README.md'}.")
-
-
-# What is computed in batches, and kept
-
-
-class KeptBatches:
-    """
-    Tensors that are computed in batches, shared out among the processes, each batch kept as a file.
-
-    A file is written aside and renamed when it is whole. Beside them stands what they depend on: where that has
-    changed, they are computed anew, or refused.
-    """
-
-    def __init__(self, accelerator: Accelerator, folder: Path):
-        self.accelerator, self.folder = accelerator, folder
-
-    def compute(
-        self,
-        name: str,
-        depends_on: dict[str, Any],
-        num: int,
-        batch_size: int,
-        function: Callable[[range], dict[str, torch.Tensor]],
-        may_replace: bool = True,
-    ) -> dict[str, torch.Tensor]:
-        """
-        The tensors of `function(range)`, one row for each number in the range, for all ranges of `range(num)`.
-
-        Raises:
-            ValueError: what they depend on has changed, and `may_replace` is `False`.
-        """
-        accelerator, folder = self.accelerator, self.folder / name
-        settings = folder / "settings.json"
-        depends_on = json.loads(json.dumps(depends_on))
-        before = json.loads(settings.read_text()) if settings.exists() else None
-        if before not in (None, depends_on) and not may_replace:
-            changed = [key for key in depends_on if before.get(key) != depends_on[key]]
-            raise ValueError(
-                f"`output_dir`={str(self.folder)!r} holds {name} that were made with another "
-                f"{', '.join(f'`{key}`' for key in changed)}: name another folder, or replace them with "
-                "--overwrite_output_dir."
-            )
-        batches = make_batches(num, batch_size)
-        accelerator.wait_for_everyone()  # all have looked before the first one writes
-        if accelerator.is_main_process and before != depends_on:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            aside = settings.with_suffix(".incomplete")
-            aside.write_text(json.dumps(depends_on, indent=2) + "\n")
-            os.replace(aside, settings)
-        accelerator.wait_for_everyone()
-        missing = [batch for batch in batches if not _is_whole(self._path(folder, batch))]
-        accelerator.wait_for_everyone()
-
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        with tqdm(
-            total=sum(map(len, mine)), desc=name, unit="image", disable=not (mine and accelerator.is_main_process)
-        ) as bar:
-            for batch in mine:
-                path = self._path(folder, batch)
-                aside = path.with_suffix(".incomplete")
-                save_file({key: tensor.contiguous() for key, tensor in function(batch).items()}, aside)
-                os.replace(aside, path)
-                bar.update(len(batch))
-        accelerator.wait_for_everyone()
-        parts = [load_file(self._path(folder, batch)) for batch in batches]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-    @staticmethod
-    def _path(folder: Path, batch: range) -> Path:
-        return folder / f"{batch.start:08d}-{batch.stop:08d}.safetensors"
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def fingerprint(*tensors: torch.Tensor) -> str:
-    """By which one knows weights, or pictures, again."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # Pictures and features
@@ -412,7 +318,8 @@ def make_report(metrics: dict[str, Any]) -> str:
         f"# {metrics['pipeline']}",
         "",
         f"{samples['num_images']:,} samples, {samples['evaluations']:,} network evaluations each: "
-        f"{samples['scheduler']}, num_inference_steps={samples['num_inference_steps']}, seed {samples['seed']}.",
+        f"{samples['scheduler']}, num_inference_steps={samples['num_inference_steps']}, seed {samples['seed']}, "
+        f"{samples['dtype']}.",
         "",
         f"Reference: {data['num_reference']:,} pictures of `{data['reference_split']}` of {data['name']}; held out: "
         f"{data['num_held_out']:,} {held_out}. Features: {metrics['features']}.",
@@ -526,12 +433,9 @@ class Evaluation:
         self.real = load_real_pictures(config, self.accelerator, pipe._picture_shape)
         check_numbers(config, self.real, self.features)
         self.kept = KeptBatches(self.accelerator, self.folder)
-        names = ("num_inference_steps", "num_langevin_steps", "class_labels", "guidance_scale", "seed", "batch_size")
-        self.sampling = {
-            "scheduler": type(pipe.scheduler).__name__,
-            "scheduler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
-            **{name: getattr(config, name) for name in names},
-        }
+        names = ("num_inference_steps", "num_langevin_steps", "class_labels", "guidance_scale", "seed", "dtype")
+        self.sampling = describe_scheduler(pipe.scheduler)
+        self.sampling |= {name: getattr(config, name) for name in (*names, "batch_size")}
 
     def run(self) -> None:
         config, real = self.config, self.real
@@ -569,6 +473,7 @@ class Evaluation:
         ladder = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
         sigmas = np.geomspace(ladder.config.sigma_max, ladder.config.sigma_min, _NUM_LEVELS).tolist()
         data_min = pipe.config.data_min
+        unet = pipe.unet.float()  # a likelihood needs more digits than half precision has
 
         def batch(rows: range):
             """uint8 pictures, their generators, and the class that means none."""
@@ -580,12 +485,12 @@ class Evaluation:
             images, generators, labels = batch(rows)
             noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators]).to(device)
             x0 = to_model_range(images, data_min)
-            return {"losses": loss_per_level(pipe.unet, ladder, x0, noise, sigmas, labels).T.cpu()}
+            return {"losses": loss_per_level(unet, ladder, x0, noise, sigmas, labels).T.cpu()}
 
         def bits(rows: range):
             images, generators, labels = batch(rows)
             steps = {"num_steps": config.likelihood_steps, "class_labels": labels, "data_min": data_min}
-            return {"bits": bits_per_dim(pipe.unet, ladder, images, generators, **steps)}
+            return {"bits": bits_per_dim(unet, ladder, images, generators, **steps)}
 
         depends_on = {
             "pipeline": self.weights,

@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_dataset
 from PIL import Image
 from test_pipeline_ncsn import small_unet
@@ -35,6 +39,12 @@ def folders(tmp_path_factory):
     return pipeline, digits
 
 
+def rows_of(path):
+    saved = json.loads(path.with_suffix(".json").read_text())
+    assert saved["device"]
+    return saved["rows"]
+
+
 def test_samplers(tmp_path, benchmark, folders, capsys):
     pipeline, digits = folders
     names = ("annealed Langevin", "SDE-DPM-Solver++", "NCSNv2")
@@ -44,17 +54,77 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     )
     saved = json.loads((tmp_path / "all.json").read_text())
     assert saved["num_images"] == 70
+    assert saved["dtype"] == "float32"
     real, *rows = saved["rows"]
     # NCSNv2 takes at least one level of 5 steps, and the final denoising
     counts = {name: (6, 6) if name == "NCSNv2" else (2, 5) for name in names}
     assert [(row["sampler"], row["evaluations"]) for row in rows] == [(name, n) for name in names for n in counts[name]]
     # digits are nearer to digits than what this network draws, and spread over the classes
     assert all(real["distance"] < row["distance"] / 5 for row in rows)
+    assert abs(real["kernel_distance"]) < 5 * real["kernel_distance_standard_error"]
+    assert all(row["kernel_distance"] > 5 * row["kernel_distance_standard_error"] for row in rows)
     assert real["class_entropy"] > 2 > max(row["class_entropy"] for row in rows)
     assert real["recall"] > 0.5 > max(row["recall"] for row in rows)
     printed = "".join(capsys.readouterr())
-    assert all(f"{row['distance']:.3f}" in printed for row in saved["rows"])
+    assert all(f"{row['distance']:.4f}" in printed for row in saved["rows"])
     assert Image.open(tmp_path / "all.png").width > 100
+
+
+def test_samplers_goes_on_where_it_ended(tmp_path, benchmark, folders, monkeypatch):
+    pipeline, digits = map(str, folders)
+    call, drawn, most = NCSNPipeline.__call__, [], [3]
+
+    def counted(self, batch_size, *args, **kwargs):
+        if len(drawn) == most[0]:
+            raise KeyboardInterrupt
+        assert self.unet.dtype == torch.bfloat16
+        drawn.append(batch_size)
+        return call(self, batch_size, *args, **kwargs)
+
+    monkeypatch.setattr(NCSNPipeline, "__call__", counted)
+    arguments = {"budgets": (1, 2), "names": ("annealed Langevin",), "batch_size": 40, "dtype": "bfloat16"}
+    arguments["output"] = str(tmp_path / "all")
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.samplers(pipeline, digits, num_images=80, **arguments)
+    most[0] = 100
+    benchmark.samplers(pipeline, digits, num_images=80, **arguments)
+    assert drawn == [40, 40, 40, 40]
+    first = rows_of(tmp_path / "all")
+    benchmark.samplers(pipeline, digits, num_images=90, **arguments)
+    assert drawn == [40, 40, 40, 40, 10, 10]
+    with pytest.raises(SystemExit, match=r"holds annealed Langevin, 1 that were made with another `seed`.*--overwrite"):
+        benchmark.samplers(pipeline, digits, num_images=80, seed=1, **arguments)
+    benchmark.samplers(pipeline, digits, num_images=80, seed=1, overwrite_output_dir=True, **arguments)
+    assert len(drawn) == 10
+    assert rows_of(tmp_path / "all")[1:] != first[1:]
+
+
+def test_samplers_in_two_processes(tmp_path, benchmark, folders):
+    arguments = (
+        "samplers",
+        folders[0],
+        "--dataset_name",
+        folders[1],
+        "--budgets",
+        2,
+        "--names",
+        "DDIM",
+        "--num_images",
+        70,
+        "--batch_size",
+        20,
+    )
+    launchers = {
+        "one": (sys.executable,),
+        "two": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+    }
+    for name, launcher in launchers.items():
+        command = (*launcher, ROOT / "scripts/benchmark.py", *arguments, "--output", tmp_path / name)
+        environment = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(list(map(str, command)), env=os.environ | environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("Saved") == result.stdout.count("sampler ") == 1
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -69,12 +139,6 @@ def test_samplers_refuses_bad_flags(benchmark, folders, arguments, message):
     pipeline, digits = folders
     with pytest.raises(SystemExit, match=message):
         benchmark.samplers(str(pipeline), str(digits), **arguments)
-
-
-def rows_of(path):
-    saved = json.loads(path.with_suffix(".json").read_text())
-    assert saved["device"]
-    return saved["rows"]
 
 
 def test_overhead_of_a_compiled_network(tmp_path, benchmark, folders, capsys):

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
+from safetensors.torch import load_file
 from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
@@ -134,10 +135,21 @@ def test_figures_are_the_librarys(pipeline, evaluation):
     assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
 
 
+def test_dtype_is_that_of_the_samples_and_not_of_the_likelihood(tmp_path, pipeline, evaluation):
+    metrics = run(pipeline, tmp_path, **{**ARGUMENTS, "dtype": "bfloat16"})
+    assert metrics["sampling"]["dtype"] == "bfloat16"
+    before = read(evaluation)
+    assert metrics["samples"] != before["samples"]
+    # the weights are rounded to three digits, the sums over 784 pixels are not
+    assert metrics["bits_per_dim"]["mean"] == pytest.approx(before["bits_per_dim"]["mean"], rel=1e-2)
+    for level, other in zip(metrics["loss_per_level"], before["loss_per_level"], strict=True):
+        assert level["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
 def test_the_report_states_what_the_figures_depend_on(evaluation):
     metrics, report = read(evaluation), (evaluation / "report.md").read_text()
     for fact in (
-        "66 samples, 2 network evaluations each: AnnealedLangevinScheduler, num_inference_steps=2, seed 0",
+        "66 samples, 2 network evaluations each: AnnealedLangevinScheduler, num_inference_steps=2, seed 0, float32",
         "Reference: 134 pictures of `train` of MNIST (the embedded 10,000 digits); held out: 66 others of the same",
         "Features: 64 of the digit classifier",
         "| Fréchet distance | {samples[frechet_distance]:.4g} | {floor[frechet_distance]:.4g} |".format(**metrics),
@@ -145,6 +157,7 @@ def test_the_report_states_what_the_figures_depend_on(evaluation):
     ):
         assert fact in report
     assert metrics["sampling"]["scheduler_config"]["sigma_max"] == 50
+    assert "trained_betas" not in metrics["sampling"]["scheduler_config"]  # they follow from it
     for name in ("samples", "neighbours", "classes", "losses"):
         assert f"({name}.png)" in report
         with Image.open(evaluation / f"{name}.png") as image:
@@ -279,7 +292,7 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
     images = pipe(
         class_labels=[0, 1] * 20, guidance_scale=2.0, num_inference_steps=3, generator=generators, output_type="pt"
     ).images
-    kept = evaluate.load_file(tmp_path / "samples" / "00000000-00000040.safetensors")["images"]
+    kept = load_file(tmp_path / "samples" / "00000000-00000040.safetensors")["images"]
     assert torch.equal(kept, to_uint8(images))
 
     # the card holds the figures, once, beside what was there

@@ -82,13 +82,14 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
     assert np.abs(np.asarray(gif.convert("L"), dtype=int) - grid).max() <= 1
 
 
-def test_filmstrip_and_a_scheduler_with_settings(tmp_path, pipeline):
+def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
     config = sample.SampleConfig(
         str(pipeline),
         output_dir=str(tmp_path),
         num_images=2,
         num_inference_steps=6,
         seed=7,
+        dtype="bfloat16",
         save_grid=False,
         animation="filmstrip",
         num_frames=4,
@@ -98,7 +99,7 @@ def test_filmstrip_and_a_scheduler_with_settings(tmp_path, pipeline):
     sample.main(config)
     assert [path.name for path in tmp_path.iterdir()] == ["filmstrip.png"]
 
-    pipe = NCSNPipeline.from_pretrained(pipeline)
+    pipe = NCSNPipeline.from_pretrained(pipeline).to(torch.bfloat16)
     settings = {"solver_order": 3, "use_karras_sigmas": True}
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **settings)
     frames = []

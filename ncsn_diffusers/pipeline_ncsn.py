@@ -91,6 +91,7 @@ class NCSNPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         num_inference_steps: int = 50,
         num_langevin_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         image: PipelineImageInput | None = None,
@@ -112,6 +113,9 @@ class NCSNPipeline(DiffusionPipeline):
                 The number of noise levels, each of which takes one network evaluation for each Langevin step.
             num_langevin_steps (`int`, *optional*):
                 Langevin steps a level, for `AnnealedLangevinScheduler`; its config's when not given.
+            sigmas (`list[float]`, *optional*):
+                The noise levels themselves, falling, in units of the data, in the place of `num_inference_steps`; for
+                `AnnealedLangevinScheduler`.
             class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
                 The class of all pictures or of each, from 0, for a class-conditional network; it draws from all
                 classes when not given.
@@ -161,7 +165,8 @@ class NCSNPipeline(DiffusionPipeline):
             shape, class_labels, guidance_scale, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
         device = self._execution_device
-        timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps, strength if image is not None else 1.0)
+        strength = strength if image is not None else 1.0
+        timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps, sigmas, strength)
 
         images = self._sample(
             self._prepare_latents(shape, timesteps, image, latents, generator, device),
@@ -333,16 +338,23 @@ class NCSNPipeline(DiffusionPipeline):
     # The loop and what surrounds it
 
     def _set_timesteps(
-        self, num_inference_steps: int, num_langevin_steps: int | None = None, strength: float = 1.0
+        self,
+        num_inference_steps: int,
+        num_langevin_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        strength: float = 1.0,
     ) -> torch.Tensor:
         """The timesteps of the last `strength` of the chain, which the scheduler is set to."""
-        langevin = {} if num_langevin_steps is None else {"num_langevin_steps": num_langevin_steps}
-        if langevin and "num_langevin_steps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(
-                f"`num_langevin_steps`={num_langevin_steps} is for AnnealedLangevinScheduler; "
-                f"{type(self.scheduler).__name__} takes one step a level."
-            )
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **langevin)
+        settings = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": list(sigmas)}
+        if num_langevin_steps is not None:
+            settings["num_langevin_steps"] = num_langevin_steps
+        for name in settings.keys() & {"sigmas", "num_langevin_steps"}:
+            if "num_langevin_steps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"`{name}`={settings[name]} is for AnnealedLangevinScheduler; {type(self.scheduler).__name__} "
+                    "takes one step at each of its own levels."
+                )
+        self.scheduler.set_timesteps(device=self._execution_device, **settings)
         order = self.scheduler.order  # a scheduler of order 2 takes its timesteps in pairs, which stay together
         num_steps = math.ceil(len(self.scheduler.timesteps) / order)
         begin = order * (num_steps - max(1, round(num_steps * strength)))

@@ -138,6 +138,9 @@ class SamplingConfig:
     num_inference_steps: int = 50
     """Number of noise levels."""
 
+    sigmas: tuple[float, ...] | None = None
+    """The noise levels themselves, falling, in units of the data; they take the place of num_inference_steps."""
+
     num_langevin_steps: int | None = None
     """Langevin steps a level, for AnnealedLangevinScheduler; the pipeline's own by default."""
 
@@ -196,6 +199,7 @@ class SamplingConfig:
         return pipe(
             batch_size=len(indices),
             num_inference_steps=self.num_inference_steps,
+            sigmas=self.sigmas,
             guidance_scale=self.guidance_scale,
             generator=make_generators(self.seed, indices),
             **arguments,

@@ -312,14 +312,14 @@ def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
 def make_report(metrics: dict[str, Any]) -> str:
     """report.md, whose pictures lie beside it."""
     samples, data = metrics["sampling"], metrics["data"]
+    levels = "num_inference_steps" if samples["sigmas"] is None else "sigmas"
     figures = {"samples": metrics["samples"], "held-out real pictures": metrics["floor"]}
     held_out = f"of `{data['held_out_split']}`" if data["held_out_split"] else "others of the same"
     lines = [
         f"# {metrics['pipeline']}",
         "",
         f"{samples['num_images']:,} samples, {samples['evaluations']:,} network evaluations each: "
-        f"{samples['scheduler']}, num_inference_steps={samples['num_inference_steps']}, seed {samples['seed']}, "
-        f"{samples['dtype']}.",
+        f"{samples['scheduler']}, {levels}={samples[levels]}, seed {samples['seed']}, {samples['dtype']}.",
         "",
         f"Reference: {data['num_reference']:,} pictures of `{data['reference_split']}` of {data['name']}; held out: "
         f"{data['num_held_out']:,} {held_out}. Features: {metrics['features']}.",
@@ -433,9 +433,9 @@ class Evaluation:
         self.real = load_real_pictures(config, self.accelerator, pipe._picture_shape)
         check_numbers(config, self.real, self.features)
         self.kept = KeptBatches(self.accelerator, self.folder)
-        names = ("num_inference_steps", "num_langevin_steps", "class_labels", "guidance_scale", "seed", "dtype")
+        names = ("num_inference_steps", "sigmas", "num_langevin_steps", "class_labels", "guidance_scale", "seed")
         self.sampling = describe_scheduler(pipe.scheduler)
-        self.sampling |= {name: getattr(config, name) for name in (*names, "batch_size")}
+        self.sampling |= {name: getattr(config, name) for name in (*names, "dtype", "batch_size")}
 
     def run(self) -> None:
         config, real = self.config, self.real

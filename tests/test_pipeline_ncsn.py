@@ -813,6 +813,7 @@ def test_progress_bar_shows_each_step_unless_disabled(capsys):
         ),
         ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int of at least 1, not 0"),
         ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1, not 0"),
+        ({"sigmas": [1, 2]}, r"`sigmas` must fall from each value to the next, not \[1.0, 2.0\]"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_evaluation(arguments, message):
@@ -822,11 +823,33 @@ def test_bad_input_is_refused_before_the_first_evaluation(arguments, message):
         pipe(**arguments)
 
 
+def test_levels_of_ones_own():
+    pipe, levels, shown = small_pipeline(), [20.0, 3.3, 0.5], []
+    pipe(
+        sigmas=levels,
+        callback_on_step_end=lambda pipe, i, t, tensors: shown.append(tensors["sigma"].item()),
+        callback_on_step_end_tensor_inputs=["sigma"],
+    )
+    assert shown == pytest.approx(levels, rel=1e-3)
+    pipe(np.int64(1), sigmas=np.array(levels), image=torch.zeros(1, 1, 8, 8), strength=0.7)
+    assert len(pipe.scheduler.timesteps) == 3
+
+
+def test_the_budgets_levels_given_as_sigmas_draw_the_same():
+    pipe = small_pipeline()
+    images = pipe(num_inference_steps=6, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    sigmas = pipe.scheduler.sigmas[:-1]
+    again = pipe(sigmas=sigmas, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    torch.testing.assert_close(again, images, rtol=1e-4, atol=1e-4)
+
+
 def test_stock_schedulers_refuse_what_only_langevin_knows():
     pipe = small_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="`num_langevin_steps`=2 is for AnnealedLangevinScheduler; DDIMScheduler"):
         pipe(num_langevin_steps=2)
+    with pytest.raises(ValueError, match=r"`sigmas`=\[2, 1\] is for AnnealedLangevinScheduler; DDIMScheduler"):
+        pipe(sigmas=[2, 1])
     pipe.scheduler = DDIMScheduler.from_config(AnnealedLangevinScheduler(conditioning="sigma").config)
     with pytest.raises(ValueError, match="conditioned on sigma, but DDIMScheduler would give it timesteps"):
         pipe()

@@ -61,14 +61,14 @@ With several steps a level, (3) is the step that changes the level, and D_ is fr
 
 Levels and rate
 ---------------
-For a budget of N evaluations the consistent rule divides the way from the largest to the smallest trained level into
-one step more than N, equal in sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made
-at a large sigma is one of the picture's content, at a small sigma one of its grain. The first and the last of these
-steps are not taken. At the largest level, which hides everything, D is the data's mean: the chain may as well start one
-level below. The last step would land on the smallest level, which is the picture but for noise that nobody sees: the
-final denoising takes its place. Both ends come nearer to the trained ladder's as the budget grows; from 50 to 0.01,
-N = 6 is 24 to 0.077, N = 10 is 31 to 0.039, N = 50 is 45 to 0.014. A direction in which the data have the deviation s
-loses (sigma_L/s)² of its variance at the end.
+For a budget of N evaluations the consistent rule lays N levels between the largest and the smallest trained one at
+equal steps of sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made at a large sigma
+is one of the picture's content, at a small sigma one of its grain. Beyond either end of them there is room for steps
+that are not taken, so that the others are shorter: two where N is at most 10, one where it is at least 20. At the
+largest levels, which hide everything, D is the data's mean: the chain may as well start below them. The last steps
+would take away noise that hardly anybody sees: the final denoising takes their place. From 50 to 0.01, N = 6 is 15 to
+0.19, N = 10 is 22 to 0.089, N = 20 is 39 to 0.021, N = 50 is 45 to 0.014. A direction in which the data have the
+deviation s loses about (sigma_L/s)² of its variance at the end; few steps cannot have that and the content, too.
 
 The rate is b = 2 for up to 10 levels. The chain starts around 0, not around the data's mean, and ends with
 (s/sigma_1)^b of the difference, which b = 1 leaves visible. More noise mends more of the network's errors, but asks for
@@ -411,10 +411,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             if self.config.rho is None or self.config.noise_rule == "euler_maruyama":
                 levels = self.index_to_sigma(torch.from_numpy(self._spaced_indices(num_inference_steps))).numpy()
             else:
-                # one step more than the budget; the first and, for a final denoising, the last are left out
-                ends = self._train_sigmas[[-1, 0]] ** (1 / self.config.rho)
-                points = np.linspace(*ends, num_inference_steps + 1 + self.config.denoise_final)
-                levels = points[1 : num_inference_steps + 1] ** self.config.rho
+                levels = self._budget_levels(num_inference_steps)
         elif self.config.conditioning == "sigma":
             levels = _check_levels("timesteps", timesteps, above=0)
         else:
@@ -434,6 +431,14 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = math.sqrt(levels[0] ** 2 + 1)
         self._begin_index = None
         self._restart(None)
+
+    def _budget_levels(self, num: int) -> np.ndarray:
+        """Falling levels, equally spaced in sigma^(1/rho), of shape `(num,)`."""
+        largest, smallest = self._train_sigmas[[-1, 0]] ** (1 / self.config.rho)
+        above = min(2.0, max(1.0, 3 - num / 10))  # steps left out
+        below = above if self.config.denoise_final else 0  # else the last level is where the chain ends
+        step = (largest - smallest) / (above + num - 1 + below)
+        return (largest - step * (above + np.arange(num))) ** self.config.rho
 
     def _spaced_indices(self, num_inference_steps: int) -> np.ndarray:
         """Falling (fractional) indices into the trained ladder, of shape `(num_inference_steps,)`."""

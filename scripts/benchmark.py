@@ -332,7 +332,8 @@ def samplers(
         pipe.scheduler = getattr(diffusers, class_name).from_config(config, **settings)
         pipe.scheduler.set_timesteps(num_levels)
         evaluations = len(pipe.scheduler.timesteps)
-        depends_on = {"pipeline": weights, "evaluations": evaluations, "batch_size": batch_size, "seed": seed}
+        depends_on = {"pipeline": weights, "timesteps": pipe.scheduler.timesteps.tolist()}
+        depends_on |= {"batch_size": batch_size, "seed": seed}
         depends_on |= describe_scheduler(pipe.scheduler)
         try:
             features = kept.compute(

@@ -214,7 +214,7 @@ def test_impulses_and_recursion_agree():
 
 @pytest.mark.parametrize(
     ("budget", "tolerance", "geometric"),  # the largest errors of the variance, by default and on geometric levels
-    [(10, 0.12, 0.05), (20, 0.06, 0.006), (35, 0.03, 0.002), (50, 0.02, 0.002), (250, 0.002, 0.002)],
+    [(10, 0.21, 0.05), (20, 0.06, 0.006), (35, 0.03, 0.002), (50, 0.02, 0.002), (250, 0.002, 0.002)],
 )
 def test_variance_along_every_eigenvector(budget, tolerance, geometric):
     chain = {"num_inference_steps": budget}
@@ -251,9 +251,12 @@ def test_order_of_convergence(b, monkeypatch):
     assert np.all(errors(lambda num: np.geomspace(1e3, 1e-3, num), 2) < 3e-4)
 
 
-# With few steps the largest component takes more than its share, by the allowance.
-@pytest.mark.parametrize(("budget", "allowance"), [(10, 0.022), (20, 0.012), (50, 0.006), (100, 0.003)])
-def test_default_finds_the_shares_and_deviations_of_a_mixture(budget, allowance):
+# With few steps the largest component takes more than its share, by the allowance, and the components are too narrow:
+# their deviation, 0.15, is not much larger than the last level, 0.09.
+@pytest.mark.parametrize(
+    ("budget", "allowance", "tolerance"), [(10, 0.022, 0.3), (20, 0.012, 0.03), (50, 0.006, 0.03), (100, 0.003, 0.03)]
+)
+def test_default_finds_the_shares_and_deviations_of_a_mixture(budget, allowance, tolerance):
     scheduler = AnnealedLangevinScheduler()
     scheduler.set_timesteps(budget)
     assert len(scheduler.timesteps) == budget
@@ -264,7 +267,7 @@ def test_default_finds_the_shares_and_deviations_of_a_mixture(budget, allowance)
     assert np.all(np.abs(MIXTURE.shares(x) - weights) < allowance + 3 * np.sqrt(weights * (1 - weights) / CHAINS))
     nearest = MIXTURE.responsibilities(x, 0.0).argmax(-1)
     for i, (mean, deviation) in enumerate(zip(MIXTURE.means, MIXTURE.deviations.tolist(), strict=True)):
-        assert (x[nearest == i] - mean).std().item() == pytest.approx(deviation, rel=0.15 if budget < 20 else 0.03)
+        assert (x[nearest == i] - mean).std().item() == pytest.approx(deviation, rel=tolerance)
 
 
 def test_consistent_rule_lands_on_the_next_noise_level():
@@ -461,13 +464,20 @@ def test_timestep_spacing(spacing, conditioning):
 
 
 def test_default_levels_are_karras_levels_within_the_trained_ladder():
-    scheduler = AnnealedLangevinScheduler(sigma_min=1.0, sigma_max=5.0**3, rho=3.0)
+    scheduler = AnnealedLangevinScheduler(sigma_min=1.0, sigma_max=7.0**3, rho=3.0)
     scheduler.set_timesteps(3)
-    torch.testing.assert_close(scheduler.sigmas, torch.tensor([4.0**3, 3.0**3, 2.0**3, 0.0]))
-    # where no final denoising takes the last step, it is one of the chain
-    scheduler = AnnealedLangevinScheduler(sigma_min=1.0, sigma_max=5.0**3, rho=3.0, denoise_final=False)
-    scheduler.set_timesteps(4)
-    torch.testing.assert_close(scheduler.sigmas, torch.tensor([4.0**3, 3.0**3, 2.0**3, 1.0, 1.0]))
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([5.0**3, 4.0**3, 3.0**3, 0.0]))
+    # two steps are left out at either end, fewer from 10 levels on, one from 20 on
+    for num, left_out in ((10, 2.0), (15, 1.5), (20, 1.0), (50, 1.0)):
+        scheduler.set_timesteps(num)
+        roots = scheduler.sigmas[:-1].double() ** (1 / 3)
+        step = 6 / (num - 1 + 2 * left_out)
+        torch.testing.assert_close(7 - roots[0], torch.tensor(left_out * step).double(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(roots[-1] - 1, torch.tensor(left_out * step).double(), rtol=1e-4, atol=1e-5)
+    # where no final denoising takes the last steps, they are the chain's
+    scheduler = AnnealedLangevinScheduler(sigma_min=1.0, sigma_max=7.0**3, rho=3.0, denoise_final=False)
+    scheduler.set_timesteps(5)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([5.0**3, 4.0**3, 3.0**3, 2.0**3, 1.0, 1.0]))
     # a DDPM checkpoint's scheduler does not know rho
     scheduler = AnnealedLangevinScheduler.from_config(DDPMScheduler().config)
     scheduler.set_timesteps(10)
@@ -551,7 +561,7 @@ def test_step_works_right_after_construction_and_names_a_foreign_timestep():
     assert scheduler.step_index == 500
     assert output.prev_sample.shape == x.shape
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 511.312"):
+    with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 532.981"):
         scheduler.step(x, 500, x)
 
 

@@ -1,15 +1,21 @@
+import importlib
 import inspect
+import itertools
 import json
 import math
+import pkgutil
+import time
 import weakref
 from itertools import pairwise
 
 import diffusers
+import diffusers.schedulers.deprecated
 import numpy as np
 import pytest
 import torch
 from analytic import MIXTURE, GaussianMixture, to_model_output, train_sigmas
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, scheduling_annealed_langevin
@@ -397,6 +403,291 @@ def test_ddpm_config_loads_as_it_is(schedule, saved):
     torch.testing.assert_close(again.betas, ddpm.betas, rtol=1e-5, atol=0)
 
 
+# Stock classes whose configs describe a network with DDPM's time and scaling. DPMSolverSDEScheduler is another, where
+# torchsde is installed.
+READABLE = {
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "RePaintScheduler",
+    "SASolverScheduler",
+    "ScoreSdeVeScheduler",
+    "UnCLIPScheduler",
+    "UniPCMultistepScheduler",
+}
+
+
+def every_stock_scheduler():
+    """Also those that `diffusers` itself does not name; without those whose dependencies are missing."""
+    found = {}
+    for package in (diffusers.schedulers, diffusers.schedulers.deprecated):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            if ".scheduling_" not in module.name or module.name.endswith("_flax"):
+                continue
+            try:
+                module = importlib.import_module(module.name)
+            except ImportError:
+                continue
+            for name, cls in inspect.getmembers(module, inspect.isclass):
+                if issubclass(cls, ConfigMixin) and cls.__module__ == module.__name__:
+                    found[name] = cls
+    return found
+
+
+STOCK = every_stock_scheduler()
+
+
+def test_every_stock_class_was_found():
+    assert {"ScoreSdeVpScheduler", "KarrasVeScheduler", "IPNDMScheduler", "DDIMScheduler"} <= STOCK.keys()
+    assert STOCK.keys() >= READABLE - {"DPMSolverSDEScheduler", "LMSDiscreteScheduler"}
+
+
+@pytest.mark.parametrize("name", sorted(STOCK.keys() & READABLE))
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_stock_config_means_what_its_class_means(name):
+    if isinstance(getattr(diffusers, name), diffusers.utils.DummyObject):
+        pytest.skip(f"{name} asks for a package that is not installed")
+    stock = STOCK[name]()
+    whole = json_reload(stock.config)
+    if name == "ScoreSdeVeScheduler":
+        expected, prediction_type, conditioning = torch.logspace(-2, math.log10(1348), 2000), "score", "sigma"
+    else:
+        alphas = torch.cumprod(1 - stock.betas.double(), 0)
+        expected, prediction_type, conditioning = ((1 - alphas) / alphas).sqrt(), "epsilon", "timestep"
+    for config in (stock.config, {**whole, "_class_name": name}, {"_class_name": name}, whole):
+        scheduler = AnnealedLangevinScheduler.from_config(config)
+        torch.testing.assert_close(train_sigmas(scheduler), expected.float(), rtol=2e-3, atol=0)
+        assert scheduler.config.prediction_type == prediction_type
+        assert scheduler.config.conditioning == conditioning
+        assert scheduler.config.solver_order == 2
+        for key in ("clip_sample", "clip_sample_range", "timestep_spacing"):
+            default = inspect.signature(AnnealedLangevinScheduler).parameters[key].default
+            assert scheduler.config[key] == whole.get(key, default)
+
+
+def test_ddpm_configs_of_2022_mean_epsilon():
+    config = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+    for given in ({"_class_name": "DDPMScheduler", "clip_sample": True, **config}, config):
+        assert AnnealedLangevinScheduler.from_config(given).config.prediction_type == "epsilon"
+    # in a folder, as everything else
+    given = {"_class_name": "DDPMScheduler", "beta_start": 1e-3, "beta_end": 0.03, "trained_betas": None}
+    scheduler = AnnealedLangevinScheduler.from_config(given)
+    expected = DDPMScheduler(beta_start=1e-3, beta_end=0.03).alphas_cumprod
+    torch.testing.assert_close(scheduler.alphas_cumprod, expected, rtol=1e-3, atol=0)
+    # what the caller says counts
+    assert AnnealedLangevinScheduler.from_config(given, prediction_type="sample").config.prediction_type == "sample"
+
+
+def test_foreign_config_in_a_folder(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    scheduler = AnnealedLangevinScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert (scheduler.config.prediction_type, scheduler.config.clip_sample) == ("epsilon", True)
+    expected = DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod
+    torch.testing.assert_close(scheduler.alphas_cumprod, expected, rtol=1e-3, atol=0)
+    again = AnnealedLangevinScheduler.from_pretrained(save(scheduler, tmp_path / "ours"))
+    assert dict(again.config) == {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+
+
+def save(scheduler, folder):
+    scheduler.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "prediction_type", "beta_schedule"),
+    [
+        ({}, "v_prediction", "geometric"),
+        ({"sigma_max": 5}, "v_prediction", "geometric"),
+        ({"prediction_type": "epsilon", "rho": None}, "epsilon", "geometric"),
+        ({"num_train_timesteps": 10, "clip_sample": True}, "v_prediction", "geometric"),
+        ({"beta_schedule": "linear", "conditioning": "timestep"}, "v_prediction", "linear"),
+        ({"beta_schedule": "linear"}, "epsilon", "linear"),
+        ({"beta_start": 1e-4}, "epsilon", "linear"),
+        ({"steps_offset": 1, "num_train_timesteps": 100}, "epsilon", "linear"),
+        ({"sampling_eps": 1e-5, "snr": 0.15}, "score", "geometric"),
+        ({"_class_name": "OursSubclassed", "noise_rule": "consistent"}, "v_prediction", "geometric"),
+    ],
+)
+def test_config_without_a_class(config, prediction_type, beta_schedule):
+    read = AnnealedLangevinScheduler.from_config(config).config
+    assert (read.prediction_type, read.beta_schedule) == (prediction_type, beta_schedule)
+
+
+def test_keys_tell_which_class_wrote_a_config():
+    # PNDM's spacing is "leading", DEIS's "linspace"
+    for key, spacing in (("skip_prk_steps", "leading"), ("lower_order_final", "linspace")):
+        config = {"beta_schedule": "linear", key: True}
+        assert AnnealedLangevinScheduler.from_config(config).config.timestep_spacing == spacing
+
+
+@pytest.mark.parametrize("name", sorted(STOCK.keys() - READABLE))
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_stock_config_with_another_time_or_scaling_is_refused(name):
+    with pytest.raises(ValueError, match=f"A config of {name} cannot be read.*DDPMScheduler"):
+        AnnealedLangevinScheduler.from_config({"_class_name": name})
+    if all(p.default is not p.empty for p in inspect.signature(STOCK[name]).parameters.values()):
+        config = STOCK[name]().config  # names no class as yet
+        with pytest.raises(ValueError, match=r"cannot be read|no class that can be read"):
+            AnnealedLangevinScheduler.from_config(config)
+    # one that was made for our network is no better: its samples are noise
+    if name in ("IPNDMScheduler", "EDMEulerScheduler", "LCMScheduler", "FlowMatchEulerDiscreteScheduler"):
+        config = STOCK[name].from_config(AnnealedLangevinScheduler().config).config
+        with pytest.raises(ValueError, match=f"A config of {name} cannot be read"):
+            AnnealedLangevinScheduler.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+            "`use_flow_sigmas`=True is flow matching",
+        ),
+        (
+            {"_class_name": "DEISMultistepScheduler", "prediction_type": "flow_prediction"},
+            "`prediction_type`='flow",
+        ),
+        ({"use_flow_sigmas": True}, "`use_flow_sigmas`=True is flow matching"),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "prediction_type": "v_prediction",
+                "timestep_type": "continuous",
+                "sigma_min": 0.002,
+                "sigma_max": 700.0,
+            },
+            "`timestep_type`='continuous'",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
+            "`beta_schedule` must be .*not 'sigmoid'",
+        ),
+        ({"shift": 3.0, "num_train_timesteps": 1000}, "no class that can be read knows shift"),
+        ({"sigma_data": 0.5, "sigma_max": 80.0, "rho": 7.0}, "no class that can be read knows sigma_data"),
+        ({"original_inference_steps": 50, "beta_schedule": "linear"}, "knows original_inference_steps"),
+        ({"beta_min": 0.1, "beta_max": 20}, "knows beta_max, beta_min"),
+        (
+            {"_class_name": "AnnealedLangevinDynamicsScheduler", "sigma_max": 1.0},
+            "A config of AnnealedLangevinDynamics",
+        ),
+        ({"_class_name": "UNet2DModel"}, "A config of UNet2DModel cannot be read"),
+        ({"_class_name": 5}, "`_class_name` must be the name of a class, not 5"),
+        ({"_class_name": ["a"]}, "`_class_name` must be the name of a class"),
+        ({"_use_default_values": 5}, "`_use_default_values` must be a list"),
+        ([1, 2], r"A scheduler's config must be a dictionary, not \[1, 2\]"),
+        (5, "A scheduler's config must be a dictionary, not 5"),
+    ],
+)
+def test_unreadable_config_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        AnnealedLangevinScheduler.from_config(config)
+
+
+def test_defaults_of_a_class_that_is_not_installed_are_not_guessed(monkeypatch):
+    class Missing(metaclass=diffusers.utils.DummyObject):
+        _backends = ["torch", "torchsde"]
+
+    Missing.__name__ = "DPMSolverSDEScheduler"
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", Missing)
+    config = {"_class_name": "DPMSolverSDEScheduler", "beta_schedule": "linear", "prediction_type": "epsilon"}
+    with pytest.raises(ValueError, match=r"DPMSolverSDEScheduler lacks num_train_timesteps, beta_start.*torchsde"):
+        AnnealedLangevinScheduler.from_config(config)
+    config |= {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.1}
+    assert len(AnnealedLangevinScheduler.from_config(config)) == 100
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(READABLE & STOCK.keys()) if "solver_order" in inspect.signature(STOCK[n]).parameters]
+)
+@pytest.mark.parametrize("ours", [1, 2])
+def test_solver_order_of_another_solver_is_not_ours(name, ours, tmp_path):
+    scheduler = AnnealedLangevinScheduler(solver_order=ours, noise_rule="euler_maruyama", rho=3.0)
+    other = STOCK[name].from_config(scheduler.config, solver_order=3)
+    assert other.config.solver_order == 3
+    through_two = DDIMScheduler.from_config(other.config)
+    from_disk = STOCK[name].from_pretrained(save(other, tmp_path))
+    for config in (other.config, through_two.config, from_disk.config, json.loads(other.to_json_string())):
+        back = AnnealedLangevinScheduler.from_config(config)
+        assert {k: back.config[k] for k in scheduler.config} == dict(scheduler.config)
+    # and is not ours by default either
+    assert AnnealedLangevinScheduler.from_config(STOCK[name](solver_order=3).config).config.solver_order == 2
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_the_range_of_karras_levels_is_not_the_ladder(name):
+    # both take sigma_min and sigma_max for the range in which they lay their own levels
+    if "sigma_max" not in inspect.signature(STOCK[name]).parameters:
+        pytest.skip("not in this version of diffusers")
+    for scheduler in (AnnealedLangevinScheduler(sigma_max=30.0), AnnealedLangevinScheduler(beta_schedule="linear")):
+        for changed in ({"sigma_min": 0.1, "sigma_max": 10.0}, {"sigma_min": None, "sigma_max": None}):
+            other = STOCK[name].from_config(scheduler.config, use_karras_sigmas=True, **changed)
+            back = AnnealedLangevinScheduler.from_config(other.config)
+            assert {k: back.config[k] for k in scheduler.config} == dict(scheduler.config)
+    stock = STOCK[name](sigma_min=0.1, sigma_max=10.0, use_karras_sigmas=True)
+    scheduler = AnnealedLangevinScheduler.from_config(stock.config)
+    assert scheduler.config.sigma_max == AnnealedLangevinScheduler(beta_schedule="linear").config.sigma_max
+
+
+def test_what_was_kept_for_the_way_back_does_not_outlive_an_override():
+    scheduler = AnnealedLangevinScheduler.from_config(
+        AnnealedLangevinScheduler().config, solver_order=1, sigma_max=20.0
+    )
+    back = AnnealedLangevinScheduler.from_config(DDIMScheduler.from_config(scheduler.config).config)
+    assert (back.config.solver_order, back.config.sigma_max) == (1, 20.0)
+    # whatever stands there in somebody else's file is checked as any other value
+    for kept in ({"sigma_max": "50"}, {"solver_order": [2]}):
+        config = dict(DDIMScheduler.from_config(scheduler.config).config) | {"_annealed_langevin": kept}
+        if "solver_order" in kept:
+            with pytest.raises(ValueError, match="`solver_order` must be"):
+                AnnealedLangevinScheduler.from_config(config)
+        else:  # the ladder is then the betas'
+            assert AnnealedLangevinScheduler.from_config(config).config.sigma_max == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "edit", "message"),
+    [
+        ({}, {"sigma_max": 20.0}, "`sigma_max`=20.0 contradicts the ladder.*leave out `trained_betas`"),
+        ({"sigma_max": 20.0}, {"sigma_max": 50.0}, "`sigma_max`=50.0 contradicts"),
+        ({}, {"num_train_timesteps": 10}, "`num_train_timesteps`=10 contradicts the 1000 `trained_betas`"),
+        ({"beta_schedule": "linear"}, {"sigma_min": 0.02}, "`sigma_min`=0.02 contradicts"),
+    ],
+)
+def test_a_config_edited_by_hand_must_agree_with_itself(arguments, edit, message):
+    config = json.loads(AnnealedLangevinScheduler(**arguments).to_json_string())
+    AnnealedLangevinScheduler.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        AnnealedLangevinScheduler.from_config({**config, **edit})
+
+
+def test_repr_leaves_out_the_exported_betas():
+    shown = repr(AnnealedLangevinScheduler(sigma_max=20.0))
+    assert len(shown.splitlines()) < 30
+    assert "trained_betas" not in shown
+    assert '"sigma_max": 20.0' in shown
+    assert "0.1,\n    0.2" in repr(AnnealedLangevinScheduler(trained_betas=[0.1, 0.2, 0.2]))
+    many = AnnealedLangevinScheduler(trained_betas=np.linspace(1e-4, 0.02, 1000))
+    assert '"trained_betas": "1000 betas from 0.0001 to 0.02"' in repr(many)
+    assert len(repr(many).splitlines()) < 30
+    assert len(json.loads(many.to_json_string())["trained_betas"]) == 1000
+
+
 def test_zero_terminal_snr_is_refused():
     config = DDIMScheduler(rescale_betas_zero_snr=True).config
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
@@ -504,6 +795,36 @@ def test_levels_by_sigmas_timesteps_and_count_agree():
     assert chains[0].timesteps[::2].tolist() == chains[0].timesteps[1::2].tolist()
 
 
+@pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_sigmas_and_timesteps_of_a_chain_make_that_chain(noise_rule, denoise, num_steps):
+    scheduler = AnnealedLangevinScheduler(noise_rule=noise_rule, denoise_final=denoise, num_langevin_steps=num_steps)
+    scheduler.set_timesteps(5)
+    expected = scheduler.sigmas, scheduler.timesteps
+    for chain in ({"sigmas": expected[0]}, {"timesteps": expected[1]}, {"sigmas": expected[0].tolist()}):
+        scheduler.set_timesteps(**chain)
+        assert scheduler.num_inference_steps == 5
+        torch.testing.assert_close((scheduler.sigmas, scheduler.timesteps), expected)
+
+
+def test_a_zero_among_the_sigmas_is_the_final_denoising():
+    published, chains = [14.6146, 2.0, 0.5, 0.0], []
+    for sigmas in (published, published[:-1], np.array(published), torch.tensor(published)):
+        scheduler = AnnealedLangevinScheduler(prediction_type="sample")
+        scheduler.set_timesteps(sigmas=sigmas)
+        assert len(scheduler.timesteps) == 3
+        x = torch.ones(1, 1, 2, 2)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.full_like(x, 0.7), t, x).prev_sample
+        assert torch.equal(x, torch.full_like(x, 0.7))
+        chains.append(scheduler.sigmas)
+    for chain in chains:
+        torch.testing.assert_close(chain, torch.tensor(published))
+    with pytest.raises(ValueError, match="`sigmas` ends in 0, the final denoising, but `denoise_final` is False"):
+        AnnealedLangevinScheduler(denoise_final=False).set_timesteps(sigmas=published)
+
+
 @pytest.mark.parametrize("num_levels", [1, 2, 3, 1000, 1234])
 @pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
 @pytest.mark.parametrize("denoise", [True, False])
@@ -550,6 +871,60 @@ def test_chain_may_begin_in_the_middle():
 
     assert torch.equal(run(6, True), run(6, False))
     assert not torch.equal(run(6, True), run(4, True))
+
+
+@pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
+@pytest.mark.parametrize("denoise", [True, False])
+def test_chain_may_begin_in_the_middle_of_a_level(noise_rule, denoise):
+    # as stock image-to-image loops do: they slice the timesteps, noise the image, and know nothing of rows
+    scheduler = AnnealedLangevinScheduler(
+        noise_rule=noise_rule, prediction_type="sample", num_langevin_steps=2, denoise_final=denoise
+    )
+    scheduler.set_timesteps(10)
+    image, noise = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    for begin in range(len(scheduler.timesteps)):
+        results = []
+        for says_so in (False, True):
+            scheduler.set_timesteps(10)
+            if says_so:
+                scheduler.set_begin_index(begin)
+            timesteps = scheduler.timesteps[begin * scheduler.order :]
+            x, generator = scheduler.add_noise(image, noise, timesteps[:1]), torch.Generator().manual_seed(0)
+            for t in timesteps:
+                x = scheduler.step(torch.zeros_like(x), t, x, generator=generator).prev_sample
+            assert scheduler.step_index == len(scheduler.timesteps)
+            results.append(x)
+        assert torch.equal(*results)
+        if denoise:
+            assert torch.count_nonzero(results[0]) == 0
+
+
+def test_a_row_that_is_guessed_is_said(caplog):
+    diffusers.logging.enable_propagation()
+    x = torch.zeros(1, 1, 2, 2)
+
+    def first_row(num_steps, timestep):
+        caplog.clear()
+        scheduler.set_timesteps(5, num_langevin_steps=num_steps)
+        scheduler.step(x, timestep(scheduler.timesteps), x)
+        return scheduler.step_index - 1
+
+    scheduler = AnnealedLangevinScheduler()
+    assert first_row(2, lambda timesteps: timesteps[7].item()) == 6
+    assert "stands for the rows 6 to 7 of this chain, which begins with row 6" in caplog.text
+    # a value that stands for one row, the chain's beginning, or an element of the chain's own tensor is no guess
+    for num_steps, timestep, row in (
+        (1, lambda timesteps: timesteps[3].item(), 3),
+        (1, lambda timesteps: timesteps[3].clone(), 3),
+        (1, lambda timesteps: timesteps[3].double(), 3),
+        (2, lambda timesteps: timesteps[0].item(), 0),
+        (2, lambda timesteps: timesteps[7], 7),
+        (2, lambda timesteps: timesteps[4:][3:4], 7),
+        (2, lambda timesteps: list(timesteps[3:])[2].expand(4), 5),
+    ):
+        assert first_row(num_steps, timestep) == row
+        assert not caplog.text
+    diffusers.logging.disable_propagation()
 
 
 def test_step_works_right_after_construction_and_names_a_foreign_timestep():
@@ -809,25 +1184,38 @@ def test_stock_loop_with_float_timesteps():
     [
         ({"sigma_min": 1.0, "sigma_max": 0.5}, r"`sigma_min`=1.0 must be below `sigma_max`=0.5"),
         ({"sigma_min": 50.0}, r"`sigma_min`=50.0 must be below"),
-        ({"sigma_min": 0}, r"`sigma_min` must be a finite number above 0, not 0"),
-        ({"sigma_max": "50"}, r"`sigma_max` must be a finite number above 0, not '50'"),
-        ({"sigma_max": math.inf}, r"`sigma_max` must be a finite number above 0, not inf"),
-        ({"num_train_timesteps": 1}, r"`num_train_timesteps` must be an int of at least 2, not 1"),
-        ({"num_train_timesteps": 10.0}, r"`num_train_timesteps` must be an int of at least 2, not 10.0"),
+        ({"sigma_min": 0}, r"`sigma_min` must be a number of at least 1e-10 and at most 1e\+10, not 0"),
+        ({"sigma_max": "50"}, r"`sigma_max` must be a number of at least 1e-10 and at most 1e\+10, not '50'"),
+        ({"sigma_max": math.inf}, r"`sigma_max` must be a number .*, not inf"),
+        ({"sigma_max": 1e308}, r"`sigma_max` must be a number .*, not 1e\+308"),
+        ({"sigma_min": 1e-300}, r"`sigma_min` must be a number .*, not 1e-300"),
+        ({"sigma_min": 1.0, "sigma_max": 1 + 1e-12}, r"`sigma_min`=1.0 and `sigma_max`=1.0.* must rise from each"),
+        ({"num_train_timesteps": 1}, r"`num_train_timesteps` must be an int of at least 2 and at most 100000, not 1"),
+        ({"num_train_timesteps": 10.0}, r"`num_train_timesteps` must be an int of .*, not 10.0"),
+        ({"num_train_timesteps": 10**8}, r"`num_train_timesteps` must be an int of .*, not 100000000"),
+        ({"num_langevin_steps": 10**7}, r"`num_langevin_steps` must be an int of .*, not 10000000"),
+        ({"num_langevin_steps": 1001}, r"`num_langevin_steps`=1001 at each of 1000 levels makes 1001000 steps"),
         ({"prediction_type": "noise"}, r"`prediction_type` must be one of 'v_prediction', .*not 'noise'"),
         ({"conditioning": "noise"}, r"`conditioning` must be one of 'timestep', 'sigma', not 'noise'"),
         ({"beta_schedule": "sigmoid"}, r"`beta_schedule` must be one of 'geometric', .*not 'sigmoid'"),
         ({"noise_rule": "heun"}, r"`noise_rule` must be one of .*not 'heun'"),
         ({"solver_order": 3}, r"`solver_order` must be one of 1, 2, not 3"),
         ({"timestep_spacing": "karras"}, r"`timestep_spacing` must be one of .*not 'karras'"),
-        ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1, not 0"),
-        ({"step_size": 1.5}, r"`step_size` must be a finite number above 0 and at most 1, not 1.5"),
+        ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1 and .*, not 0"),
+        ({"step_size": 1.5}, r"`step_size` must be a number above 0 and at most 1, not 1.5"),
         ({"step_size": 0}, r"`step_size` must be"),
-        ({"rho": 0}, r"`rho` must be a finite number above 0, not 0"),
+        ({"rho": 0}, r"`rho` must be a number of at least 0.1 and at most 10000, not 0"),
+        ({"rho": 1e-300}, r"`rho` must be a number of at least 0.1 and at most 10000, not 1e-300"),
         ({"clip_sample_range": -1}, r"`clip_sample_range` must be"),
-        ({"trained_betas": [0.1, 1.0]}, r"`trained_betas`, with shape \(2,\), from 0.1 to 1: "),
-        ({"trained_betas": [0.1]}, r"`trained_betas`, with shape \(1,\)"),
-        ({"beta_schedule": "linear", "beta_end": 1.5}, r"`beta_end` must be"),
+        ({"trained_betas": [0.1, 1.0]}, r"`trained_betas`, from 0.1 to 1, must be from 2 to 100000 numbers"),
+        ({"trained_betas": [0.1]}, r"`trained_betas` must be from 2 to 100000 .*, not 1 of them: \[0.1\]"),
+        ({"trained_betas": []}, r"`trained_betas` must be .*, not 0 of them"),
+        ({"trained_betas": [0.1] * 10**7}, r"`trained_betas` must be .*, not 10000000 of them: .*\.\.\."),
+        ({"trained_betas": [0.5] * 100}, r"`trained_betas`: the 100 noise levels go from 1 to 1.12\S*e\+15; they must"),
+        ({"trained_betas": ["0.1", "0.2"]}, r"`trained_betas` must be .*, not \['0.1', '0.2'\]"),
+        ({"beta_schedule": "linear", "beta_end": 1.5}, r"`beta_end` must be a number above 0 and below 1, not 1.5"),
+        ({"denoise_final": "false"}, r"`denoise_final` must be True or False, not 'false'"),
+        ({"solver_order": True}, r"`solver_order` must be one of 1, 2, not True"),
         ({"beta_schedule": "linear", "sigma_max": 20.0}, r"`sigma_max`=20.0 contradicts the ladder"),
     ],
 )
@@ -841,13 +1229,25 @@ def test_bad_config(arguments, message):
     [
         ({}, "exactly one of"),
         ({"num_inference_steps": 10, "sigmas": [1.0]}, "exactly one of"),
-        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int of at least 1, not 0"),
-        ({"num_inference_steps": 10.5}, r"`num_inference_steps` must be an int of at least 1, not 10.5"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int of at least 1 and at most 100000, not 0"),
+        ({"num_inference_steps": 10.5}, r"`num_inference_steps` must be an int of .*, not 10.5"),
+        ({"num_inference_steps": True}, r"`num_inference_steps` must be an int of .*, not True"),
+        ({"num_inference_steps": 10**12}, r"`num_inference_steps` must be an int of .*, not 10{12}"),
+        ({"num_inference_steps": 1001, "num_langevin_steps": 1000}, r"`num_langevin_steps`=1000 at each of 1001 level"),
+        ({"num_inference_steps": 1, "num_langevin_steps": 10**9}, r"`num_langevin_steps` must be an int of"),
+        ({"sigmas": np.ones(10**6 + 1)}, r"`sigmas` has 1000001 values; a chain has at most 1000000 steps"),
+        ({"sigmas": "5, 1"}, r"`sigmas` must be a list of numbers, not '5, 1'"),
+        ({"sigmas": [[5.0], 1.0]}, r"`sigmas` must be a list of numbers"),
+        ({"sigmas": 5.0}, r"`sigmas` must be a list of at least one number, not an array of shape \(\)"),
+        ({"sigmas": [5.0, math.nan]}, r"`sigmas` must fall"),
+        ({"sigmas": [0.0]}, r"`sigmas` must be from 1e-10 to 1e\+10, not \[0.0\]"),
+        ({"sigmas": [5.0, 0.0, 0.0]}, r"`sigmas` must be from .*; a 0 stands for the final denoising, at the end only"),
+        ({"sigmas": [5.0, 5.0, 1.0, 0.0]}, r"`sigmas` must fall .*, or hold each num_langevin_steps=1 times, not"),
+        ({"sigmas": [5.0, 5.0 - 1e-9]}, r"`sigmas` must fall"),
         ({"num_inference_steps": 10, "num_langevin_steps": 0}, r"`num_langevin_steps` must be an int"),
         ({"sigmas": []}, r"`sigmas` must be a list of at least one number"),
         ({"sigmas": [1.0, 2.0]}, r"`sigmas` must fall from each value to the next"),
-        ({"sigmas": [1.0, 0.0]}, r"`sigmas` must be above 0.*needs no level 0"),
-        ({"sigmas": [math.inf, 1.0]}, r"`sigmas` must be above 0"),
+        ({"sigmas": [math.inf, 1.0]}, r"`sigmas` must be from 1e-10 to 1e\+10, not \[inf, 1.0\]"),
         ({"timesteps": [1000, 10]}, r"`timesteps` must be from 0 to 999"),
         ({"timesteps": [10, 10]}, r"`timesteps` must fall"),
     ],
@@ -856,6 +1256,73 @@ def test_bad_set_timesteps(arguments, message):
     scheduler = AnnealedLangevinScheduler()
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(**arguments)
+
+
+WRONG = [["a"], "a", None, True, math.nan, math.inf, -1, 1e308, 10**400, 0.5j, {"a": 1}, [[[1]]]]
+KEYS = inspect.signature(AnnealedLangevinScheduler).parameters
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_wrong_values_are_refused_at_once_with_their_key(key):
+    schedule = {"beta_schedule": "linear"} if key in ("beta_start", "beta_end") else {}
+    sane = {key: parameter.default for key, parameter in KEYS.items()} | schedule
+    for value in WRONG:
+        if (value is True and isinstance(sane[key], bool)) or (value is None and (sane[key] is None or key == "rho")):
+            continue
+        start = time.perf_counter()
+        for make in (
+            lambda config: AnnealedLangevinScheduler(**config),
+            lambda config: AnnealedLangevinScheduler.from_config(
+                {**config, "_class_name": "AnnealedLangevinScheduler"}
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"`{key}`"):
+                make({**schedule, key: value})
+        stock = {"_class_name": "DDPMScheduler", key: value}
+        if key in DDPMScheduler().config:
+            with pytest.raises(ValueError, match=f"`{key}`"):
+                AnnealedLangevinScheduler.from_config(stock)
+        assert time.perf_counter() - start < 1
+
+
+def test_extremes_of_what_is_accepted_stay_finite():
+    x = torch.ones(1, 1, 2, 2)
+    ladders = [
+        {"sigma_min": 1e-10, "sigma_max": 1e10},
+        {"sigma_min": 1e-10, "sigma_max": 2e-10},
+        {"sigma_min": 5e9, "sigma_max": 1e10},
+        {"num_train_timesteps": 2, "sigma_min": 1e-10, "sigma_max": 1e10},
+        {"num_train_timesteps": 3, "sigma_min": 1.0, "sigma_max": 1.0001},
+        {"trained_betas": [1e-12, 0.5, 1 - 1e-12]},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 2},
+    ]
+    samplers = [
+        {"rho": 0.1},
+        {"rho": 1e4},
+        {"rho": None},
+        {"rho": 0.1, "denoise_final": False, "solver_order": 1},
+        {"step_size": 1e-300},
+        {"step_size": 1.0, "clip_sample": True, "clip_sample_range": 1e10},
+        {"noise_rule": "euler_maruyama", "step_size": 1e-300},
+        {"noise_rule": "euler_maruyama", "num_langevin_steps": 3},
+        {"conditioning": "sigma", "denoise_final": False},
+    ]
+    for ladder, sampler in itertools.product(ladders, samplers):
+        scheduler = AnnealedLangevinScheduler(
+            **{"prediction_type": "epsilon", "num_train_timesteps": 50} | ladder | sampler
+        )
+        for num in (1, 2, 3, 50, 300):
+            scheduler.set_timesteps(num)
+            assert scheduler.timesteps.isfinite().all() and scheduler.sigmas.isfinite().all()
+            assert np.isfinite([(r.sigma, r.kappa, r.c, r.extrapolation) for r in scheduler._table]).all()
+            assert all(above.sigma >= below.sigma > 0 for above, below in pairwise(scheduler._table))
+        for t in scheduler.timesteps[:: max(1, len(scheduler.timesteps) // 4)]:
+            noised = scheduler.add_noise(torch.zeros_like(x), x, t)
+            assert noised.isfinite().all()
+            assert scheduler.scale_model_input(noised, t).isfinite().all()
+            assert scheduler.convert_model_output(x, t, noised).isfinite().all()
+            scheduler.set_begin_index(0)
+            assert scheduler.step(x, t, noised).prev_sample.isfinite().all()
 
 
 def test_bad_step():

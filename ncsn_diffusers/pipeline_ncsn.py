@@ -814,12 +814,15 @@ def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
     fitting = (
         f"AnnealedLangevinScheduler and {', '.join(SCHEDULERS)} fit, made by `from_config(pipe.scheduler.config)`."
     )
-    names = [cls.__name__ for cls in scheduler_class.__mro__]
     known = {"AnnealedLangevinScheduler", *SCHEDULERS}
-    # The names of diffusers, wherever the class is: copies of its files go about.
-    if known.isdisjoint(names) and any(
-        name.endswith("Scheduler") and hasattr(diffusers.schedulers, name) for name in names
-    ):
+    # Those of diffusers, and classes that bear their names: copies of its files go about.
+    of_diffusers = [
+        cls.__name__
+        for cls in scheduler_class.__mro__
+        if cls.__name__.endswith("Scheduler")
+        and (cls.__module__.startswith("diffusers.") or hasattr(diffusers.schedulers, cls.__name__))
+    ]
+    if of_diffusers and known.isdisjoint(cls.__name__ for cls in scheduler_class.__mro__):
         raise ValueError(
             f"{scheduler_class.__name__} does not fit: its time, its scaling or its steps are not those of the "
             f"network, or `generator` does not reach its noise. {fitting}"

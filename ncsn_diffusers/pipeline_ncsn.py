@@ -21,6 +21,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import PNDMScheduler, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -42,6 +43,28 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
 # To be raised with each change after which older versions of this file would draw other pictures from a saved pipeline.
 SAVED_FORMAT = 1
+
+# The schedulers of diffusers with the network's time, scaling and kind of step, whose noise `generator` reaches.
+SCHEDULERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+# A sample whose numbers are so large, where data are in [-1, 1], is noise that the steps have left.
+LARGEST_SAMPLE = 10.0
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +88,8 @@ class NCSNPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents", "sigma", "denoised"]
+    _num_timesteps = None
+    _guidance_scale = 1.0
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, data_min: float = -1.0):
         super().__init__()
@@ -85,6 +110,25 @@ class NCSNPipeline(DiffusionPipeline):
         """Whether the running call is to stop after its present step; a callback sets `pipe._interrupt = True`."""
         return self._interrupt
 
+    @property
+    def num_timesteps(self) -> int | None:
+        """The number of steps of the running call, or of the last one; `None` before the first."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """
+        The running call's guidance. A callback that sets `pipe._guidance_scale` changes it from the next step on: 1
+        is the class-conditional model, without doubling the batch, and so is 0, by which diffusers' own callbacks
+        turn guidance off.
+        """
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step evaluates the network with and without the class."""
+        return self._guidance_scale != 1
+
     @torch.no_grad()
     def __call__(
         self,
@@ -101,7 +145,7 @@ class NCSNPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["NCSNPipeline", int, torch.Tensor, dict], dict | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
         Draw `batch_size` pictures.
@@ -115,7 +159,7 @@ class NCSNPipeline(DiffusionPipeline):
                 Langevin steps a level, for `AnnealedLangevinScheduler`; its config's when not given.
             sigmas (`list[float]`, *optional*):
                 The noise levels themselves, falling, in units of the data, in the place of `num_inference_steps`; for
-                `AnnealedLangevinScheduler`.
+                `AnnealedLangevinScheduler`. A last level of 0, as in `scheduler.sigmas`, is the final denoising.
             class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
                 The class of all pictures or of each, from 0, for a class-conditional network; it draws from all
                 classes when not given.
@@ -141,41 +185,48 @@ class NCSNPipeline(DiffusionPipeline):
                 a tensor of shape `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the same tensor in
                 units of the data, unclipped.
             return_dict (`bool`, defaults to `True`): An [`ImagePipelineOutput`], or a plain tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, timestep, tensors)` after each step; the "latents" that it returns
-                replace the sample. When it sets `pipe._interrupt = True`, the call ends after that step with the
-                denoised estimate instead of the noisy sample.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `("latents",)`):
+            callback_on_step_end (`Callable`, [`PipelineCallback`] or [`MultiPipelineCallbacks`], *optional*):
+                Called as `callback(pipe, step, timestep, tensors)` after each step; the "latents" that it returns, of
+                the same shape, replace the sample. When it sets `pipe._interrupt = True`, the call ends after that
+                step with the denoised estimate instead of the noisy sample. When it sets `pipe._guidance_scale`, the
+                guidance changes from the next step on: 1, or 0 as in diffusers' own callbacks, turns it off.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`):
                 The names of the tensors that the callback is given: "latents", the sample after the step, as the
                 scheduler scales it; "denoised", the estimate of the picture that the step was computed from, in units
-                of the data; "sigma", the noise level that it was made at, of shape `()`, in the same units.
+                of the data; "sigma", the noise level that it was made at, of shape `()`, in the same units. A
+                [`PipelineCallback`] names its own.
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: the pictures.
 
         Raises:
-            ValueError: an argument does not fit the network or the scheduler; nothing has been computed then.
+            ValueError:
+                An argument does not fit the network or the scheduler, or the scheduler does not fit the network;
+                nothing has been computed then. Or a callback returned or set what it may not.
+            FloatingPointError: the sample holds numbers that are not finite; the message names scheduler and step.
         """
         if image is not None:
             self._check_strength(strength)
+            self._check_begins_anywhere("image")
             image = self._preprocess("image", image, self.image_processor, self._picture_shape)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image)
         shape = (batch_size, *self._picture_shape)
+        names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
-            shape, class_labels, guidance_scale, generator, latents, output_type, callback_on_step_end_tensor_inputs
+            shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
         )
         device = self._execution_device
-        strength = strength if image is not None else 1.0
-        timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps, sigmas, strength)
+        strength = strength if image is not None else None
+        timesteps = self._set_timesteps(self.scheduler, num_inference_steps, num_langevin_steps, sigmas, strength)
 
         images = self._sample(
             self._prepare_latents(shape, timesteps, image, latents, generator, device),
             timesteps,
-            self._embedding_indices(class_labels, batch_size, guidance_scale, device),
+            self._embedding_indices(class_labels, batch_size, device),
             guidance_scale,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=names,
         )
         return self._finish(images, output_type, return_dict)
 
@@ -190,6 +241,8 @@ class NCSNPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[["NCSNPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
         Draw a row of pictures that leads smoothly from one sample to another.
@@ -204,15 +257,17 @@ class NCSNPipeline(DiffusionPipeline):
                 The randomness of the two samples: the row begins with what a call with `batch_size=1` draws from the
                 first, and ends with what it draws from the second.
             batch_size (`int`, defaults to 8): The number of pictures, the two samples among them, at least 2.
-            num_inference_steps, num_langevin_steps, class_labels, guidance_scale, output_type, return_dict:
+            num_inference_steps, num_langevin_steps, class_labels, guidance_scale, output_type, return_dict,
+            callback_on_step_end, callback_on_step_end_tensor_inputs:
                 As in [`__call__`].
 
         Returns:
             [`ImagePipelineOutput`] or `tuple`: the pictures, in order.
 
         Raises:
-            ValueError: an argument does not fit the network or the scheduler, or the scheduler draws noise in its steps
-                and does not let it be given (`variance_noise`); nothing has been computed then.
+            ValueError: as [`__call__`], or the scheduler draws noise in its steps and does not let it be given
+                (`variance_noise`); nothing has been computed then.
+            FloatingPointError: as [`__call__`].
         """
         generators = list(generator) if isinstance(generator, Sequence) else [generator]
         if len({id(g) for g in generators if isinstance(g, torch.Generator)}) != 2 or len(generators) != 2:
@@ -223,9 +278,10 @@ class NCSNPipeline(DiffusionPipeline):
         if batch_size < 2:
             raise ValueError("`batch_size` must be at least 2, the two samples at the ends, not 1.")
         shape = (batch_size, *self._picture_shape)
-        self.check_inputs(shape, class_labels, guidance_scale, output_type=output_type)
+        names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self.check_inputs(shape, class_labels, guidance_scale, None, None, output_type, names, callback_on_step_end)
         device = self._execution_device
-        timesteps = self._set_timesteps(num_inference_steps, num_langevin_steps)
+        timesteps = self._set_timesteps(self.scheduler, num_inference_steps, num_langevin_steps)
         draws_noise = self._find_noisy_steps(timesteps)
         if any(draws_noise) and "variance_noise" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(
@@ -245,8 +301,10 @@ class NCSNPipeline(DiffusionPipeline):
         images = self._sample(
             mixed_noise() * self.scheduler.init_noise_sigma,
             timesteps,
-            self._embedding_indices(class_labels, batch_size, guidance_scale, device),
+            self._embedding_indices(class_labels, batch_size, device),
             guidance_scale,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=names,
             variance_noise=(lambda i: mixed_noise() if draws_noise[i] else None) if any(draws_noise) else None,
         )
         return self._finish(images, output_type, return_dict)
@@ -339,28 +397,65 @@ class NCSNPipeline(DiffusionPipeline):
 
     def _set_timesteps(
         self,
+        scheduler: SchedulerMixin,
         num_inference_steps: int,
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        strength: float = 1.0,
+        strength: float | None = None,
     ) -> torch.Tensor:
-        """The timesteps of the last `strength` of the chain, which the scheduler is set to."""
-        settings = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": list(sigmas)}
+        """The timesteps of the last `strength` of the chain, or of one from noise, which `scheduler` is set to."""
+        name = type(scheduler).__name__
+        settings = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": sigmas}
         if num_langevin_steps is not None:
             settings["num_langevin_steps"] = num_langevin_steps
-        for name in settings.keys() & {"sigmas", "num_langevin_steps"}:
-            if "num_langevin_steps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+        if not _is_langevin(scheduler):
+            for key in settings.keys() - {"num_inference_steps"}:
                 raise ValueError(
-                    f"`{name}`={settings[name]} is for AnnealedLangevinScheduler; {type(self.scheduler).__name__} "
-                    "takes one step at each of its own levels."
+                    f"`{key}`={settings[key]} is for AnnealedLangevinScheduler; {name} takes one step at each of its "
+                    "own levels."
                 )
-        self.scheduler.set_timesteps(device=self._execution_device, **settings)
-        order = self.scheduler.order  # a scheduler of order 2 takes its timesteps in pairs, which stay together
-        num_steps = math.ceil(len(self.scheduler.timesteps) / order)
-        begin = order * (num_steps - max(1, round(num_steps * strength)))
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
-        return self.scheduler.timesteps[begin:]
+            self._check_count("num_inference_steps", num_inference_steps)
+            if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
+                raise ValueError(
+                    f"`num_inference_steps`={num_inference_steps} is too few for {name}, whose first, Runge-Kutta "
+                    "steps need 4 levels: take at least 4, or DDIMScheduler, or "
+                    f"{name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
+                )
+        scheduler.set_timesteps(device=self._execution_device, **settings)
+        order = scheduler.order  # a scheduler of order 2 takes its timesteps in pairs, which stay together
+        num_steps = math.ceil(len(scheduler.timesteps) / order)
+        begin = 0 if strength is None else order * (num_steps - max(1, round(num_steps * strength)))
+        timesteps = scheduler.timesteps[begin:]
+        if not _is_langevin(scheduler):
+            if strength is None:
+                self._check_first_level(timesteps, num_inference_steps)
+            self._try_step(scheduler, timesteps[0])
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
+        return timesteps
+
+    def _check_first_level(self, timesteps: torch.Tensor, num_inference_steps: int) -> None:
+        """With one level, diffusers' spacings "linspace" and "leading" begin at the smallest, on noise alone."""
+        first, largest = self._noise_levels(timesteps)[0], math.exp(self._log_ladder()[-1])
+        if first < 0.5 * min(1.0, largest):
+            raise ValueError(
+                f"`num_inference_steps`={num_inference_steps} is too few for {type(self.scheduler).__name__}, which "
+                f"would begin at sigma={first:.2g} and return noise: take more, or set timestep_spacing='trailing'."
+            )
+
+    @staticmethod
+    def _try_step(scheduler: SchedulerMixin, timestep: torch.Tensor) -> None:
+        """A ValueError where a copy of the scheduler cannot take the chain's first step, whatever the reason."""
+        scheduler, x = copy.deepcopy(scheduler), torch.zeros(1, 1, 1, 1, device=timestep.device)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        extra = {"generator": torch.Generator()} if takes_generator else {}  # torch's own stays as it is
+        try:
+            scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x, **extra)
+        except Exception as error:
+            raise ValueError(
+                f"{type(scheduler).__name__} cannot take a step with "
+                f"prediction_type={scheduler.config.prediction_type!r}: {type(error).__name__}: {error}"
+            ) from error
 
     def _prepare_latents(self, shape, timesteps, image, latents, generator, device) -> torch.Tensor:
         """The sample at the first of `timesteps`: noise, or the noised `image`."""
@@ -395,15 +490,17 @@ class NCSNPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         sigmas = torch.from_numpy(self._noise_levels(timesteps)).to(latents.device, torch.float32)
+        totals = torch.zeros(len(timesteps), device=latents.device)  # not finite from where the sample is not
 
         self._interrupt = False
+        self._guidance_scale, self._num_timesteps = guidance_scale, len(timesteps)
         for i, t in enumerate(self.progress_bar(timesteps)):
             if before_step is not None:
                 latents = before_step(i, latents)
             if variance_noise is not None:
                 extra["variance_noise"] = variance_noise(i)
             model_input = schedulers[i].scale_model_input(latents, t)
-            model_output = self._predict(model_input, t, labels, guidance_scale)
+            model_output = self._predict(model_input, t, labels)
             latents = schedulers[i].step(model_output, t, latents, return_dict=False, **extra)[0]
 
             if callback_on_step_end is not None:
@@ -411,27 +508,68 @@ class NCSNPipeline(DiffusionPipeline):
                 if "denoised" in callback_on_step_end_tensor_inputs:
                     tensors["denoised"] = self._denoise(model_output, model_input, sigmas[i])
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                latents = self._call_back(callback_on_step_end, i, t, tensors, latents, labels)
+            totals[i] = latents.sum()
             if self._interrupt:
-                return self._denoise(model_output, model_input, sigmas[i])
+                latents = self._denoise(model_output, model_input, sigmas[i])
+                break
+        self._check_sample(latents, totals[: i + 1], sigmas)
         return latents
 
-    def _predict(
-        self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
-    ) -> torch.Tensor:
+    def _call_back(self, callback, i, t, tensors, latents, labels) -> torch.Tensor:
+        """The sample after the callback, which may have changed it and the guidance."""
+        guidance_scale, given = self._guidance_scale, dict(tensors)
+        returned = callback(self, i, t, tensors)
+        if self._guidance_scale != guidance_scale:
+            self._guidance_scale = self._guidance_scale or 1.0  # 0 is how diffusers' own callbacks turn guidance off
+            self._check_guidance(self._guidance_scale, labels is not None and len(labels) > len(latents))
+        if returned is None:
+            return latents
+        if not isinstance(returned, dict):
+            raise ValueError(f"`callback_on_step_end` must return a dict or None, not {type(returned).__name__}.")
+        for name, value in returned.items():
+            if name != "latents" and value is not given.get(name):
+                raise ValueError(f"`callback_on_step_end` may replace 'latents' alone, but returned another {name!r}.")
+        replaced = returned.get("latents", latents)
+        if not isinstance(replaced, torch.Tensor) or replaced.shape != latents.shape:
+            found = tuple(replaced.shape) if isinstance(replaced, torch.Tensor) else type(replaced).__name__
+            raise ValueError(
+                f"`callback_on_step_end` must return 'latents' of shape {tuple(latents.shape)}, not {found}: the batch "
+                "is not doubled for guidance here, and there is nothing to halve."
+            )
+        return replaced.to(latents)
+
+    def _check_sample(self, sample: torch.Tensor, totals: torch.Tensor, sigmas: torch.Tensor) -> None:
+        """The one look at the numbers, after the loop: inside it, it would keep the device waiting."""
+        name = type(self.scheduler).__name__
+        largest = sample.abs().max().item()  # NaN where anything is
+        if not math.isfinite(largest):
+            bad = (~totals.isfinite()).nonzero().flatten().tolist()
+            step = bad[0] if bad else len(totals) - 1
+            raise FloatingPointError(
+                f"The sample of {name} is not finite after step {step} of {self.num_timesteps} (from 0 on), at sigma="
+                f"{sigmas[step].item():.3g}. Take more steps or another scheduler; where all of them do so, the "
+                f"network's output overflows in {str(self._network.dtype).removeprefix('torch.')}, or its weights are "
+                "not finite."
+            )
+        if largest > LARGEST_SAMPLE * (1 + sigmas[len(totals) - 1].item()):
+            logger.warning(
+                f"The sample of {name} reaches {largest:.3g}, where data are in [{self.config.data_min:g}, 1]: "
+                f"{self.num_timesteps} steps have left noise in it. Take more, or another scheduler."
+            )
+
+    def _predict(self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """
-        The network's (guided) output in float32, from one evaluation. `labels` are as `_embedding_indices` made them:
-        twice as many as pictures, those of "no label" last, where there is guidance.
+        The network's (guided) output in float32, from one evaluation. `labels` are as `_embedding_indices` made them.
         """
-        model_input = model_input.to(self.unet.dtype)
-        condition = {} if labels is None else {"class_labels": labels}
-        guided = labels is not None and len(labels) > len(model_input)
-        if guided:
+        batch_size, model_input = len(model_input), model_input.to(self._network.dtype)
+        if self.do_classifier_free_guidance:
             model_input = torch.cat([model_input, model_input])
+        condition = {} if labels is None else {"class_labels": labels[: len(model_input)]}
         model_output = self.unet(model_input, timestep, return_dict=False, **condition)[0].float()
-        if guided:
-            conditional, unconditional = model_output.chunk(2)
-            model_output = torch.lerp(unconditional, conditional, guidance_scale)
+        if self.do_classifier_free_guidance:
+            conditional, unconditional = model_output.split(batch_size)
+            model_output = torch.lerp(unconditional, conditional, float(self._guidance_scale))
         return model_output
 
     def _finish(self, images: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
@@ -444,22 +582,32 @@ class NCSNPipeline(DiffusionPipeline):
     # What the network is told, and what it says
 
     @property
+    def _network(self) -> torch.nn.Module:
+        """The network out of the wrappers of torch.compile and DistributedDataParallel, with its config and dtype."""
+        network = self.unet
+        while (inner := getattr(network, "_orig_mod", getattr(network, "module", None))) is not None:
+            network = inner
+        return network
+
+    @property
     def _picture_shape(self) -> tuple[int, int, int]:
-        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        channels, size = self._network.config.in_channels, self._network.config.sample_size
         return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
     def _embedding_indices(
-        self, class_labels: torch.Tensor | None, batch_size: int, guidance_scale: float, device: torch.device
+        self, class_labels: torch.Tensor | None, batch_size: int, device: torch.device
     ) -> torch.Tensor | None:
-        """The rows of the class embedding, `(batch_size,)` or, with guidance, `(2 * batch_size,)`; None without one."""
-        num_embeddings = self.unet.config.get("num_class_embeds")
+        """
+        The rows of the class embedding, None without one: those of the classes, `(batch_size,)`, and, where classes
+        are given, as many of "no label" after them, for guidance.
+        """
+        num_embeddings = self._network.config.get("num_class_embeds")
         if num_embeddings is None:
             return None
         no_label = torch.full((batch_size,), num_embeddings - 1, device=device)
         if class_labels is None:
             return no_label
-        labels = class_labels.to(device).expand(batch_size)
-        return labels if guidance_scale == 1 else torch.cat([labels, no_label])
+        return torch.cat([class_labels.to(device).expand(batch_size), no_label])
 
     def _log_ladder(self) -> np.ndarray:
         """log sigma of the levels that the network was trained on, rising, in float64."""
@@ -551,7 +699,6 @@ class NCSNPipeline(DiffusionPipeline):
     def _check_strength(self, strength: float) -> None:
         if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"`strength` must be a number above 0 and at most 1, not {strength!r}.")
-        self._check_begins_anywhere("image")
 
     def _check_begins_anywhere(self, name: str) -> None:
         if isinstance(self.scheduler, PNDMScheduler):
@@ -582,7 +729,7 @@ class NCSNPipeline(DiffusionPipeline):
         return batch_size, class_labels
 
     def _check_labels(self, class_labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        num_embeddings = self.unet.config.get("num_class_embeds")
+        num_embeddings = self._network.config.get("num_class_embeds")
         if num_embeddings is None:
             raise ValueError(
                 "`class_labels` are for a class-conditional network, and this one is unconditional: its config has no "
@@ -603,6 +750,17 @@ class NCSNPipeline(DiffusionPipeline):
             )
         return labels.long()
 
+    @staticmethod
+    def _check_guidance(guidance_scale: float, has_class: bool) -> None:
+        if (
+            isinstance(guidance_scale, bool)
+            or not isinstance(guidance_scale, Real)
+            or not (0 <= guidance_scale < math.inf)
+        ):
+            raise ValueError(f"`guidance_scale` must be a finite number of at least 0, not {guidance_scale!r}.")
+        if guidance_scale != 1 and not has_class:
+            raise ValueError(f"`guidance_scale`={guidance_scale} guides towards a class: it needs `class_labels`.")
+
     def check_inputs(
         self,
         shape,
@@ -612,17 +770,11 @@ class NCSNPipeline(DiffusionPipeline):
         latents=None,
         output_type="pil",
         callback_tensor_inputs=(),
+        callback_on_step_end=None,
     ):
         """Raise a ValueError for what cannot work, before the first network evaluation."""
         batch_size, channels = shape[:2]
-        if (
-            isinstance(guidance_scale, bool)
-            or not isinstance(guidance_scale, Real)
-            or not (0 <= guidance_scale < math.inf)
-        ):
-            raise ValueError(f"`guidance_scale` must be a finite number of at least 0, not {guidance_scale!r}.")
-        if guidance_scale != 1 and class_labels is None:
-            raise ValueError(f"`guidance_scale`={guidance_scale} guides towards a class: it needs `class_labels`.")
+        self._check_guidance(guidance_scale, class_labels is not None)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but batch_size={batch_size}: give one generator for each "
@@ -637,23 +789,73 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`output_type`='pil' needs 1, 3 or 4 channels, and the network has {channels}; 'np', 'pt' and "
                 "'latent' take any number."
             )
-        langevin = "num_langevin_steps" in inspect.signature(self.scheduler.set_timesteps).parameters
-        if self.scheduler.config.get("conditioning") == "sigma" and not langevin:
+        check_scheduler(self.scheduler)
+        if self.scheduler.config.get("conditioning") == "sigma" and not _is_langevin(self.scheduler):
             raise ValueError(
                 f"This network is conditioned on sigma, but {type(self.scheduler).__name__} would give it timesteps: "
                 "use AnnealedLangevinScheduler.from_config(pipe.scheduler.config)."
             )
-        if not hasattr(self.scheduler, "betas"):
-            raise ValueError(
-                f"{type(self.scheduler).__name__} has no `betas`, which the network's noise levels are read from: use "
-                "AnnealedLangevinScheduler or one of its `compatibles`."
-            )
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable, not {callback_on_step_end!r}.")
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, not "
-                f"{sorted(unknown)}."
+                f"{sorted(unknown)}. (To change the guidance, a callback sets `pipe._guidance_scale`, and needs none.)"
             )
+
+
+def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
+    """
+    Raises:
+        ValueError: the scheduler, or all schedulers of the class, would sample a network of this package wrongly.
+    """
+    scheduler_class = scheduler if isinstance(scheduler, type) else type(scheduler)
+    fitting = (
+        f"AnnealedLangevinScheduler and {', '.join(SCHEDULERS)} fit, made by `from_config(pipe.scheduler.config)`."
+    )
+    known = {"AnnealedLangevinScheduler", *SCHEDULERS}
+    # Those of diffusers, and classes that bear their names: copies of its files go about.
+    of_diffusers = [
+        cls.__name__
+        for cls in scheduler_class.__mro__
+        if cls.__name__.endswith("Scheduler")
+        and (cls.__module__.startswith("diffusers.") or hasattr(diffusers.schedulers, cls.__name__))
+    ]
+    if of_diffusers and known.isdisjoint(cls.__name__ for cls in scheduler_class.__mro__):
+        raise ValueError(
+            f"{scheduler_class.__name__} does not fit: its time, its scaling or its steps are not those of the "
+            f"network, or `generator` does not reach its noise. {fitting}"
+        )
+    if isinstance(scheduler, type):
+        return
+    if not hasattr(scheduler, "betas"):
+        raise ValueError(
+            f"{scheduler_class.__name__} has no `betas`, which the network's noise levels are read from. {fitting}"
+        )
+    settings = scheduler.config
+    continuous = settings.get("timestep_type") == "continuous" and settings.get("prediction_type") == "v_prediction"
+    for name, misfit in (
+        ("use_flow_sigmas", bool(settings.get("use_flow_sigmas"))),
+        ("prediction_type", settings.get("prediction_type") == "flow_prediction"),
+        ("timestep_type", continuous),
+    ):
+        if misfit:
+            raise ValueError(
+                f"{scheduler_class.__name__} with {name}={settings[name]!r} does not fit: its time or scaling is not "
+                f"the network's. Leave `{name}` at its default."
+            )
+
+
+def _is_langevin(scheduler: SchedulerMixin) -> bool:
+    return "num_langevin_steps" in inspect.signature(scheduler.set_timesteps).parameters
+
+
+def _callback_inputs(callback: Callable | None, names: Sequence[str] | None) -> Sequence[str]:
+    """The tensors that a callback is given; diffusers' callback classes name them themselves."""
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    return ("latents",) if names is None else names
 
 
 def _class_name(index: dict) -> str:

@@ -45,7 +45,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .pipeline_ncsn import NCSNPipeline
+from .pipeline_ncsn import NCSNPipeline, _callback_inputs
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 # The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by
@@ -72,14 +72,17 @@ class NCSNInpaintPipeline(NCSNPipeline):
         batch_size: int | None = None,
         num_inference_steps: int = 50,
         num_resamplings: int = 3,
+        num_langevin_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        strength: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[NCSNPipeline, int, torch.Tensor, dict], dict | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
         Draw the masked pixels.
@@ -95,10 +98,13 @@ class NCSNInpaintPipeline(NCSNPipeline):
             batch_size (`int`, *optional*): The number of pictures; that of the pictures, masks or labels by default.
             num_inference_steps (`int`, defaults to 50): The number of noise levels.
             num_resamplings (`int`, defaults to 3):
-                Passes (1) at each level, each of which takes one network evaluation more. 0 is plain replacement.
-                A scheduler that remembers its past steps begins anew after them.
-            class_labels, guidance_scale, generator, latents, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs:
+                Passes (1) at each level, or each step where a level has several; each takes one network evaluation
+                more. 0 is plain replacement. A scheduler that remembers its past steps begins anew after them.
+            strength (`float`, defaults to 1.0):
+                The share of the steps that is taken, above 0 and up to 1. Below 1 the masked pixels are drawn from
+                what `image` holds there, noised to the level where the steps begin; 1 pays no regard to it.
+            num_langevin_steps, sigmas, class_labels, guidance_scale, generator, latents, output_type, return_dict,
+            callback_on_step_end, callback_on_step_end_tensor_inputs:
                 As in [`NCSNPipeline.__call__`].
 
         Returns:
@@ -106,23 +112,28 @@ class NCSNInpaintPipeline(NCSNPipeline):
             in `"pil"`, exactly in `"latent"`, and to the rounding of float32 in `"np"` and `"pt"`.
 
         Raises:
-            ValueError: an argument does not fit the network or the scheduler; nothing has been computed then.
+            ValueError, FloatingPointError: as [`NCSNPipeline.__call__`].
         """
         image = self._preprocess("image", image, self.image_processor, self._picture_shape)
         mask = self._preprocess_mask(mask_image)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
         shape = (batch_size, *self._picture_shape)
+        names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
-            shape, class_labels, guidance_scale, generator, latents, output_type, callback_on_step_end_tensor_inputs
+            shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
         )
         if isinstance(num_resamplings, bool) or not isinstance(num_resamplings, Integral) or num_resamplings < 0:
             raise ValueError(f"`num_resamplings` must be an int of at least 0, not {num_resamplings!r}.")
         if num_resamplings:
             self._check_begins_anywhere("num_resamplings")
+        self._check_strength(strength)
+        if strength < 1:
+            self._check_begins_anywhere("strength")
         device = self._execution_device
-        timesteps = self._set_timesteps(num_inference_steps)
+        chain = (num_inference_steps, num_langevin_steps, sigmas, strength if strength < 1 else None)
+        timesteps = self._set_timesteps(self.scheduler, *chain)
         image, mask = image.to(device), mask.to(device)
-        labels = self._embedding_indices(class_labels, batch_size, guidance_scale, device)
+        labels = self._embedding_indices(class_labels, batch_size, device)
 
         def draw_noise():
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -133,6 +144,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         shrinks = self.scheduler.add_noise(one, torch.zeros_like(one), timesteps[:1]).item() < 1
         units = np.sqrt(1 + sigmas**2) if shrinks else np.ones_like(sigmas)
         sigmas, units = sigmas.tolist(), units.tolist()
+        largest_sigma = self._noise_levels(self.scheduler.timesteps[:1]).item()
         upper_sigmas = [2**0.5 * sigma for sigma in sigmas]
         upper_timesteps = self._timesteps_at(upper_sigmas).to(device)
         order = self.scheduler.order
@@ -140,51 +152,52 @@ class NCSNInpaintPipeline(NCSNPipeline):
 
         def prepare(i, latents):
             x, sigma, upper_sigma = latents * units[i], sigmas[i], upper_sigmas[i]
-            if i % order == 0 and upper_sigma <= sigmas[0]:  # above there is nothing but noise
+            if i % order == 0 and upper_sigma <= largest_sigma:  # above there is nothing but noise
                 for _ in range(num_resamplings):
                     z = draw_noise()
                     known = image + upper_sigma**2 * multiplier + upper_sigma * z  # (2)
                     x = torch.where(mask, x + sigma * z, known)
-                    denoised = self._estimate(x, upper_timesteps[i], upper_sigma, labels, guidance_scale)
+                    denoised = self._estimate(x, upper_timesteps[i], upper_sigma, labels)
                     multiplier.add_(image - denoised, alpha=FEEDBACK / upper_sigma**2)  # (3)
                     x = denoised + sigma * z  # (1)
             x = torch.where(mask, x, image + sigma**2 * multiplier + sigma * draw_noise())
             return x / units[i]
 
         images = self._sample(
-            self._prepare_latents(shape, timesteps, None, latents, generator, device),
+            self._prepare_latents(shape, timesteps, image if strength < 1 else None, latents, generator, device),
             timesteps,
             labels,
             guidance_scale,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=names,
             before_step=prepare,
-            schedulers=self._fresh_schedulers(num_inference_steps, len(timesteps)) if num_resamplings else None,
+            schedulers=self._fresh_schedulers(chain, len(timesteps)) if num_resamplings else None,
         )
         return self._finish(torch.where(mask, images, image), output_type, return_dict)
 
-    def _estimate(self, x, timestep, sigma, labels, guidance_scale) -> torch.Tensor:
+    def _estimate(self, x, timestep, sigma, labels) -> torch.Tensor:
         """D(x, sigma), by one evaluation."""
         model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
-        return self._denoise(self._predict(model_input, timestep, labels, guidance_scale), model_input, sigma)
+        return self._denoise(self._predict(model_input, timestep, labels), model_input, sigma)
 
-    def _fresh_schedulers(self, num_inference_steps: int, num_steps: int) -> list:
+    def _fresh_schedulers(self, chain: tuple, num_steps: int) -> list:
         """
-        For each step the scheduler to take it with, as if the chain began at its level: what a multistep scheduler
-        remembers of the steps before is of another sample than the one that the passes have left.
+        For each of the last `num_steps` of the chain, whose settings are `chain`, the scheduler to take it with, as if
+        the chain began at its level: what a multistep scheduler remembers of the steps before is of another sample
+        than the one that the passes have left.
         """
         if isinstance(self.scheduler, AnnealedLangevinScheduler):
             # of first order, whose rate is another, it remembers nothing: one serves all steps
             scheduler = AnnealedLangevinScheduler.from_config(self.scheduler.config, solver_order=1)
-            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            self._set_timesteps(scheduler, *chain)
             return [scheduler] * num_steps
-        schedulers = []
-        for i in range(0, num_steps, self.scheduler.order):
+        schedulers, order = [], self.scheduler.order
+        for i in range(0, num_steps, order):
             scheduler = copy.deepcopy(self.scheduler)
             if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(i)
-            schedulers += [scheduler] * self.scheduler.order
+                scheduler.set_begin_index(len(scheduler.timesteps) - num_steps + i)
+            schedulers += [scheduler] * order
         return schedulers[:num_steps]
 
     def _preprocess_mask(self, mask_image) -> torch.Tensor:

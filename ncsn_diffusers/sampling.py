@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .pipeline_ncsn import NCSNPipeline
+from .pipeline_ncsn import SCHEDULERS, NCSNPipeline, check_scheduler
 from .pretrained import pretrained
-from .scheduling_annealed_langevin import AnnealedLangevinScheduler, are_exported
+from .scheduling_annealed_langevin import are_exported
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
@@ -59,12 +59,13 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     The scheduler class of that name.
 
     Raises:
-        ValueError: diffusers has none.
+        ValueError: diffusers has none, or it does not fit the networks of this package.
     """
     scheduler_class = getattr(diffusers, name, None)
     if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
+        check_scheduler(scheduler_class)
         return scheduler_class
-    names = ["AnnealedLangevinScheduler", *AnnealedLangevinScheduler._compatibles]
+    names = ["AnnealedLangevinScheduler", *SCHEDULERS]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(f"`scheduler`={name!r} is no scheduler of diffusers; {', '.join(names)} fit.{hint}")
@@ -186,6 +187,7 @@ class SamplingConfig:
         """The processes that share the work, and the pipeline on this one's device."""
         accelerator = open_processes()
         pipe = load_pipeline(self.pipeline, self.scheduler_class, self.settings).to(accelerator.device)
+        check_scheduler(pipe.scheduler)
         cast(pipe, self.dtype)
         pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
         return accelerator, pipe

@@ -107,5 +107,5 @@ def main(config: SampleConfig) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(SampleConfig, use_underscores=True))
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"sample.py: {error}") from error

@@ -1,4 +1,6 @@
+import importlib
 import math
+import pkgutil
 
 import diffusers
 import numpy as np
@@ -16,12 +18,16 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     ScoreSdeVeScheduler,
     UNet2DModel,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
+from ncsn_diffusers.pipeline_ncsn import SCHEDULERS, check_scheduler
 
 
 def analytic_pipeline(scheduler=None, **arguments):
@@ -98,6 +104,193 @@ def test_stock_schedulers_by_from_config_alone(name):
     generator = torch.Generator().manual_seed(0)
     samples = pipe(batch_size=5000, num_inference_steps=100, generator=generator, output_type="latent").images
     check_mixture(samples)
+
+
+def schedulers_of_diffusers():
+    """All scheduler classes of the installed version, whether diffusers exports them or not."""
+    found = {}
+    for module in pkgutil.walk_packages(diffusers.schedulers.__path__, "diffusers.schedulers."):
+        try:
+            module = importlib.import_module(module.name)
+        except ImportError:  # an extra that is not installed
+            continue
+        for name, cls in vars(module).items():
+            if isinstance(cls, type) and issubclass(cls, SchedulerMixin) and cls is not SchedulerMixin:
+                found[name] = cls
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(schedulers_of_diffusers()))
+def test_each_scheduler_of_diffusers_samples_rightly_or_is_refused(name):
+    scheduler_class = schedulers_of_diffusers()[name]
+    config = AnnealedLangevinScheduler().config
+    if name not in SCHEDULERS:
+        with pytest.raises(ValueError, match=f"{name} does not fit.* AnnealedLangevinScheduler and DDIM"):
+            check_scheduler(scheduler_class)
+        with pytest.raises(ValueError, match="Mine does not fit"):
+            check_scheduler(type("Mine", (scheduler_class,), {}))
+        return
+    if name == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")
+    gaussian = Gaussian(torch.full((8,), 0.3), 0.25 * torch.eye(8))
+    unet = GaussianUNet(gaussian, 2, 4, train_sigmas(AnnealedLangevinScheduler()).tolist())
+    pipe = quiet_pipeline(unet, scheduler_class.from_config(config))
+    images = pipe(2000, 200, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    # 16,000 numbers: standard errors 0.004 and 0.6 %; the ladder ends with 1 % of the mean left to ODE solvers
+    assert images.mean().item() == pytest.approx(0.3, abs=0.015)
+    assert images.std().item() == pytest.approx(0.5, rel=0.035)
+
+
+MISFITS = ["IPNDMScheduler", "LCMScheduler", "TCDScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"]
+
+
+@pytest.mark.parametrize("name", [*MISFITS, "CMStochasticIterativeScheduler", "SCMScheduler"])
+def test_misfits_are_refused_by_every_call(name):
+    scheduler_class = schedulers_of_diffusers().get(name)
+    if scheduler_class is None:
+        pytest.skip(f"this version of diffusers has no {name}")
+    image, generators = torch.rand(1, 1, 8, 8), [torch.Generator(), torch.Generator()]
+    for scheduler in (scheduler_class(), type("Mine", (scheduler_class,), {})()):
+        pipe = small_pipeline()
+        pipe.unet.forward = None
+        inpaint = NCSNInpaintPipeline(pipe.unet, pipe.scheduler)
+        pipe.scheduler = inpaint.scheduler = scheduler
+        for call in (pipe, lambda p=pipe: p(image=image), lambda p=pipe: p.interpolate(generators)):
+            with pytest.raises(ValueError, match=f"{type(scheduler).__name__} does not fit"):
+                call()
+        with pytest.raises(ValueError, match=f"{type(scheduler).__name__} does not fit"):
+            inpaint(image, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "settings", "message"),
+    [
+        (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}, "with use_flow_sigmas=True does not fit"),
+        (DPMSolverMultistepScheduler, {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' does"),
+        (EulerDiscreteScheduler, {"timestep_type": "continuous"}, "with timestep_type='continuous' does not fit"),
+        (DDIMScheduler, {"prediction_type": "score"}, "DDIMScheduler cannot take a step with prediction_type='score'"),
+        (KDPM2DiscreteScheduler, {"prediction_type": "sample"}, "KDPM2DiscreteScheduler cannot .* NotImplementedError"),
+    ],
+)
+def test_settings_of_another_time_or_scaling_are_refused(scheduler_class, settings, message):
+    pipe = small_pipeline()
+    pipe.unet.forward = None
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
+    with pytest.raises(ValueError, match=message):
+        pipe()
+
+
+def test_a_scheduler_of_ones_own_fits_with_betas():
+    class Mine(DDIMScheduler):
+        pass
+
+    check_scheduler(Mine())
+    with pytest.raises(ValueError, match="Own has no `betas`"):
+        check_scheduler(type("Own", (SchedulerMixin,), {})())
+
+
+ODE_BY_ONE_STEP = ("DEIS", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver", "UniPC")
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 3])
+@pytest.mark.parametrize("name", AnnealedLangevinScheduler._compatibles)
+def test_few_levels_work_or_end_in_a_sentence(name, num_inference_steps, monkeypatch):
+    said = []
+    monkeypatch.setattr("ncsn_diffusers.pipeline_ncsn.logger.warning", said.append)
+    gaussian = Gaussian(torch.full((8,), 0.3), 0.25 * torch.eye(8))
+    unet = GaussianUNet(gaussian, 2, 4, train_sigmas(AnnealedLangevinScheduler()).tolist())
+    pipe = quiet_pipeline(unet, getattr(diffusers, name).from_config(AnnealedLangevinScheduler().config))
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(500, num_inference_steps, generator=generator, output_type="latent").images
+
+    if name == "PNDMScheduler":
+        with pytest.raises(ValueError, match=r"is too few for PNDMScheduler, .* take at least 4, or DDIMScheduler"):
+            draw()
+        return
+    if num_inference_steps == 1 and not name.startswith(ODE_BY_ONE_STEP):
+        with pytest.raises(ValueError, match=r"would begin at sigma=0\.01 and return noise: take more"):
+            draw()
+        return
+    if (name, num_inference_steps) == ("KDPM2AncestralDiscreteScheduler", 2):
+        with pytest.raises(FloatingPointError, match="KDPM2AncestralDiscreteScheduler is not finite after step 0 of 3"):
+            draw()
+        return
+    images = draw()
+    assert said or images.mean().item() == pytest.approx(0.3, abs=0.1)
+    assert said or images.std() < 1.0
+    assert all(f"The sample of {name} reaches" in message for message in said)
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 3])
+def test_pndm_without_its_first_steps_takes_few_levels(num_inference_steps):
+    pipe = gaussian_pipeline(
+        PNDMScheduler.from_config(AnnealedLangevinScheduler().config, skip_prk_steps=True, timestep_spacing="trailing")
+    )
+    images = pipe(500, num_inference_steps, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    assert images.std() < 1.0
+
+
+def test_one_level_from_the_top_is_the_mean():
+    pipe = gaussian_pipeline(
+        DDIMScheduler.from_config(AnnealedLangevinScheduler().config, timestep_spacing="trailing"), deviation=0.5
+    )
+    assert pipe(500, 1, output_type="latent").images.std() < 0.05
+
+
+# --- Samples that are not finite ---
+
+
+class BrokenAt(torch.nn.Module):
+    """The network whose output is not finite from evaluation `number` on, for the last image of the batch alone."""
+
+    def __init__(self, unet, number):
+        super().__init__()
+        self.unet, self.number, self.evaluations = unet, number, 0
+
+    def forward(self, *args, **kwargs):
+        output = self.unet(*args, **kwargs)[0]
+        if self.evaluations >= self.number:
+            output[-1, 0, 0, 0] = math.inf
+        self.evaluations += 1
+        return (output,)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("unet", "_modules") else getattr(super().__getattr__("unet"), name)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("scheduler_class", [AnnealedLangevinScheduler, DDIMScheduler])
+def test_a_sample_that_is_not_finite_is_an_error(scheduler_class, output_type):
+    pipe = small_pipeline()
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    name = f"The sample of {scheduler_class.__name__} is not finite after step 3 of 6 .* at sigma="
+    unet = pipe.unet
+    pipe.unet = BrokenAt(unet, 3)
+    with pytest.raises(FloatingPointError, match=name):
+        pipe(3, 6, output_type=output_type)
+    if scheduler_class is DDIMScheduler:
+        pipe.unet = BrokenAt(unet, 3)
+        with pytest.raises(FloatingPointError, match=name):
+            pipe.interpolate([torch.Generator(), torch.Generator()], 3, 6, output_type=output_type)
+    inpaint = NCSNInpaintPipeline(unet, pipe.scheduler)
+    inpaint.set_progress_bar_config(disable=True)
+    inpaint.unet = BrokenAt(unet, 3)
+    with pytest.raises(FloatingPointError, match=name):
+        inpaint(torch.rand(1, 1, 8, 8), torch.ones(8, 8), 3, 6, num_resamplings=0, output_type=output_type)
+
+
+def test_an_estimate_that_is_not_finite_is_an_error_where_a_callback_stops():
+    pipe = small_pipeline()
+    pipe.unet = BrokenAt(pipe.unet, 2)
+
+    def callback(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 2
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    with pytest.raises(FloatingPointError, match="not finite after step 2 of 6"):
+        pipe(2, 6, callback_on_step_end=callback)
 
 
 def test_ddpm_checkpoint_under_langevin():
@@ -750,6 +943,208 @@ def test_denoised_is_the_schedulers_own(arguments):
     np.testing.assert_allclose(sigmas, pipe.scheduler.sigmas[:-1], rtol=1e-4)
 
 
+class Recording(PipelineCallback):
+    """A callback in diffusers' form, which keeps what it was given, and the shape of the network's batch."""
+
+    tensor_inputs = ["denoised", "sigma"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        self.seen = [*getattr(self, "seen", []), (step_index, sorted(callback_kwargs))]
+        return callback_kwargs
+
+
+class Halving(PipelineCallback):
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+            callback_kwargs["latents"] = callback_kwargs["latents"] / 2
+        return callback_kwargs
+
+
+def test_callback_classes_of_diffusers_name_their_tensors():
+    pipe = small_pipeline()
+    recording = Recording()
+    pipe(num_inference_steps=2, callback_on_step_end=recording)
+    assert recording.seen == [(0, ["denoised", "sigma"]), (1, ["denoised", "sigma"])]
+
+    several = MultiPipelineCallbacks([Recording(), Halving(cutoff_step_ratio=0.5)])
+    row = [torch.Generator(), torch.Generator()]
+    for draw in (pipe, lambda **arguments: pipe.interpolate(row, 2, **arguments)):
+        halved = []
+        for callback in (several, None, lambda p, i, t, x: {"latents": x["latents"] / 2} if i == 2 else None):
+            for k, generator in enumerate(row):
+                generator.manual_seed(k)
+            arguments = {"generator": torch.Generator().manual_seed(0)} if draw is pipe else {}
+            halved.append(
+                draw(num_inference_steps=4, callback_on_step_end=callback, output_type="latent", **arguments).images
+            )
+        assert torch.equal(halved[0], halved[2])
+        assert not torch.equal(halved[0], halved[1])
+    assert several.callbacks[0].seen[0] == (0, ["denoised", "latents", "sigma"])
+    with pytest.raises(ValueError, match=r"not \['prompt_embeds'\]. \(To change the guidance, a callback sets"):
+        pipe(callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.4))
+
+
+def test_no_tensor_inputs_are_the_default_ones():
+    seen = []
+    small_pipeline()(
+        num_inference_steps=1,
+        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(set(tensors)),
+        callback_on_step_end_tensor_inputs=None,
+    )
+    assert seen == [{"latents"}]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0, 1.0, 1])
+@pytest.mark.parametrize("scheduler_class", [AnnealedLangevinScheduler, DDIMScheduler])
+def test_dynamic_guidance(scheduler_class, scale):
+    # diffusers' example: no guidance after 40 % of the steps, and half of the evaluations
+    pipe = conditional_pipeline()
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    forward, batches, scales = pipe.unet.forward, [], []
+
+    def recording_forward(sample, timestep, class_labels, return_dict=True):
+        batches.append(class_labels.tolist())
+        return forward(sample, timestep, class_labels, return_dict)
+
+    pipe.unet.forward = recording_forward
+
+    def callback(pipe, step_index, timestep, callback_kwargs):
+        scales.append((pipe.guidance_scale, pipe.do_classifier_free_guidance))
+        if step_index == int(pipe.num_timesteps * 0.4):
+            pipe._guidance_scale = scale
+        return callback_kwargs
+
+    def draw(callback, guidance_scale):
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"class_labels": [2, 0], "num_inference_steps": 5, "output_type": "latent", "generator": generator}
+        return pipe(guidance_scale=guidance_scale, callback_on_step_end=callback, **arguments).images
+
+    images = draw(callback, 3.0)
+    assert batches == [[2, 0, 3, 3]] * 3 + [[2, 0]] * 2
+    assert scales == [(3.0, True)] * 3 + [(1.0, False)] * 2
+    assert pipe.num_timesteps == 5
+
+    # the same by hand: each step at the guidance that it is to have
+    pipe.scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 8, 8, generator=generator) * pipe.scheduler.init_noise_sigma
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        model_input = pipe.scheduler.scale_model_input(x, t)
+        with torch.no_grad():
+            conditional, other = (forward(model_input, t, torch.tensor(y)).sample for y in ([2, 0], [3, 3]))
+        output = other + (3.0 if i <= 2 else 1.0) * (conditional - other)
+        x = pipe.scheduler.step(output, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(images, x, rtol=1e-3, atol=1e-3)
+    draw(None, 1.0)
+    assert pipe.guidance_scale == 1.0
+
+
+def test_a_callback_may_turn_guidance_on_and_up():
+    def callback(pipe, i, t, tensors):
+        pipe._guidance_scale = 2.5 if i == 0 else pipe._guidance_scale
+
+    pipe = class_pipeline()
+    arguments = {"class_labels": [0, 1] * 1000, "output_type": "latent", "callback_on_step_end": callback}
+    images = pipe(generator=torch.Generator().manual_seed(0), **arguments).images.flatten(1)
+    # all but the first of 50 levels, which hide the means
+    torch.testing.assert_close(images[::2].mean(0), 2.5 * MEANS[0], rtol=0, atol=0.04)
+
+
+def test_guidance_0_as_an_argument_stays_the_unconditional_model():
+    pipe, seen = class_pipeline(), []
+    images = pipe(
+        class_labels=[0] * 1000,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(pipe.guidance_scale),
+    ).images
+    assert set(seen) == {0.0}
+    assert images.mean().item() == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (lambda pipe, i, t, x: {"latents": x["latents"].chunk(2)[-1]}, r"shape \(2, 1, 8, 8\), not \(1, 1, 8, 8\)"),
+        (lambda pipe, i, t, x: {"latents": None}, r"must return 'latents' of shape \(2, 1, 8, 8\), not NoneType"),
+        (lambda pipe, i, t, x: x["latents"], "must return a dict or None, not Tensor"),
+        (
+            lambda pipe, i, t, x: {"x": 1},
+            "may replace 'latents' alone, but returned another 'x'",
+        ),
+        (lambda pipe, i, t, x: setattr(pipe, "_guidance_scale", -1.0), "`guidance_scale` must be a finite number of"),
+        (lambda pipe, i, t, x: setattr(pipe, "_guidance_scale", math.nan), "`guidance_scale` must be a finite number"),
+        (lambda pipe, i, t, x: setattr(pipe, "_guidance_scale", 3.0), "`guidance_scale`=3.0 guides towards a class"),
+        ("not a function", "`callback_on_step_end` must be callable, not 'not a function'"),
+    ],
+)
+def test_what_a_callback_may_not_do(callback, message):
+    with pytest.raises(ValueError, match=message):
+        small_pipeline()(2, 3, callback_on_step_end=callback)
+
+
+def test_guidance_off_is_no_error_without_classes():
+    def callback(pipe, i, t, tensors):
+        pipe._guidance_scale = 0.0
+
+    pipe = small_pipeline()
+    images = [
+        pipe(1, 3, generator=torch.Generator().manual_seed(0), output_type="latent", callback_on_step_end=c).images
+        for c in (None, callback)
+    ]
+    assert torch.equal(*images)
+
+
+# --- Wrapped networks ---
+
+
+class Wrapper(torch.nn.Module):
+    """What DistributedDataParallel and DataParallel show: the forward, and the network as `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.device = next(module.parameters()).device
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def compiled(unet):
+    return torch.compile(unet, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, pytest.param(compiled, marks=pytest.mark.slow)])
+def test_wrapped_networks_draw_the_same(wrap):
+    def draw_all(pipe, inpaint):
+        def generator():
+            return torch.Generator().manual_seed(0)
+
+        arguments = {"num_inference_steps": 2, "output_type": "pt", "class_labels": 1, "guidance_scale": 2.0}
+        image = torch.full((1, 1, 8, 8), 0.25)
+        row = [generator(), torch.Generator().manual_seed(1)]
+        return [
+            pipe(generator=generator(), **arguments).images,
+            pipe(image=image, generator=generator(), **arguments).images,
+            pipe.interpolate(row, 2, **arguments).images,
+            inpaint(image, torch.eye(8), generator=generator(), **arguments).images,
+        ]
+
+    pipe = conditional_pipeline()
+    pipe.unet.to(torch.bfloat16)
+    inpaint = NCSNInpaintPipeline(pipe.unet, pipe.scheduler)
+    inpaint.set_progress_bar_config(disable=True)
+    expected = draw_all(pipe, inpaint)
+    pipe.unet = inpaint.unet = wrap(pipe.unet)
+    for images, other in zip(draw_all(pipe, inpaint), expected, strict=True):
+        torch.testing.assert_close(images, other, rtol=0, atol=2e-2)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        pipe(class_labels=3)
+
+
 @pytest.mark.parametrize("scheduler_class", [AnnealedLangevinScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 def test_callback_stops_early_with_the_denoised_estimate(scheduler_class):
     pipe = analytic_pipeline()
@@ -843,6 +1238,16 @@ def test_the_budgets_levels_given_as_sigmas_draw_the_same():
     torch.testing.assert_close(again, images, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("as_type", [list, np.array, torch.tensor])
+def test_a_last_level_of_0_is_the_final_denoising(as_type):
+    pipe = small_pipeline()
+    images = [
+        pipe(sigmas=as_type(sigmas), generator=torch.Generator().manual_seed(0), output_type="latent").images
+        for sigmas in ([20.0, 3.3, 0.5], [20.0, 3.3, 0.5, 0.0])
+    ]
+    assert torch.equal(*images)
+
+
 def test_stock_schedulers_refuse_what_only_langevin_knows():
     pipe = small_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -854,5 +1259,5 @@ def test_stock_schedulers_refuse_what_only_langevin_knows():
     with pytest.raises(ValueError, match="conditioned on sigma, but DDIMScheduler would give it timesteps"):
         pipe()
     pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match="EDMEulerScheduler has no `betas`"):
+    with pytest.raises(ValueError, match="EDMEulerScheduler does not fit"):
         pipe()

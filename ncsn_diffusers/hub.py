@@ -23,7 +23,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, Mo
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .pipeline_ncsn import NCSNPipeline
+from .loading import NCSNPipeline
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 VARIANTS = ("fp16", "ema")

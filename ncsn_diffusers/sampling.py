@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .pipeline_ncsn import NCSNPipeline
+from .loading import NCSNPipeline
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler, are_exported
 

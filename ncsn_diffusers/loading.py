@@ -77,7 +77,7 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
         folder = source if os.path.isdir(source) else str(cls.download(source, **kwargs))
         given = kwargs.keys() & _CONFIGS.keys()
         index, scheduler = read_configs(folder, source, given)
-        foreign = _class_name(index) if _class_name(index) in FOREIGN_PIPELINES else None
+        foreign = pipeline_class_name(index) if pipeline_class_name(index) in FOREIGN_PIPELINES else None
         if foreign is None:
             kwargs["use_safetensors"] = True
         _check_complete(folder, source, given, only_safetensors=kwargs.get("use_safetensors") is True)
@@ -336,7 +336,8 @@ _UNET_RULES = {
 }
 
 
-def _class_name(index: dict) -> str:
+def pipeline_class_name(index: dict) -> str:
+    """The class that a model_index.json names."""
     name = index["_class_name"]
     return name[-1] if isinstance(name, list) else name  # with the module of its code, in a repository
 
@@ -345,11 +346,11 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
     if "_class_name" not in index:
         raise OSError(_unusable(_INDEX, source, "it has no `_class_name`, the pipeline's class"))
     _check_values(index, _INDEX_RULES, _INDEX, source)
-    name = _class_name(index)
+    name = pipeline_class_name(index)
     if name not in (*OWN_PIPELINES, *FOREIGN_PIPELINES):
         raise ValueError(
-            f"The pipeline is a {_show(name)}, which an NCSNPipeline cannot take over; it can be an NCSNPipeline or "
-            f"one of {', '.join(FOREIGN_PIPELINES)}. DiffusionPipeline.from_pretrained loads any."
+            f"The pipeline is a {_show(name)[1:-1]}, which an NCSNPipeline cannot take over; it can be an NCSNPipeline "
+            f"or one of {', '.join(FOREIGN_PIPELINES)}. DiffusionPipeline.from_pretrained loads any."
         )
     if index.get("_saved_format", 1) > pipeline_ncsn.SAVED_FORMAT:
         raise ValueError(
@@ -373,16 +374,16 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
                 "is not loaded from here, but may be given as `unet=`",
             )
         )
-    if "scheduler" in given or name in FOREIGN_PIPELINES or index["scheduler"][1] == _OWN_SCHEDULER:
+    if "scheduler" in given or index["scheduler"][1] == _OWN_SCHEDULER:
         return
-    fitting = AnnealedLangevinScheduler._compatibles
+    fitting = AnnealedLangevinScheduler._compatibles + ["ScoreSdeVeScheduler"] * (name in FOREIGN_PIPELINES)
     if index["scheduler"][0] != "diffusers" or index["scheduler"][1] not in fitting:
         raise OSError(
             _unusable(
                 _INDEX,
                 source,
                 f"`scheduler` must be {_OWN_SCHEDULER} or one of diffusers' {', '.join(fitting)}, not "
-                f"{_show(index['scheduler'])}: give a fitting one as `scheduler=`",
+                f"{_show(index['scheduler'])}, which has another time or scaling: give a fitting one as `scheduler=`",
             )
         )
 
@@ -409,7 +410,7 @@ def _read_scheduler(config: dict, name: str, source: str, index: dict) -> Schedu
     try:
         # whatever the class: it knows what fits a noise conditional score network, and how large a ladder may be
         scheduler = AnnealedLangevinScheduler.from_config(config)
-        if class_name != _OWN_SCHEDULER and _class_name(index) in OWN_PIPELINES:
+        if class_name != _OWN_SCHEDULER and pipeline_class_name(index) in OWN_PIPELINES:
             scheduler = getattr(diffusers, class_name).from_config(config)
     except Exception as error:  # diffusers' own checks raise all kinds
         raise OSError(_unusable(name, source, f"{error or type(error).__name__}".rstrip("."))) from error
@@ -422,7 +423,7 @@ def _translate_index(index: dict, class_name: str) -> dict:
     package makes them known: code that is in the repository is not asked for.
     """
     keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", *_CONFIGS)
-    found, index = _class_name(index), {key: index[key] for key in keys if key in index}
+    found, index = pipeline_class_name(index), {key: index[key] for key in keys if key in index}
     index["_class_name"] = class_name
     if found in FOREIGN_PIPELINES:
         index["data_min"] = FOREIGN_PIPELINES[found]

@@ -96,13 +96,19 @@ def load_pipeline(
         settings (`dict`, *optional*): settings of the scheduler that replace those of the pipeline's config.
 
     Raises:
-        ValueError: there is no such pipeline, or the scheduler has no such setting.
+        ValueError: there is no such pipeline, the scheduler does not fit it, or has no such setting.
     """
     try:
         pipe = NCSNPipeline.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"`pipeline`={name!r} cannot be loaded, as a folder or from the Hub: {error}") from error
     scheduler_class, settings = scheduler_class or type(pipe.scheduler), settings or {}
+    fitting = (AnnealedLangevinScheduler.__name__, *AnnealedLangevinScheduler._compatibles)
+    if scheduler_class.__name__ not in fitting:
+        raise ValueError(
+            f"`scheduler`={scheduler_class.__name__} has another time or scaling than a noise conditional score "
+            f"network; these fit: {', '.join(fitting)}."
+        )
     check_settings(scheduler_class, settings)
     pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
     return pipe

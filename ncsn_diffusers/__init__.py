@@ -2,13 +2,14 @@
 
 import diffusers
 
-from .pipeline_ncsn import NCSNPipeline
+from .loading import NCSNPipeline
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
-# diffusers looks schedulers up by name in its own module: `scheduler.compatibles`, and the rule that a swap drops a
-# known scheduler's own keys without a warning.
-diffusers.AnnealedLangevinScheduler = AnnealedLangevinScheduler
+# diffusers looks classes up by name in its own module: schedulers for `scheduler.compatibles`, and for the rule that a
+# swap drops a known scheduler's own keys without a warning; pipelines for `DiffusionPipeline.from_pretrained`.
+for _class in (AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline):
+    setattr(diffusers, _class.__name__, _class)
 
 __all__ = ["AnnealedLangevinScheduler", "NCSNInpaintPipeline", "NCSNPipeline", "pretrained"]

@@ -23,7 +23,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, Mo
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .pipeline_ncsn import NCSNPipeline
+from .loading import (
+    OWN_PIPELINES,
+    NCSNPipeline,
+    explain_missing_index,
+    find_not_finite,
+    pipeline_class_name,
+    read_configs,
+)
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 VARIANTS = ("fp16", "ema")
@@ -219,17 +226,19 @@ def collect_files(
     Args: as of [`push_to_hub`], of a saved pipeline.
 
     Raises:
-        ValueError: a variant cannot be made, the weights are pickles, or a file holds an access token.
+        ValueError: a variant cannot be made, the weights are pickles or not finite, or a file holds an access token.
         FileNotFoundError: the folder holds no complete pipeline.
+        OSError: a config holds what cannot be used.
     """
     folder, training_dir = Path(folder), None if training_dir is None else Path(training_dir)
-    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(explain_missing_index(folder, str(folder)))
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: {name} is missing.")
-    index = _read_json(folder / "model_index.json")
-    kind = index["_class_name"]
-    kind = kind[-1] if isinstance(kind, list) else kind  # with the module of its code, in a repository
-    if kind not in ("NCSNPipeline", "NCSNInpaintPipeline"):
+    index, _ = read_configs(folder, str(folder))
+    kind = pipeline_class_name(index)
+    if kind not in OWN_PIPELINES:
         raise ValueError(
             f"{str(folder)!r} holds a {kind}: load it by NCSNPipeline.from_pretrained, save that, and upload it."
         )
@@ -242,6 +251,12 @@ def collect_files(
                 "loads it. Load the pipeline, save it again, which leaves safetensors, and upload that."
             )
         raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: unet/{_WEIGHTS}.safetensors is missing.")
+    for path in weights:
+        not_finite = find_not_finite(path)
+        if not_finite is not None:
+            raise ValueError(
+                f"unet/{path.name} of {str(folder)!r} is not to be published: `{not_finite}` holds NaN or infinity."
+            )
 
     files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in weights}
     for path in sorted((folder / "unet").glob(f"{_WEIGHTS}*.index*.json")):

@@ -7,15 +7,10 @@ sources: interpolation, Song & Ermon 2020, arXiv:2006.09011).
 """
 
 import copy
-import hashlib
-import importlib
 import inspect
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -27,20 +22,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# The least value of a pixel, black, in the data of foreign pipelines that an NCSNPipeline can take over; white is 1.
-FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
 # To be raised with each change after which older versions of this file would draw other pictures from a saved pipeline.
 SAVED_FORMAT = 1
 
@@ -83,7 +67,7 @@ class NCSNPipeline(DiffusionPipeline):
             Black in the data that the network was trained on, -1 or 0; white is 1. Public NCSN++ networks have 0.
 
     Raises:
-        ValueError: `data_min` is neither -1 nor 0.
+        ValueError: `data_min` is neither -1 nor 0, or a component is no network or of the package diffusers-ncsn.
     """
 
     model_cpu_offload_seq = "unet"
@@ -95,6 +79,9 @@ class NCSNPipeline(DiffusionPipeline):
         super().__init__()
         if data_min not in (-1, 0):
             raise ValueError(f"`data_min` must be -1 or 0, black in the data, not {data_min!r}.")
+        for component in (unet, scheduler):
+            check_not_of_diffusers_ncsn(type(component).__name__, "This pipeline")
+        unet = _without_wrapper(unet)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(data_min=float(data_min), _saved_format=SAVED_FORMAT)
         self._interrupt = False
@@ -104,6 +91,17 @@ class NCSNPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(
             do_convert_grayscale=channels == 1, do_convert_rgb=channels == 3, **pixels
         )
+
+    @property
+    def components(self) -> dict:
+        """
+        As [`~DiffusionPipeline.components`], for `NCSNInpaintPipeline(**pipe.components)` and the like. A `data_min`
+        other than -1 is among them, because the network's data keep their range.
+        """
+        components = super().components
+        if self.config.data_min != -1:
+            components["data_min"] = self.config.data_min
+        return components
 
     @property
     def interrupt(self) -> bool:
@@ -308,90 +306,6 @@ class NCSNPipeline(DiffusionPipeline):
             variance_noise=(lambda i: mixed_noise() if draws_noise[i] else None) if any(draws_noise) else None,
         )
         return self._finish(images, output_type, return_dict)
-
-    # Loading and publishing
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "NCSNPipeline":
-        """
-        As [`~DiffusionPipeline.from_pretrained`], from a folder or a repository on the Hub. No code of the repository
-        is run: the package's own takes its place.
-
-        DDPM, DDIM, PNDM and ScoreSdeVe pipelines load as well: `AnnealedLangevinScheduler` takes over their noise
-        levels, and `data_min` is that of their data.
-
-        The weights of an NCSN are safetensors. Of other repositories, safetensors are preferred; one that has only a
-        pickle is read as diffusers does, by torch's loader for plain tensors, unless `use_safetensors=True`.
-
-        Raises:
-            OSError: there is no such repository or revision, a file is missing or damaged, or the Hub is out of reach
-                and the cache does not hold it.
-            ValueError: the pipeline is of another kind, or was saved by a newer version of this package.
-        """
-        source = str(pretrained_model_name_or_path)
-        folder = source if os.path.isdir(source) else str(cls.download(source, **kwargs))
-        index_file = os.path.join(folder, cls.config_name)
-        if not os.path.isfile(index_file):
-            raise OSError(f"{source!r} holds no pipeline: it has no {cls.config_name}.")
-        with open(index_file, encoding="utf-8") as file:
-            index = json.load(file)
-        _translate_index(index, cls.__name__)  # raises where it cannot
-        foreign = _class_name(index)
-        if foreign not in FOREIGN_PIPELINES:
-            foreign = None
-            _check_complete(source, folder, [name for name in ("unet", "scheduler") if name not in kwargs])
-            kwargs["use_safetensors"] = True
-        pipe = super().from_pretrained(folder, **kwargs)
-        pipe.register_to_config(_name_or_path=source)
-        if foreign is not None:
-            scheduler = "" if "scheduler" in kwargs else f"its {index['scheduler'][1]} has become an "
-            logger.warning(
-                f"{source} is a {foreign}: {scheduler}{type(pipe.scheduler).__name__}, and its data are taken to be "
-                f"in [{pipe.config.data_min:g}, 1]."
-            )
-        return pipe
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
-        """
-        As [`~DiffusionPipeline.download`]: the folder of the cache that holds the repository's pipeline. Files whose
-        content differs from what the Hub says of them are refused.
-
-        Raises:
-            OSError: as [`from_pretrained`].
-        """
-        revision = kwargs.get("revision") or "main"
-        try:
-            folder = super().download(pretrained_model_name, **kwargs)
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            raise OSError(_explain(error, pretrained_model_name, revision)) from error
-        for path in sorted(Path(folder).rglob("*")):
-            _check_content(path, pretrained_model_name)
-        return folder
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        # diffusers reads model_index.json through this method, to download as well as to load
-        return _translate_index(super()._dict_from_json_file(json_file), cls.__name__)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """
-        As [`~DiffusionPipeline.save_pretrained`]. With `push_to_hub=True` the folder is uploaded as well, under its
-        name or as `repo_id` says; `private`, `token` and `commit_message` are as of [`push_to_hub`].
-        """
-        options = {name: kwargs.pop(name) for name in ("private", "token", "commit_message") if name in kwargs}
-        repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if push_to_hub:
-            importlib.import_module("ncsn_diffusers.hub").push_to_hub(save_directory, repo_id, **options)
-
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """
-        Upload the pipeline with a model card and the code that loads it where this package is not installed; the
-        arguments are those of `ncsn_diffusers.hub.push_to_hub`.
-        """
-        # Not a plain import: diffusers, which reads this file's imports from its text, would ask for the package.
-        return importlib.import_module("ncsn_diffusers.hub").push_to_hub(self, repo_id, **kwargs)
 
     # The loop and what surrounds it
 
@@ -858,97 +772,24 @@ def _callback_inputs(callback: Callable | None, names: Sequence[str] | None) -> 
     return ("latents",) if names is None else names
 
 
-def _class_name(index: dict) -> str:
-    name = index.get("_class_name")
-    return name[-1] if isinstance(name, list | tuple) else name  # with the module of its code, in a repository
+def _without_wrapper(unet: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, or compiled, from DistributedDataParallel and the like, which hide its config."""
+    network = unet
+    while not hasattr(network, "config") and isinstance(network, torch.nn.Module):
+        network = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"`unet` must be a UNet2DModel, alone or wrapped, not {type(unet).__name__}.")
+    return network
 
 
-def _translate_index(index: dict, class_name: str) -> dict:
+def check_not_of_diffusers_ncsn(class_name: str, name: str) -> None:
     """
-    A model_index.json as it would be if `class_name` and `AnnealedLangevinScheduler` were diffusers' own, where the
-    package makes them known: code that is in the repository is not asked for.
+    Raises:
+        ValueError: `class_name` is that of a component of the package diffusers-ncsn.
     """
-    found = _class_name(index)
-    if found not in (*FOREIGN_PIPELINES, "NCSNPipeline", "NCSNInpaintPipeline", class_name):
+    if class_name in ("UNet2DModelForNCSN", "AnnealedLangevinDynamicsScheduler"):
         raise ValueError(
-            f"The pipeline is a {found}, which an NCSNPipeline cannot take over; it can be an NCSNPipeline or one of "
-            f"{', '.join(FOREIGN_PIPELINES)}. DiffusionPipeline.from_pretrained loads any."
+            f"{name!r} is of the package diffusers-ncsn, whose pipeline has the same name, NCSNPipeline: its "
+            f"{class_name} is another network or sampler and does not fit this package. Use it with that package: "
+            "`pip install diffusers-ncsn`, then `from ncsn import NCSNPipeline`."
         )
-    if index.get("_saved_format", 1) > SAVED_FORMAT:
-        raise ValueError(
-            f"The pipeline was saved by a newer version of ncsn_diffusers, in format {index['_saved_format']}; this "
-            f"version reads formats up to {SAVED_FORMAT}. Update the package, or run the repository's own code by "
-            "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
-        )
-    index = {**index, "_class_name": class_name}
-    ours = index.get("scheduler", [None, None])[1] == "AnnealedLangevinScheduler"
-    if (ours or found in FOREIGN_PIPELINES) and hasattr(diffusers, "AnnealedLangevinScheduler"):
-        index["scheduler"] = ["diffusers", "AnnealedLangevinScheduler"]
-    if found in FOREIGN_PIPELINES:
-        index["data_min"] = FOREIGN_PIPELINES[found]
-    return index
-
-
-def _check_complete(source: str, folder: str, components: list[str]) -> None:
-    needed = {"unet": ("config.json", "*.safetensors"), "scheduler": ("scheduler_config.json",)}
-    missing = [
-        f"{name}/{pattern}"
-        for name in components
-        for pattern in needed[name]
-        if not any(Path(folder, name).glob(pattern))
-    ]
-    if missing:
-        raise OSError(
-            f"{source!r} is incomplete: {', '.join(missing)} is missing. Save or upload the pipeline once more, or ask "
-            "its author to, or choose another `revision`."
-        )
-
-
-def _check_content(path: Path, repo_id: str) -> None:
-    """The Hub's cache names a file after its hash: SHA-256, or git's for small files."""
-    if not path.is_symlink() or not path.is_file():
-        return  # a file system without links: the name is lost
-    blob = path.resolve()
-    if len(blob.name) == 64:
-        digest = hashlib.sha256()
-    elif len(blob.name) == 40:
-        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
-    else:
-        return
-    with open(blob, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != blob.name:
-        raise OSError(
-            f"{path.name} of {repo_id!r} is damaged: its hash is not the one that the Hub has on record. Delete {blob} "
-            "and load again."
-        )
-
-
-def _explain(error: BaseException, repo_id: str, revision: str) -> str:
-    """What is wrong with a repository and what to do, from whatever the Hub's client has raised."""
-    causes = [error]
-    for cause in causes:
-        causes += [c for c in (cause.__cause__, cause.__context__) if c is not None and c not in causes]
-
-    def found(*kinds):
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if found(RepositoryNotFoundError, HFValidationError):
-        return (
-            f"{repo_id!r} is neither a folder here nor a repository on the Hub that can be read: check the name; if it "
-            "is private, log in by `hf auth login` or give a `token` that may read it."
-        )
-    if found(RevisionNotFoundError):
-        return f"{repo_id!r} has no revision {revision!r}: `revision` must be a branch, a tag or a commit of it."
-    if found(LocalEntryNotFoundError, OfflineModeIsEnabled, FileNotFoundError):
-        return (
-            f"{repo_id!r} at revision {revision!r} is not in the cache, or not all of it, and the Hub is out of reach "
-            "or not to be asked: load it once with a connection and without `local_files_only`."
-        )
-    if found(EntryNotFoundError):
-        return (
-            f"{repo_id!r} is incomplete, or holds no pipeline, at revision {revision!r}: {error}. Choose another "
-            "`revision`, or ask its author to upload it once more."
-        )
-    return f"{repo_id!r} could not be loaded from the Hub: {error}"

@@ -45,7 +45,8 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .pipeline_ncsn import NCSNPipeline, _callback_inputs
+from .loading import NCSNPipeline
+from .pipeline_ncsn import _callback_inputs
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 # The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .pipeline_ncsn import SCHEDULERS, NCSNPipeline, check_scheduler
+from .loading import NCSNPipeline
+from .pipeline_ncsn import SCHEDULERS, check_scheduler
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import are_exported
 
@@ -97,7 +98,7 @@ def load_pipeline(
         settings (`dict`, *optional*): settings of the scheduler that replace those of the pipeline's config.
 
     Raises:
-        ValueError: there is no such pipeline, or the scheduler has no such setting.
+        ValueError: there is no such pipeline, the scheduler does not fit it, or has no such setting.
     """
     try:
         pipe = NCSNPipeline.from_pretrained(name)
@@ -106,6 +107,7 @@ def load_pipeline(
     scheduler_class, settings = scheduler_class or type(pipe.scheduler), settings or {}
     check_settings(scheduler_class, settings)
     pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
+    check_scheduler(pipe.scheduler)
     return pipe
 
 
@@ -187,7 +189,6 @@ class SamplingConfig:
         """The processes that share the work, and the pipeline on this one's device."""
         accelerator = open_processes()
         pipe = load_pipeline(self.pipeline, self.scheduler_class, self.settings).to(accelerator.device)
-        check_scheduler(pipe.scheduler)
         cast(pipe, self.dtype)
         pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
         return accelerator, pipe

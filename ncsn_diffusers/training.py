@@ -47,8 +47,8 @@ from .data import (
     to_model_range,
 )
 from .hub import BackgroundPush
+from .loading import NCSNPipeline
 from .noise_levels import choose_num_train_timesteps, choose_sigma_max
-from .pipeline_ncsn import NCSNPipeline
 from .sampling import make_grid
 from .scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES, AnnealedLangevinScheduler
 from .score_matching import DISTRIBUTIONS, WEIGHTINGS, draw_timesteps, score_matching_loss, stratified

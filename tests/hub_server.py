@@ -22,7 +22,11 @@ from urllib.parse import quote, unquote, urlsplit
 
 import yaml
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
+
+try:
+    from huggingface_hub.utils import close_session
+except ImportError:  # before huggingface_hub 1.0
+    from huggingface_hub.utils import reset_sessions as close_session
 
 LARGE_FILES = (".safetensors", ".bin", ".png")
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "openrail", "other", "unknown")

@@ -196,7 +196,9 @@ def _find_splits(folder: str, paths: list[str], names_count: bool) -> tuple[dict
     seen, best, best_depth = {}, [], None
     for depth in range(max(map(len, parts))):
         names = [_split_of(part[depth]) if depth < len(part) else None for part in parts]
-        seen = {name: path for name, path in zip(names, paths, strict=True) if name} | seen
+        for name, path in zip(names, paths, strict=True):
+            if name is not None:
+                seen.setdefault(name, path)
         if None not in names and len(set(names)) > len(set(best)):
             best, best_depth = names, depth
     if best and len(set(best)) in (len(seen), 2, 3):
@@ -294,7 +296,7 @@ class ImageReader:
     def __call__(self, row: dict, place: tuple[int, int]) -> tuple[np.ndarray, int]:
         """
         Args:
-            row (`dict`): with the picture not yet decoded: `{"bytes": …, "path": …}`.
+            row (`dict`): with the image not yet decoded: `{"bytes": …, "path": …}`, or the file's bytes.
             place (`tuple` of two ints): epoch and number of the row, on which a random crop depends.
 
         Raises:
@@ -305,9 +307,8 @@ class ImageReader:
 
     def read(self, row: dict, place: tuple[int, int]) -> tuple[np.ndarray, int, tuple[str, float] | None]:
         """As calling it, and beside array and label the image's mode and white where these were found by its values."""
-        value = row[self.image_column]
         try:
-            image = Image().decode_example(value)
+            image = Image().decode_example(self._file(row))
             white = find_white(image) if image.mode in ("F", "I") else None
             mode, image = image.mode, read_image(image, self.channels)
             if self.resolution is not None:
@@ -320,9 +321,13 @@ class ImageReader:
 
     def name(self, row: dict, place: tuple[int, int]) -> str:
         """The row's path and number, for messages."""
-        value = row[self.image_column]
-        path = value.get("path") if isinstance(value, dict) else None
+        path = self._file(row)["path"]
         return f"{path} (row {place[1]})" if path else f"row {place[1]}"
+
+    def _file(self, row: dict) -> dict:
+        value = row[self.image_column]
+        value = value if isinstance(value, dict) else {"bytes": value}
+        return {"bytes": value.get("bytes"), "path": value.get("path")}
 
     def _label(self, row: dict, place: tuple[int, int]) -> int:
         if self.label_column is None:
@@ -387,7 +392,9 @@ def find_columns(
     elif label_column not in features:
         raise ValueError(f"`label_column`={label_column!r} is not among the data set's columns, {list(features)}.")
     dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
-    return dataset.cast_column(image_column, Image(decode=False)), image_column, label_column
+    if not _holds_files(feature):
+        dataset = dataset.cast_column(image_column, Image(decode=False))
+    return dataset, image_column, label_column
 
 
 def _holds_files(feature) -> bool:

@@ -121,7 +121,9 @@ def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
         image = Image.fromarray(np.rint(values * (255 / (white or 1))).astype(np.uint8))
         if transparent is not None:  # the one gray value that a PNG names
             image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    channels = channels or (1 if image.mode in ("1", "L", "LA", "La") else 3)
+    if image.mode in ("La", "LAB"):  # La goes to LA alone, and LAB would have no opacity in RGBA
+        image = image.convert("LA" if image.mode == "La" else "RGB")
+    channels = channels or (1 if image.mode in ("1", "L", "LA") else 3)
     if channels != 4 and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -13,8 +13,12 @@ has to be saved for a run to go on exactly where it stopped. A stream's position
 
 import itertools
 import math
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from glob import escape
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -22,18 +26,46 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
-from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .pipeline_ncsn import find_white, read_image
+
 EMBEDDED_DIGITS = Path(__file__).parent / "assets" / "mnist_train_10k.parquet"
 CORRUPT_IMAGES = ("error", "skip")
 
-_GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _SHUFFLE_BUFFER = 10_000  # rows of a stream that are held to be shuffled
 _CHUNK = 64  # rows that are decoded together
+_SHARDS = 1024  # parts of a folder that is streamed, whose order is shuffled as well
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_TABLES = (".parquet", ".arrow", ".tar")
+_NO_DECODER = (".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg")  # PIL knows these by name alone
+# How `datasets` recognises splits; see `_find_splits` for where they count.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_PATTERNS = {
+    split: re.compile(rf"(^|[-._ 0-9])({'|'.join(words)})($|[-._ 0-9])", re.IGNORECASE)
+    for split, words in _SPLIT_WORDS.items()
+}
 
 
 def load_training_data(
@@ -67,17 +99,171 @@ def load_training_data(
         )
     if dataset_config_name is not None and dataset_name is None:
         raise ValueError(f"`dataset_config_name`={dataset_config_name!r} needs `dataset_name`.")
-    if dataset_name is not None:
+    if train_data_dir is not None and not Path(train_data_dir).is_dir():
+        raise FileNotFoundError(f"`train_data_dir`={train_data_dir!r} is not a folder.")
+    if dataset_name is None and train_data_dir is None:
+        return load_dataset("parquet", data_files=str(EMBEDDED_DIGITS), split=split, streaming=streaming)
+    if dataset_name is not None and not Path(dataset_name).is_dir():
         return load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
-    if train_data_dir is not None:
-        if not Path(train_data_dir).is_dir():
-            raise FileNotFoundError(f"`train_data_dir`={train_data_dir!r} is not a folder.")
-        return load_dataset(train_data_dir, split=split, streaming=streaming)
-    return load_dataset("parquet", data_files=str(EMBEDDED_DIGITS), split=split, streaming=streaming)
+    return _load_folder(os.path.abspath(dataset_name or train_data_dir), dataset_config_name, split, streaming)
+
+
+def _load_folder(folder: str, config_name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """A folder that a data set was saved to, or of a declared configuration, or of tables, or of images."""
+    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        return _select_split(folder, load_from_disk(folder), split, streaming)
+    if os.path.exists(os.path.join(folder, "state.json")):
+        dataset = load_from_disk(folder)
+        name = str(dataset.split or "train")
+        return _select_split(folder, {name if name.isidentifier() else "train": dataset}, split, streaming)
+    card = os.path.join(folder, "README.md")
+    if config_name is not None or (os.path.exists(card) and "configs" in DatasetCard.load(card).data.to_dict()):
+        return load_dataset(folder, config_name, split=split, streaming=streaming)
+
+    paths = _list_files(folder)
+    metadata = [path for path in paths if os.path.basename(path) in _METADATA]
+    tables = [path for path in paths if Path(path).suffix.lower() in _TABLES and path not in metadata]
+    suffixes = _readable_suffixes()
+    used = tables or [path for path in paths if Path(path).suffix.lower() in suffixes]
+    if not used:
+        return load_dataset(folder, split=split, streaming=streaming)
+    splits, depth = _find_splits(folder, used, names_count=bool(tables))
+    if tables:
+        metadata = []
+    elif len(splits) > 1:  # each beside or below which there are images of one split alone
+        metadata = [p for p in metadata if len(_splits_below(os.path.dirname(p), splits)) == 1]
+    _say_left_out(folder, sorted({*paths} - {*used, *metadata, "README.md"}))
+    if tables:
+        files = {name: [escape(os.path.join(folder, path)) for path in paths] for name, paths in splits.items()}
+        return load_dataset(folder, data_files=files, split=split, streaming=streaming)
+    if metadata:
+        files = {
+            name: sorted({escape(os.path.join(folder, os.path.dirname(path))) + "/*" for path in paths})
+            + [escape(os.path.join(folder, p)) for p in metadata if name in _splits_below(os.path.dirname(p), splits)]
+            for name, paths in splits.items()
+        }
+        dataset = load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
+        if split in splits and not streaming and len(dataset) < len(splits[split]):
+            _say(f"{len(splits[split]) - len(dataset)} images of {folder!r} are left out: {metadata} do not name them.")
+        return dataset
+    return _select_split(folder, _image_folder(folder, splits, depth), split, streaming)
+
+
+def _list_files(folder: str) -> list[str]:
+    """Paths below the folder, sorted, without what is hidden; links are followed."""
+    paths = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(root) + os.sep
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in ("__MACOSX", "__pycache__")
+            and not here.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)  # a link to what holds it
+        ]
+        paths += [os.path.relpath(os.path.join(root, name), folder) for name in names if not name.startswith(".")]
+    return sorted(paths)
+
+
+def _readable_suffixes() -> set[str]:
+    suffixes = PILImage.registered_extensions()
+    return {suffix for suffix, kind in suffixes.items() if kind in PILImage.OPEN and suffix not in _NO_DECODER}
+
+
+def _say(message: str) -> None:
+    if PartialState().is_main_process:
+        tqdm.write(message)
+
+
+def _say_left_out(folder: str, paths: list[str]) -> None:
+    if not paths:
+        return
+    counts = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    examples = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
+    _say(f"Left out {len(paths)} file(s) of {folder!r}, which are not read: {kinds} ({examples}).")
+
+
+def _find_splits(folder: str, paths: list[str], names_count: bool) -> tuple[dict[str, list[str]], int | None]:
+    """
+    The paths by split, and how deep below the folder lies what names it.
+
+    There are splits only where folders of one depth divide all paths (with `names_count`, files as well): names alone
+    would take `train.png` for a split, or a class of trains. Where some paths remain outside, all are of the split
+    "train", unless two splits are named: then mixing them might train on test images.
+    """
+    parts = [Path(path).parts[:-1] + ((Path(path).stem,) if names_count else ()) for path in paths]
+    seen, best, best_depth = {}, [], None
+    for depth in range(max(map(len, parts))):
+        names = [_split_of(part[depth]) if depth < len(part) else None for part in parts]
+        for name, path in zip(names, paths, strict=True):
+            if name is not None:
+                seen.setdefault(name, path)
+        if None not in names and len(set(names)) > len(set(best)):
+            best, best_depth = names, depth
+    if best and len(set(best)) in (len(seen), 2, 3):
+        grouped = {name: [p for n, p in zip(best, paths, strict=True) if n == name] for name in _SPLIT_WORDS}
+        return {name: group for name, group in grouped.items() if group}, best_depth
+    if len(seen) > 1:
+        raise ValueError(
+            f"{folder!r} names splits ({', '.join(f'{name}: {path}' for name, path in seen.items())}), but they do not "
+            f"divide its {len(paths)} files. Give the folder of one split, or let each split have a folder of its own "
+            "and nothing lie beside these."
+        )
+    for name, path in seen.items():
+        _say(f"{path} is not taken for the split {name!r}, since other files of {folder!r} are in none: all are used.")
+    return {"train": paths}, None
+
+
+def _split_of(part: str) -> str | None:
+    return next((name for name, pattern in _SPLIT_PATTERNS.items() if pattern.search(part)), None)
+
+
+def _splits_below(folder: str, splits: dict[str, list[str]]) -> list[str]:
+    start = os.path.join(folder, "")
+    return [name for name, paths in splits.items() if any(path.startswith(start) for path in paths)]
+
+
+def _image_folder(folder: str, splits: dict[str, list[str]], depth: int | None) -> dict[str, Dataset]:
+    """
+    Data sets of the images by split, with the name of their folder as `label` if there are several at one depth.
+
+    (`datasets` has this, too, but takes splits from names, brackets in paths for patterns, and fewer formats than PIL.)
+    """
+
+    def folders(path):
+        parts = Path(path).parts[:-1]
+        return parts if depth is None else parts[:depth] + parts[depth + 1 :]
+
+    parts = {folders(path) for paths in splits.values() for path in paths}
+    names = sorted({part[-1] for part in parts if part})
+    labelled = len({len(part) for part in parts}) == 1 and len(names) > 1
+    datasets = {}
+    for split, paths in splits.items():
+        columns = {"image": [os.path.join(folder, path) for path in paths]}
+        features = {"image": Value("string")}
+        if labelled:
+            number = {name: i for i, name in enumerate(names)}
+            columns["label"] = [number[folders(path)[-1]] for path in paths]
+            features["label"] = ClassLabel(names=names)
+        datasets[split] = Dataset.from_dict(columns, Features(features)).cast_column("image", Image())
+    return datasets
+
+
+def _select_split(folder: str, splits: dict[str, Dataset], split: str, streaming: bool) -> Dataset | IterableDataset:
+    """`split`, in the manner of `load_dataset`, of data sets at hand."""
+    spec = "+".join(splits) if split == "all" else split
+    try:
+        parts = ReadInstruction.from_spec(spec).to_absolute({name: len(dataset) for name, dataset in splits.items()})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"`split`={split!r}: {folder!r} has the split(s) {', '.join(splits)}. {error}") from error
+    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    dataset = rows[0] if len(rows) == 1 else concatenate_datasets(rows)
+    return dataset.to_iterable_dataset(num_shards=max(1, min(len(dataset), _SHARDS))) if streaming else dataset
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be decoded; the message names it and says why."""
+    """A picture that cannot be decoded, or not with certainty; the message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +271,8 @@ class ImageReader:
     """
     Makes a uint8 array of shape `(channels, height, width)`, and a label, of a data set's row.
 
-    16-bit pictures keep their upper eight bits, palettes become colours, and what is transparent is laid on white,
-    unless `channels` is 4.
+    [`read_image`] reads the image; a row without a label gets the number after the last class, which stands for no
+    label.
 
     Args:
         image_column (`str`): the column of pictures.
@@ -96,6 +282,7 @@ class ImageReader:
         channels (`int`, *optional*): 1, 3 or 4; each picture's own, 1 or 3, when not given.
         random_crop (`bool`, defaults to `False`): crop at a random place instead of the centre.
         seed (`int`, defaults to 0): of the random places.
+        num_classes (`int`, *optional*): the number of classes; without it each row must have a label.
     """
 
     image_column: str
@@ -104,38 +291,58 @@ class ImageReader:
     channels: int | None = None
     random_crop: bool = False
     seed: int = 0
+    num_classes: int | None = None
 
     def __call__(self, row: dict, place: tuple[int, int]) -> tuple[np.ndarray, int]:
         """
         Args:
-            row (`dict`): with the picture not yet decoded: `{"bytes": …, "path": …}`.
+            row (`dict`): with the image not yet decoded: `{"bytes": …, "path": …}`, or the file's bytes.
             place (`tuple` of two ints): epoch and number of the row, on which a random crop depends.
 
         Raises:
-            UnreadableImageError: the picture is corrupt, or the row holds none.
+            UnreadableImageError: the image is corrupt, or its range is not certain, or the row holds none.
+            ValueError: the row's label is not among the classes.
         """
-        value = row[self.image_column]
-        try:
-            image = Image().decode_example(value)
-            array = self._to_array(image, place)
-        except Exception as error:  # PIL has no common class for what a corrupt file may raise
-            path = value.get("path") if isinstance(value, dict) else None
-            name = f"{path} (row {place[1]})" if path else f"row {place[1]}"
-            raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
-        return array, int(row[self.label_column]) if self.label_column else 0
+        return self.read(row, place)[:2]
 
-    def _to_array(self, image: PILImage.Image, place: tuple[int, int]) -> np.ndarray:
-        if image.mode.startswith("I"):  # 16 bits
-            image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        channels = self.channels or (1 if image.mode in _GRAY_MODES else 3)
-        if channels != 4 and image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
-        image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-        if self.resolution is not None:
-            image = self._resize_and_crop(image, place)
-        array = np.asarray(image)
-        return array[None] if channels == 1 else array.transpose(2, 0, 1)
+    def read(self, row: dict, place: tuple[int, int]) -> tuple[np.ndarray, int, tuple[str, float] | None]:
+        """As calling it, and beside array and label the image's mode and white where these were found by its values."""
+        try:
+            image = Image().decode_example(self._file(row))
+            white = find_white(image) if image.mode in ("F", "I") else None
+            mode, image = image.mode, read_image(image, self.channels)
+            if self.resolution is not None:
+                image = self._resize_and_crop(image, place)
+            array = np.asarray(image)
+        except Exception as error:  # PIL has no common class for what a corrupt file may raise
+            raise UnreadableImageError(f"{self.name(row, place)}: {type(error).__name__}: {error}") from error
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        return array, self._label(row, place), None if white is None else (mode, white)
+
+    def name(self, row: dict, place: tuple[int, int]) -> str:
+        """The row's path and number, for messages."""
+        path = self._file(row)["path"]
+        return f"{path} (row {place[1]})" if path else f"row {place[1]}"
+
+    def _file(self, row: dict) -> dict:
+        value = row[self.image_column]
+        value = value if isinstance(value, dict) else {"bytes": value}
+        return {"bytes": value.get("bytes"), "path": value.get("path")}
+
+    def _label(self, row: dict, place: tuple[int, int]) -> int:
+        if self.label_column is None:
+            return 0
+        label = row[self.label_column]
+        if _is_missing(label):
+            if self.num_classes is None:
+                raise ValueError(f"{self.name(row, place)} has no label in `label_column`={self.label_column!r}.")
+            return self.num_classes
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"{self.name(row, place)} has {label} in `label_column`={self.label_column!r}; the classes are "
+                f"numbered from 0 to {self.num_classes - 1}, and a missing label is empty."
+            )
+        return int(label)
 
     def _resize_and_crop(self, image: PILImage.Image, place: tuple[int, int]) -> PILImage.Image:
         resolution = self.resolution
@@ -167,52 +374,92 @@ def find_columns(
     features = dataset.features or {}
     if image_column is None:
         image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
+        image_column = image_column or next((name for name in features if _holds_files(features[name])), None)
+    types = {name: _type_name(feature) for name, feature in features.items()}
+    accepted = "images, encoded files (binary), or a struct of `bytes` and `path`"
     if image_column is None:
-        raise ValueError(f"The data set needs a column of pictures; it has the columns {list(features)}.")
+        raise ValueError(f"The data set needs a column of {accepted}; it has {types or 'no columns'}.")
     if image_column not in features:
         raise ValueError(f"`image_column`={image_column!r} is not among the data set's columns, {list(features)}.")
+    feature = features[image_column]
+    if not (isinstance(feature, Image) or _holds_files(feature) or _type_name(feature) in ("string", "large_string")):
+        raise ValueError(
+            f"`image_column`={image_column!r} holds {types[image_column]}; it must hold {accepted}, or paths (string)."
+        )
     if label_column is None:
         label_column = next((name for name, feature in features.items() if isinstance(feature, ClassLabel)), None)
         label_column = label_column or next((name for name in ("label", "cls") if name in features), None)
     elif label_column not in features:
         raise ValueError(f"`label_column`={label_column!r} is not among the data set's columns, {list(features)}.")
     dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
-    return dataset.cast_column(image_column, Image(decode=False)), image_column, label_column
+    if not _holds_files(feature):
+        dataset = dataset.cast_column(image_column, Image(decode=False))
+    return dataset, image_column, label_column
+
+
+def _holds_files(feature) -> bool:
+    if isinstance(feature, dict):  # a struct
+        return "bytes" in feature and {*feature} <= {"bytes", "path"} and _holds_files(feature["bytes"])
+    return _type_name(feature) in ("binary", "large_binary")
+
+
+def _type_name(feature) -> str:
+    """A column's type in words, in all versions of `datasets`."""
+    if isinstance(feature, dict):
+        return "a struct of " + ", ".join(f"{name} ({_type_name(part)})" for name, part in feature.items())
+    part = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if part is not None:
+        return f"lists of {_type_name(part)}"
+    if isinstance(feature, Value):
+        return feature.dtype
+    return type(feature).__name__
 
 
 def encode_labels(
     dataset: Dataset | IterableDataset, label_column: str | None
 ) -> tuple[Dataset | IterableDataset, int]:
     """
-    Labels as class numbers from 0 up, and the number of classes. Names become numbers in alphabetical order.
+    Labels as class numbers from 0 up, and the number of classes. Names become numbers in alphabetical order; missing
+    labels stay missing, see [`ImageReader`].
 
     Raises:
-        ValueError: there are no labels, or some below 0, or a streamed data set does not say how many classes it has.
+        ValueError: there are no labels, or they are not names or whole numbers from 0, or a streamed data set does not
+            say how many classes it has.
     """
     if label_column is None:
         raise ValueError(
             f"`class_conditional` needs labels: none of the columns {list(dataset.features)} holds classes; "
             "`label_column` names one that does."
         )
-    feature = dataset.features[label_column]
+    feature, kind = dataset.features[label_column], _type_name(dataset.features[label_column])
+    if not isinstance(feature, ClassLabel) and not re.match("(large_)?string|u?int|float|bool", kind):
+        raise ValueError(
+            f"`label_column`={label_column!r} holds {kind}; it must hold one class a row: a ClassLabel, a name "
+            "(string) or a whole number from 0."
+        )
     if not isinstance(feature, ClassLabel) and isinstance(dataset, IterableDataset):
         raise ValueError(
             f"`label_column`={label_column!r} of the streamed data set is not a ClassLabel: its classes are not known "
             "beforehand. Without `streaming` they are counted."
         )
-    if not isinstance(feature, ClassLabel) and feature.dtype == "string":
+    if "string" in kind:
         dataset = dataset.class_encode_column(label_column)
         feature = dataset.features[label_column]
-    if isinstance(feature, ClassLabel):
-        num_classes, lowest = feature.num_classes, 0
-        if isinstance(dataset, Dataset):
-            lowest = min(dataset.unique(label_column), default=0)
-    else:
-        labels = dataset.unique(label_column)
-        num_classes, lowest = max(labels) + 1, min(labels)
-    if lowest < 0:
-        raise ValueError(f"`label_column`={label_column!r} holds {lowest}; classes are numbered from 0.")
-    return dataset, num_classes
+    labels = []
+    if isinstance(dataset, Dataset):
+        labels = [label for label in dataset.unique(label_column) if not _is_missing(label)]
+        if not labels:
+            raise ValueError(f"`label_column`={label_column!r} has no label in any row.")
+    wrong = next((label for label in labels if label < 0 or label != math.floor(label)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"`label_column`={label_column!r} holds {wrong}; classes are numbered from 0, and a missing label is empty."
+        )
+    return dataset, feature.num_classes if isinstance(feature, ClassLabel) else int(max(labels)) + 1
+
+
+def _is_missing(label) -> bool:
+    return label is None or label != label  # a table of floats has nan instead
 
 
 def decode_images(dataset: Dataset, resolution: int | None = None, channels: int | None = None) -> torch.Tensor:
@@ -410,6 +657,7 @@ class _StreamedRows(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         epoch, row = self.position
+        guesses = {}
         with ThreadPool(self.num_threads) as pool:
             while True:
                 self.dataset.set_epoch(epoch)
@@ -420,14 +668,16 @@ class _StreamedRows(torch.utils.data.IterableDataset):
                         row += 1
                         if item is not None:
                             readable = True
-                            yield item, (epoch, row)
+                            guesses.setdefault(item[2], f"image {row - 1}")
+                            _check_guesses(guesses)
+                            yield item[:2], (epoch, row)
                 if not readable:
                     raise ValueError("The data set has no readable picture for this process.")
                 epoch, row = epoch + 1, 0
 
     def _read(self, row, place):
         try:
-            return self.reader(row, place)
+            return self.reader.read(row, place)
         except UnreadableImageError as error:
             if self.corrupt_images == "error":
                 raise
@@ -438,16 +688,33 @@ class _StreamedRows(torch.utils.data.IterableDataset):
 class _Rows(torch.utils.data.Dataset):
     """The pictures of a data set by (epoch, row)."""
 
-    def __init__(self, dataset: Dataset, reader: ImageReader, keep_errors: bool = False):
-        self.dataset, self.reader, self.keep_errors = dataset, reader, keep_errors
+    def __init__(self, dataset: Dataset, reader: ImageReader):
+        self.dataset, self.reader = dataset, reader
+
+    def __getitem__(self, place: tuple[int, int]):
+        return self.reader(self.dataset[place[1]], place)
+
+
+class _RowsAtFirst(_Rows):
+    """The same with what [`ImageReader.read`] finds, and an error in place of a picture that cannot be read."""
 
     def __getitem__(self, place: tuple[int, int]):
         try:
-            return self.reader(self.dataset[place[1]], place)
+            return self.reader.read(self.dataset[place[1]], place)
         except UnreadableImageError as error:
-            if self.keep_errors:
-                return error, 0
-            raise
+            return error, 0, None
+
+
+def _check_guesses(guesses: dict[tuple[str, float] | None, str]) -> None:
+    """One data set has one white in a mode: else its images would be scaled differently. The values name examples."""
+    for mode in ("F", "I"):
+        whites = {guess[1]: example for guess, example in guesses.items() if guess is not None and guess[0] == mode}
+        if len(whites) > 1:
+            found = " and ".join(f"{white:g} in {example}" for white, example in whites.items())
+            raise ValueError(
+                f"Images of mode {mode} seem to have different values of white, {found}: which is right for all is not "
+                "certain. Scale them yourself and save them with 8 bits."
+            )
 
 
 def _collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -487,27 +754,27 @@ def open_images(
         if reader.resolution is None:
             raise ValueError("`streaming` needs `resolution`: the sizes of the pictures are not known beforehand.")
         if reader.channels is None:
-            first = next(iter(dataset), None)
-            channels = 3 if first is None else len(reader(first, (0, 0))[0])
-            reader = replace(reader, channels=channels)
+            reader = replace(reader, channels=_channels_of_stream(dataset, reader, corrupt_images))
         return StreamedImages(dataset, reader, num_workers, device, reader.seed, corrupt_images)
 
     process = PartialState()
     rows = np.array_split(np.arange(len(dataset)), process.num_processes)[process.process_index]
     loader = DataLoader(
-        _Rows(dataset, reader, keep_errors=True),
+        _RowsAtFirst(dataset, reader),
         batch_sampler=[[(0, int(row)) for row in part] for part in np.split(rows, range(_CHUNK, len(rows), _CHUNK))],
         num_workers=num_workers,
         collate_fn=list,
     )
     progress = tqdm(total=len(rows), desc="Decoding", unit="image", leave=False, disable=not process.is_main_process)
     keep, arrays, labels, shapes, errors, num_bytes = not reader.random_crop, [], [], set(), {}, 0
-    for row, (array, label) in zip(rows.tolist(), itertools.chain.from_iterable(loader), strict=True):
+    guesses = {}
+    for row, (array, label, guess) in zip(rows.tolist(), itertools.chain.from_iterable(loader), strict=True):
         progress.update()
         if isinstance(array, UnreadableImageError):
             errors[row] = str(array)
             continue
         shapes.add(array.shape)
+        guesses.setdefault(guess, row)
         num_bytes += array.nbytes
         keep = keep and num_bytes * process.num_processes <= max_cache_gb * 1e9
         if keep:
@@ -518,7 +785,7 @@ def open_images(
     progress.close()
 
     # What one process has found out all must know, so that all go on, or end, together.
-    found = gather_object([(shapes, errors, keep)])
+    found = gather_object([(shapes, errors, keep, guesses)])
     shapes, errors = set().union(*(f[0] for f in found)), {k: v for f in found for k, v in f[1].items()}
     if errors:
         message = "\n".join(list(errors.values())[:20] + ["…"] * (len(errors) > 20))
@@ -529,6 +796,8 @@ def open_images(
             )
         if process.is_main_process:
             tqdm.write(f"Left out {len(errors)} of {len(dataset)} pictures, which cannot be read:\n{message}")
+    guesses = {guess: row for f in found for guess, row in f[3].items()}
+    _check_guesses({guess: reader.name(dataset[row], (0, row)) for guess, row in guesses.items()})
     shape = _common_shape(shapes)
     if all(f[2] for f in found):
         images = np.stack([np.broadcast_to(array, shape) for array in arrays]) if arrays else np.empty((0, *shape))
@@ -537,6 +806,24 @@ def open_images(
         return CachedImages(_gather_rows(images), _gather_rows(labels))
     dataset = dataset.select([row for row in range(len(dataset)) if row not in errors]) if errors else dataset
     return LoadedImages(dataset, replace(reader, channels=shape[0]), shape, num_workers, device)
+
+
+def _channels_of_stream(dataset: IterableDataset, reader: ImageReader, corrupt_images: str) -> int:
+    """3 where the first image that can be read says so: as in a data set at hand, one in colour decides for all."""
+    for i, row in enumerate(dataset):
+        try:
+            channels = len(reader(row, (0, i))[0])
+        except UnreadableImageError:
+            if corrupt_images == "error":
+                raise
+            continue
+        if channels == 1:
+            raise ValueError(
+                "`streaming` needs `channels`, 1 or 3: the first image is gray, and whether all are is not known "
+                "beforehand."
+            )
+        return channels
+    raise ValueError("The data set has no readable picture.")
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -51,6 +52,93 @@ SCHEDULERS = (
 LARGEST_SAMPLE = 10.0
 
 logger = logging.get_logger(__name__)
+
+
+def find_white(image: Image.Image) -> float | None:
+    """
+    The value of white in an image of more than 8 bits, whose black is 0.
+
+    | values | white |
+    | --- | --- |
+    | integers of 12 or 14 bits, as the file's header says | 4095 or 16383 |
+    | 16-bit integers | 65535 |
+    | 32-bit integers up to 255, or up to 65535 | 255, or 65535 |
+    | floating point up to 1, or whole numbers up to 255 | 1, or 255 |
+
+    Integers whose largest value is from 256 to 4095 (from 1 to 4095 with 16 bits) are refused: a dark image of 16 bits
+    looks the same as a bright one of 8 or 12 bits.
+
+    Returns:
+        `float`, or None if the image has 8 bits, or is black all over.
+
+    Raises:
+        ValueError: white is not certain, or values are negative or not finite; the message gives their range.
+    """
+    if not _is_deep(image):
+        return None
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if low == high == 0:
+        return None
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = tags.get(258, (0,))[0]  # BitsPerSample
+    if low >= 0 and image.mode == "F":
+        if high <= 1:
+            return 1.0
+        if high <= 255 and (values == np.rint(values)).all():
+            return 255.0
+    elif low >= 0:
+        if 8 < bits < 16:
+            return 2.0**bits - 1
+        # Pillow before 11.3 opens 16-bit PNGs in the mode of 32 bits, as all versions do with PGMs.
+        if image.mode == "I" and image.format not in ("PNG", "PPM") and high <= 255:
+            return 255.0
+        if 4096 <= high <= 65535:
+            return 65535.0
+    raise ValueError(
+        f"an image of mode {image.mode} that holds {low:g} to {high:g}: what is white in it is not certain. Floating "
+        "point may hold 0 to 1, or whole numbers to 255; integers of 16 bits 0 to 65535, with the largest at 4096 or "
+        "above; those of 32 bits these or 0 to 255. Scale it yourself and save it with 8 bits."
+    )
+
+
+def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
+    """
+    Any PIL image with 8 bits a channel, as training, image to image, inpainting and evaluation all see it.
+
+    It is turned upright as its EXIF orientation says; more than 8 bits are scaled (see [`find_white`]) and rounded;
+    palettes become colours; what is transparent is laid on white, unless `channels` is 4. An image without transparency
+    is opaque in 4 channels.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+        channels (`int`, *optional*): 1, 3 or 4; the image's own, 1 or 3, when not given.
+
+    Returns:
+        `PIL.Image.Image` of mode L, RGB or RGBA.
+
+    Raises:
+        ValueError: the range of the image's values is not certain, or PIL cannot convert its mode.
+    """
+    white = find_white(image)  # first: the upright copy lacks the file's tags
+    if image.getexif().get(0x0112, 1) != 1:  # Orientation
+        image = ImageOps.exif_transpose(image)
+    if _is_deep(image):
+        values, transparent = np.asarray(image, dtype=np.float64), image.info.get("transparency")
+        image = Image.fromarray(np.rint(values * (255 / (white or 1))).astype(np.uint8))
+        if transparent is not None:  # the one gray value that a PNG names
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    if image.mode in ("La", "LAB"):  # La goes to LA alone, and LAB would have no opacity in RGBA
+        image = image.convert("LA" if image.mode == "La" else "RGB")
+    channels = channels or (1 if image.mode in ("1", "L", "LA") else 3)
+    if channels != 4 and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
 
 
 class NCSNPipeline(DiffusionPipeline):
@@ -580,8 +668,8 @@ class NCSNPipeline(DiffusionPipeline):
     def _preprocess(self, name: str, image, processor: VaeImageProcessor, shape: tuple[int, int, int]) -> torch.Tensor:
         """Pictures or masks as a float32 tensor of shape `(n, *shape)`, checked."""
         images = image if isinstance(image, list) else [image]
-        images = [self._from_8_bit(i) for i in images]
         try:
+            images = [self._from_8_bit(i, shape[0]) for i in images]
             tensor = processor.preprocess(images if isinstance(image, list) else images[0]).float()
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(
@@ -598,7 +686,9 @@ class NCSNPipeline(DiffusionPipeline):
         return tensor
 
     @staticmethod
-    def _from_8_bit(image):
+    def _from_8_bit(image, channels: int):
+        if isinstance(image, Image.Image):
+            return read_image(image, channels if channels in (1, 3, 4) else None)
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             return image.astype(np.float32) / 255
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:

@@ -369,13 +369,20 @@ class Trainer:
             return dataset, num_classes, (image_column, label_column if config.class_conditional else None)
 
         dataset, self.num_classes, columns = load(config.train_split, config.streaming)
-        reader = ImageReader(*columns, config.resolution, config.channels, config.random_crop, config.seed)
+        reader = ImageReader(
+            *columns, config.resolution, config.channels, config.random_crop, config.seed, self.num_classes
+        )
         self.images = open_images(dataset, reader, self.device, config.corrupt_images, config.max_cache_gb, num_workers)
+        shape = "{} channels, {}×{}".format(*self.images.shape)
+        self.accelerator.print(
+            f"Training on {'a stream of' if config.streaming else f'{len(self.images):,}'} images ({shape})"
+            + (f" of {self.num_classes:,} classes." if self.num_classes is not None else ", without classes.")
+        )
         self.validation = None
         if config.validation_split is not None:
             dataset, num_classes, columns = load(config.validation_split, streaming=False)
             dataset = dataset.select(range(min(len(dataset), 10_000)))
-            reader = ImageReader(*columns, config.resolution, self.images.shape[0])
+            reader = ImageReader(*columns, config.resolution, self.images.shape[0], num_classes=num_classes)
             self.validation = open_images(dataset, reader, self.device, config.corrupt_images, math.inf, num_workers)
             if self.validation.shape != self.images.shape or num_classes != self.num_classes:
                 raise ValueError(

@@ -162,7 +162,7 @@ def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: 
         with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
             dataset = load_training_data(config.dataset_name, config.dataset_config_name, config.train_data_dir, split)
         dataset, image_column, label_column = find_columns(dataset, config.image_column, config.label_column)
-        names = []
+        names, num_classes = [], None
         if config.label_column is None and not isinstance(dataset.features.get(label_column), ClassLabel):
             label_column = None  # numbers under such a name may be anything
         if label_column is not None:
@@ -171,13 +171,16 @@ def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: 
             feature = dataset.features[label_column]
             names = feature.names if isinstance(feature, ClassLabel) else [str(k) for k in range(num_classes)]
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num]
-        reader = ImageReader(image_column, label_column, config.resolution, config.channels)
+        reader = ImageReader(image_column, label_column, config.resolution, config.channels, num_classes=num_classes)
         found = open_images(dataset.select(order.tolist()), reader, accelerator.device, max_cache_gb=math.inf)
         if found.shape != shape:
             raise ValueError(
                 f"{split!r} has pictures of shape {found.shape}, and the network draws {shape} (channels, height, "
                 "width): `resolution` and `channels` make them agree."
             )
+        if names and (found.labels == num_classes).any():
+            accelerator.print(f"{split!r} has images without a label: no classes are counted.")
+            names = []
         return found.images.cpu(), found.labels.cpu() if names else None, names
 
     images, labels, names = load(config.reference_split, config.max_reference_images, config.seed)

@@ -3,11 +3,13 @@ import json
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import features
 
 from ncsn_diffusers.data import (
     EMBEDDED_DIGITS,
@@ -106,7 +108,7 @@ def test_bad_sources(tmp_path):
         load_training_data(dataset_config_name="plain")
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_training_data(train_data_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"needs a column of pictures; it has the columns \['text'\]"):
+    with pytest.raises(ValueError, match=r"needs a column of images, .*; it has \{'text': 'string'\}"):
         decode_images(Dataset.from_dict({"text": ["no picture"]}))
 
 
@@ -124,9 +126,9 @@ def read(image, **arguments):
     return ImageReader("image", **arguments)({"image": {"bytes": file.getvalue(), "path": None}}, (0, 0))[0]
 
 
-def test_16_bit_pictures_keep_their_upper_bits():
+def test_16_bit_pictures_are_scaled_and_rounded():
     values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    assert read(PILImage.fromarray(values)).tolist() == [[[0, 0, 127, 255]]]
+    assert read(PILImage.fromarray(values)).tolist() == [[[0, 1, 128, 255]]]
 
 
 def test_transparent_pixels_are_laid_on_white():
@@ -201,7 +203,242 @@ def test_labels_become_numbers():
         encode_labels(stream, "kind")
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_names_of_either_type_are_classes_and_may_be_missing(kind):
+    names = Dataset(pa.table({"kind": pa.array(["dog", None, "cat"], getattr(pa, kind)())}))
+    dataset, num_classes = encode_labels(names, "kind")
+    assert (dataset["kind"][:], num_classes) == ([1, None, 0], 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_label_means_no_label(streaming):
+    """The embedding after those of the classes, which stands for no label."""
+    dataset = pictures(3, kind=(ClassLabel(names=["a", "b"]), [1, None, 0]))
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    dataset, num_classes = encode_labels(find_columns(dataset)[0], "kind")
+    images = open_images(dataset, ImageReader("image", "kind", 4, 1, num_classes=num_classes), CPU)
+    batch, labels = next(images.batches(3, seed=0))
+    assert dict(zip(batch[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)) == {0: 1, 10: 2, 20: 0}
+    with pytest.raises(ValueError, match=r"row \d has no label in `label_column`='kind'"):
+        next(open_images(dataset, ImageReader("image", "kind", 4, 1), CPU).batches(3, seed=0))
+
+
+def test_label_of_a_stream_that_is_no_class():
+    dataset = pictures(3, kind=(ClassLabel(names=["a", "b"]), [1, -1, 0])).to_iterable_dataset()
+    dataset, num_classes = encode_labels(find_columns(dataset)[0], "kind")
+    images = open_images(dataset, ImageReader("image", "kind", 4, 1, num_classes=num_classes), CPU)
+    with pytest.raises(ValueError, match="has -1 in `label_column`='kind'; the classes are numbered from 0 to 1"):
+        next(images.batches(3, seed=0))
+
+
+def test_labels_of_other_types():
+    def encode(values, kind=None):
+        return encode_labels(Dataset(pa.table({"kind": pa.array(values, kind)})), "kind")
+
+    assert encode([0.0, None, 2.0])[1] == 3  # as pandas writes whole numbers of which some are missing
+    assert encode([0.0, float("nan"), 2.0])[1] == 3
+    assert encode([True, False])[1] == 2
+    with pytest.raises(ValueError, match=r"`label_column`='kind' holds 0\.5; classes are numbered from 0"):
+        encode([0.5, 1.0])
+    with pytest.raises(ValueError, match="`label_column`='kind' holds lists of int64; it must hold one class a row"):
+        encode([[1], [1, 2]])
+    with pytest.raises(ValueError, match="`label_column`='kind' holds null"):
+        encode([None, None])
+    with pytest.raises(ValueError, match="`label_column`='kind' has no label in any row"):
+        encode([None, None], pa.int64())
+    with pytest.raises(ValueError, match=r"`label_column`='kind' holds a struct of a \(int64\)"):
+        encode([{"a": 1}])
+
+
+def png(value):
+    file = io.BytesIO()
+    PILImage.new("L", (4, 4), value).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "bytes alone"])
+def test_columns_of_encoded_files(kind, streaming):
+    """What other writers of parquet files leave behind."""
+    files = [png(10 * i) for i in range(3)]
+    if kind == "struct":
+        column = pa.array([{"bytes": file, "path": None} for file in files])
+    elif kind == "bytes alone":
+        column = pa.array([{"bytes": file} for file in files])
+    else:
+        column = pa.array(files, getattr(pa, kind)())
+    dataset = Dataset(pa.table({"number": [1, 2, 3], "photo": column}))
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    images = opened(dataset, resolution=4, channels=1)
+    assert sorted(take(images, 1, batch_size=3)) == [0, 10, 20]
+
+
+def test_columns_that_hold_no_image_are_named_with_their_types():
+    numbers = {"a": pa.array([[1, 2]]), "b": pa.array([{"x": 1, "bytes": b""}]), "c": pa.array([b""])}
+    lists = Dataset.from_dict({"images": [[PILImage.new("L", (4, 4))]]})
+    with pytest.raises(ValueError, match=r"needs a column of images, .*it has \{'images': 'lists of Image'\}"):
+        find_columns(lists)
+    dataset = Dataset(pa.table(numbers))
+    assert find_columns(dataset)[1] == "c"
+    with pytest.raises(ValueError, match="`image_column`='a' holds lists of int64; it must hold images"):
+        find_columns(dataset, "a")
+    with pytest.raises(ValueError, match=r"`image_column`='b' holds a struct of .*x \(int64\)"):
+        find_columns(dataset, "b")
+
+
 # Where pictures come from
+
+
+def numbered(folder, *names):
+    """Images of values 0, 1, 2 and so on."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("L", (4, 4), i).save(folder / name)
+    return folder
+
+
+def values(folder, **arguments):
+    return decode_images(load_training_data(train_data_dir=str(folder), **arguments))[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("argument", ["train_data_dir", "dataset_name"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [[f"{i}.png" for i in range(9)] + ["train.png"], ["my_test_shot.png"], ["val-1.png", "train-1.png", "c.png"]],
+)
+def test_names_of_images_are_no_splits(tmp_path, names, streaming, argument):
+    numbered(tmp_path, *names)
+    dataset = load_training_data(**{argument: str(tmp_path)}, streaming=streaming)
+    images = opened(dataset, resolution=4, channels=1)
+    assert sorted(take(images, 1, batch_size=len(names))) == list(range(len(names)))
+
+
+def test_class_that_is_called_train(tmp_path, capsys):
+    numbered(tmp_path, *(f"{kind}/{i}.png" for kind in ("car", "dog", "train") for i in range(8)))
+    dataset = load_training_data(train_data_dir=str(tmp_path))
+    assert dataset.features["label"].names == ["car", "dog", "train"]
+    assert dataset["label"][:] == [0] * 8 + [1] * 8 + [2] * 8
+    assert values(tmp_path) == list(range(24))
+    assert "train/0.png is not taken for the split 'train'" in capsys.readouterr().out
+
+
+def test_splits_of_a_folder_and_their_classes(tmp_path):
+    folder = numbered(tmp_path / "a", "train/cat/0.png", "train/dog/1.png", "test/dog/0.png", "test/dog/1.png")
+    dataset = load_training_data(train_data_dir=str(folder), split="test")
+    assert dataset.features["label"].names == ["cat", "dog"]
+    assert dataset["label"][:] == [1, 1]
+    assert values(folder, split="test") == [2, 3]
+    assert values(folder, split="train+test[:50%]") == [0, 1, 2]
+    assert values(folder, split="all") == [0, 1, 2, 3]
+    folder = numbered(tmp_path / "b", "set/cat/Train/0.png", "set/dog/Train/0.png", "set/dog/Val/0.png")
+    dataset = load_training_data(train_data_dir=str(folder))
+    assert (dataset.features["label"].names, dataset["label"][:]) == (["cat", "dog"], [0, 1])
+    assert values(folder, split="validation") == [2]
+    assert values(numbered(tmp_path / "coco", "train2017/0.png", "val2017/0.png")) == [0]
+    with pytest.raises(ValueError, match=r"`split`='train': .* has the split\(s\) test\."):
+        load_training_data(train_data_dir=str(numbered(tmp_path / "test", "test/0.png")))
+
+
+def test_splits_that_do_not_divide_a_folder_are_refused(tmp_path):
+    numbered(tmp_path, "train/0.png", "test/0.png", "cover.png")
+    with pytest.raises(ValueError, match=r"names splits \(.*test: test/0\.png.*\), but they do not divide its 3 files"):
+        load_training_data(train_data_dir=str(tmp_path))
+
+
+def test_splits_of_parquet_files(tmp_path):
+    for name, number in (("train-1", 1), ("train-2", 2), ("cifar-test", 3)):
+        pictures(number).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "notes.txt").write_text("by hand")
+    assert len(values(tmp_path)) == 3
+    assert len(values(tmp_path, split="test")) == 3
+    pictures(4).to_parquet(tmp_path / "more.parquet")
+    with pytest.raises(ValueError, match="do not divide its 4 files"):
+        values(tmp_path)
+    (tmp_path / "cifar-test.parquet").unlink()
+    assert len(values(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("metadata", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_of_a_folder(tmp_path, metadata, capsys):
+    folder = numbered(tmp_path / "a [1]", "0.png", "train.png", "test.png")
+    rows = [("0.png", "x"), ("train.png", "y"), ("test.png", "x")]
+    lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]
+    if metadata.endswith("csv"):
+        lines = ["file_name,label"] + [",".join(row) for row in rows]
+    (folder / metadata).write_text("\n".join(lines))
+    dataset = load_training_data(train_data_dir=str(folder))
+    assert sorted(dataset["label"]) == ["x", "x", "y"]
+    assert sorted(values(folder)) == [0, 1, 2]
+    assert "Left out" not in capsys.readouterr().out
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
+    numbered(tmp_path, "0.png", "1.JPG")
+    PILImage.new("L", (4, 4), 2).save(tmp_path / "2.webp", lossless=True)
+    for name in ("0.txt", "1.json", "3.heic", ".hidden", "README.md"):
+        (tmp_path / name).write_text("text")
+    assert len(values(tmp_path)) == 3
+    message = capsys.readouterr().out
+    assert "Left out 3 file(s) of" in message
+    for part in ("1 .heic", "1 .txt", "1 .json", "3.heic"):
+        assert part in message
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_formats_that_pil_reads(tmp_path, capsys):
+    PILImage.new("RGB", (4, 4), "white").save(tmp_path / "0.avif")
+    numbered(tmp_path, "1.png")
+    assert len(values(tmp_path)) == 2
+    assert "Left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["run [1]", "a*b?", "[test]"])
+def test_folder_with_signs_of_patterns_in_its_name(tmp_path, name, streaming):
+    folder = numbered(tmp_path / name, "0.png", "1.png")
+    dataset = load_training_data(train_data_dir=str(folder), streaming=streaming)
+    assert len(list(dataset)) == 2
+    pictures(5).to_parquet(tmp_path / name / "0.parquet")
+    assert len(list(load_training_data(dataset_name=str(folder), streaming=streaming))) == 5
+
+
+def test_saved_datasets(tmp_path):
+    pictures(4).save_to_disk(tmp_path / "one")
+    assert len(values(tmp_path / "one")) == 4
+    assert values(tmp_path / "one", split="train[1:3]") == [10, 20]
+    DatasetDict(train=pictures(3), test=pictures(2)).save_to_disk(tmp_path / "two [2]")
+    assert len(values(tmp_path / "two [2]")) == 3
+    assert len(values(tmp_path / "two [2]", split="test")) == 2
+    assert len(list(load_training_data(train_data_dir=str(tmp_path / "two [2]"), streaming=True))) == 3
+    with pytest.raises(ValueError, match=r"`split`='validation': .* has the split\(s\) train, test"):
+        values(tmp_path / "two [2]", split="validation")
+
+
+def test_links_are_followed_once(tmp_path):
+    numbered(tmp_path / "elsewhere", "0.png", "1.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set", target_is_directory=True)
+    assert values(tmp_path / "set") == [0, 1]
+
+
+def test_one_white_for_all_images(tmp_path):
+    for i, (dtype, high) in enumerate([("int32", 200), ("int32", 60_000), ("float32", 0.5), ("float32", 200)]):
+        PILImage.fromarray(np.array([[0, high]], dtype)).save(tmp_path / f"{i}.tiff")
+    paths = {i: str(tmp_path / f"{i}.tiff") for i in range(4)}
+
+    def dataset(*numbers):
+        return Dataset.from_dict({"image": [paths[i] for i in numbers]}).cast_column("image", Image())
+
+    assert decode_images(dataset(0, 2))[:, 0, 0].tolist() == [[0, 200], [0, 128]]
+    assert decode_images(dataset(1, 3))[:, 0, 0].tolist() == [[0, 233], [0, 200]]
+    for first, second in ((0, 1), (2, 3)):
+        with pytest.raises(ValueError, match=rf"different values of white, .*{first}\.tiff .*{second}\.tiff"):
+            decode_images(dataset(first, second))
+        stream = opened(dataset(first, second).to_iterable_dataset(), resolution=1, channels=1)
+        with pytest.raises(ValueError, match="different values of white"):
+            next(stream.batches(2, seed=0))
 
 
 def test_splits_and_streams(tmp_path):
@@ -247,9 +484,9 @@ def test_webdataset_folder(tmp_path, streaming):
 # Opening
 
 
-def opened(dataset, resolution=None, seed=0, **arguments):
+def opened(dataset, resolution=None, seed=0, channels=None, **arguments):
     dataset, *columns = find_columns(dataset)
-    return open_images(dataset, ImageReader(*columns, resolution, seed=seed), CPU, **arguments)
+    return open_images(dataset, ImageReader(*columns, resolution, channels, seed=seed), CPU, **arguments)
 
 
 def take(images, num_batches, batch_size=5, seed=3, first_batch=0):
@@ -327,11 +564,11 @@ def test_corrupt_pictures_are_named_before_training(broken, capsys, max_cache_gb
 
 def test_corrupt_pictures_of_a_stream(broken, capsys):
     stream = load_training_data(train_data_dir=broken, streaming=True)
-    images = opened(stream, resolution=8, corrupt_images="skip")
+    images = opened(stream, resolution=8, channels=1, corrupt_images="skip")
     assert take(images, 4) == [40] * 20
     assert capsys.readouterr().out.count("3.png") >= 2  # once an epoch
     with pytest.raises(UnreadableImageError, match=r"(3|7)\.png"):
-        take(opened(stream, resolution=8), 4)
+        take(opened(stream, resolution=8, channels=1), 4)
 
 
 def test_no_picture():
@@ -350,7 +587,7 @@ def stream(num_rows=30):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_stream_is_shuffled_and_goes_on_where_it_stopped(num_workers):
-    images = opened(stream(), resolution=4, num_workers=num_workers)
+    images = opened(stream(), resolution=4, channels=1, num_workers=num_workers)
     assert isinstance(images, StreamedImages)
     batches = images.batches(10, seed=0)
     seen = torch.cat([next(batches)[0][:, 0, 0, 0] for _ in range(3)])
@@ -360,16 +597,36 @@ def test_stream_is_shuffled_and_goes_on_where_it_stopped(num_workers):
     assert seen[:25].tolist() != sorted(seen[:25].tolist())
     assert position == [1, 5]
 
-    again = opened(stream(), resolution=4, num_workers=num_workers)
+    again = opened(stream(), resolution=4, channels=1, num_workers=num_workers)
     again.position = position
     batches = again.batches(10, seed=0)
     assert [next(batches)[0][:, 0, 0, 0].tolist() for _ in range(3)] == following
-    other = opened(stream(), resolution=4, num_workers=num_workers, seed=1)
+    other = opened(stream(), resolution=4, channels=1, num_workers=num_workers, seed=1)
     assert next(other.batches(10, seed=0))[0][:, 0, 0, 0].tolist() != seen[:10].tolist()
 
 
 def test_stream_needs_a_resolution_and_finds_its_channels():
     with pytest.raises(ValueError, match="`streaming` needs `resolution`"):
         opened(stream())
-    assert opened(stream(), resolution=4).shape == (1, 4, 4)
-    assert opened(stream(), resolution=4).sample(7).shape == (7, 1, 4, 4)
+    assert opened(stream(), resolution=4, channels=1).shape == (1, 4, 4)
+    assert opened(stream(), resolution=4, channels=1).sample(7).shape == (7, 1, 4, 4)
+
+
+def test_stream_that_begins_gray_is_not_taken_for_gray():
+    images = [PILImage.new("L", (4, 4), 9), PILImage.new("RGB", (4, 4), "red")]
+    mixed = Dataset.from_dict({"image": images}).cast_column("image", Image())
+    with pytest.raises(ValueError, match="`streaming` needs `channels`, 1 or 3: the first image is gray"):
+        opened(mixed.to_iterable_dataset(), resolution=4)
+    colour = opened(mixed.select([1, 0]).to_iterable_dataset(), resolution=4)
+    assert sorted(next(colour.batches(2, 0))[0][:, :, 0, 0].tolist()) == [[9, 9, 9], [255, 0, 0]]
+
+
+def test_first_image_of_a_stream_may_be_corrupt(tmp_path):
+    folder = save_pictures(tmp_path / "set", ["RGB"] * 3)
+    (folder / "0.png").write_text("not an image")
+    stream = load_training_data(train_data_dir=str(folder), streaming=True)
+    images = opened(stream, resolution=8, corrupt_images="skip")
+    assert images.shape == (3, 8, 8)
+    assert take(images, 2, batch_size=2) == [40] * 4
+    with pytest.raises(UnreadableImageError, match=r"0\.png"):
+        opened(stream, resolution=8)

@@ -217,7 +217,7 @@ def assert_same_state(a, b):
         {"use_ema": False, "random_flip": True, "lr_scheduler": "constant"},
         {"max_cache_gb": 0.0, "gradient_accumulation_steps": 2, "train_batch_size": 8},
         {"max_cache_gb": 0.0, "random_crop": True, "resolution": 4, "dataloader_num_workers": 1},
-        {"streaming": True, "resolution": 8, "class_conditional": True},
+        {"streaming": True, "resolution": 8, "channels": 1, "class_conditional": True},
         {"mixed_precision": "bf16", "eval_steps": 3},
     ],
     ids=["plain", "no ema", "accumulating", "random crop", "streaming", "bf16"],

@@ -29,14 +29,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from .checkpoints import aside, complete, is_complete, latest_checkpoint, read_manifest, remove_all, remove_incomplete
+from .checkpoints import (
+    aside,
+    complete,
+    is_complete,
+    latest_checkpoint,
+    lock,
+    read_manifest,
+    remove_all,
+    remove_incomplete,
+    replace_files,
+)
 from .data import (
     CORRUPT_IMAGES,
     ImageReader,
@@ -58,6 +70,8 @@ _LEVEL_BINS = 8  # of log sigma, for the loss per noise level
 _COMPILING_PAYS_STEPS = 1000  # compiling takes about a minute
 _EVAL_CHUNK = 64  # pictures whose validation loss is found together: the result must not depend on the batch size
 _AUTO_IMAGES = 60_000  # from so many pictures, spread over the data set, sigma_max is chosen
+_MAX_SKIPPED_IN_A_ROW = 20  # fp16's loss scale is halved at each of them: 20 find any that fits
+_CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # what a full disk is called by Python, torch, safetensors
 
 
 @dataclass
@@ -273,14 +287,16 @@ def train(config: TrainingConfig) -> NCSNPipeline:
     """
     Train as `config` says, save the pipeline, samples.png and loss.png in `config.output_dir`, return the pipeline.
 
-    An interrupt (Ctrl-C, or SIGTERM) ends the training early; a checkpoint and what has been trained are saved.
+    An interrupt (Ctrl-C, or SIGTERM) ends the training early; a checkpoint and what has been trained are saved. A step
+    whose gradient is not finite changes no weight; `skipped_steps` in log.jsonl counts them.
 
     Raises:
-        ValueError: an option does not fit the data, or another option.
+        ValueError: an option does not fit the data, another option, or the checkpoint to go on from.
         OSError: `output_dir` cannot be written to, or its disk is too full for the run.
+        BlockingIOError: another process is training in `output_dir`.
         FileExistsError: `output_dir` holds a pipeline or checkpoints, and neither `overwrite_output_dir` nor
             `resume_from_checkpoint` is given.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: 20 gradients in a row are not finite, or the weights are not.
     """
     return Trainer(config).train()
 
@@ -295,8 +311,11 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig):
         self.config = config
+        mixed_precision = _mixed_precision(config)
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+            AcceleratorState._reset_state()  # it would hold a process to the precision of its first run
         self.accelerator = Accelerator(
-            mixed_precision=_mixed_precision(config),
+            mixed_precision=mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=_check_logger(config.logger),
             project_dir=config.output_dir,
@@ -308,24 +327,57 @@ class Trainer:
             )
         self.device = self.accelerator.device
         self.output_dir = Path(config.output_dir)
-        self.checkpoint = self._prepare_output_dir()
-        self.uploads = None
-        if config.push_to_hub and self.accelerator.is_main_process:
-            repo_id = config.hub_model_id or self.output_dir.resolve().name
-            self.uploads = BackgroundPush(repo_id, self.output_dir, private=config.hub_private_repo or None)
         if self.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
             # `accelerate launch` leaves a CPU process one thread, and the other cores idle
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.accelerator.num_processes))
 
-        self._open_data()
-        self._make_models()
-        self._check_disk()
+        self.lock = None
+        try:
+            self.checkpoint = self._prepare_output_dir()
+            self.uploads = None
+            with self._together():
+                if config.push_to_hub and self.accelerator.is_main_process:
+                    repo_id = config.hub_model_id or self.output_dir.resolve().name
+                    self.uploads = BackgroundPush(repo_id, self.output_dir, private=config.hub_private_repo or None)
+            self._open_data()
+            self._make_models()
+            with self._together():
+                self._check_disk()
+        except BaseException:
+            self._unlock()  # a notebook goes on living
+            raise
 
     # Before the loop
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """
+        What fails in one process fails in all, which would else wait for it for ever in the next collective operation.
+        There must be none within.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        messages = gather_object([None if failure is None else str(failure)])
+        if failure is not None:
+            raise failure
+        for message in messages:
+            if message is not None:
+                raise OSError(message)
 
     def _prepare_output_dir(self) -> Path | None:
         """The checkpoint to go on from, in an output folder that can be written to."""
         config, folder = self.config, self.output_dir
+        with self._together():
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(folder)  # first, since another run may change what is found
         wanted = config.resume_from_checkpoint
         checkpoint = latest_checkpoint(folder) if wanted == "latest" else Path(wanted) if wanted else None
         if wanted not in (None, "latest") and not is_complete(checkpoint):
@@ -340,14 +392,11 @@ class Trainer:
                 "on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir."
             )
         self.accelerator.wait_for_everyone()  # all have looked before the first one writes
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-            if checkpoint is None:
-                remove_all(folder)
-            remove_incomplete(folder)
-        self.accelerator.wait_for_everyone()
+        with self._together():
+            if self.accelerator.is_main_process:
+                if checkpoint is None:
+                    remove_all(folder)
+                remove_incomplete(folder)
         return checkpoint
 
     def _open_data(self) -> None:
@@ -426,14 +475,7 @@ class Trainer:
             unet.compile(mode="reduce-overhead" if alone else "default", dynamic=False)
         self.unet = unet
         self.weights, self.averages = list(unet.parameters()), list(self.eval_unet.parameters())
-        optimizer = torch.optim.AdamW(
-            unet.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        optimizer = torch.optim.AdamW(unet.parameters(), **self._adamw_settings(), fused=True)
         # Not prepared by accelerate, which would step it once for each process: it counts optimizer steps.
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.num_steps
@@ -442,12 +484,26 @@ class Trainer:
         accelerator.register_for_checkpointing(self.lr_scheduler, self.eval_unet, self)
 
         self.step, self.positions = 0, None
+        self.changes = {}  # of the settings, on going on
         self.losses = torch.zeros(self.num_steps, device=self.device)
         self.generator = torch.Generator(self.device)
-        # Sums of losses, and their number, in equal parts of log sigma
-        self.level_losses = torch.zeros(2, _LEVEL_BINS, device=self.device)
+        # Sum and number of the finite losses, and number of the others, in equal parts of log sigma
+        self.level_losses = torch.zeros(3, _LEVEL_BINS, device=self.device)
+        # Steps whose gradient was not finite: all of them, and those since the last good one. The host reads it when
+        # it logs, not at each step.
+        self.skipped = torch.zeros(2, dtype=torch.long, device=self.device)
+        self.skipped_before = 0
         self.log_range = [math.log(self.scheduler.config[name]) for name in ("sigma_min", "sigma_max")]
         self.grad_norm = torch.zeros((), device=self.device)
+
+    def _adamw_settings(self) -> dict:
+        config = self.config
+        return {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "weight_decay": config.adam_weight_decay,
+            "eps": config.adam_epsilon,
+        }
 
     def _check_disk(self) -> None:
         """Raise an OSError where the run's checkpoints would not fit, instead of losing the run to it."""
@@ -467,10 +523,17 @@ class Trainer:
 
     def train(self) -> NCSNPipeline:
         """Run to the end, or until an interrupt; see [`train`]."""
+        try:
+            if self.checkpoint is not None:
+                self._resume(self.checkpoint)
+            return self._train()
+        finally:
+            self._unlock()
+
+    def _train(self) -> NCSNPipeline:
         config, accelerator = self.config, self.accelerator
-        if self.checkpoint is not None:
-            self._resume(self.checkpoint)
-        self._start_log()
+        with self._together():
+            self._start_log()
         batches = self.images.batches(
             config.train_batch_size, config.seed, self.step * config.gradient_accumulation_steps
         )
@@ -497,7 +560,7 @@ class Trainer:
                     self._save_checkpoint()
                     saved_step = self.step
                     if self.uploads is not None and not last:
-                        self.uploads.push(self._make_pipeline(), f"Step {self.step}")
+                        self.uploads.push(self._make_pipeline(to_save=True), f"Step {self.step}")
                 if evaluate:
                     self._evaluate(self._make_pipeline(), self.output_dir / f"samples-{self.step}.png")
                 if checkpoint or evaluate:
@@ -510,16 +573,28 @@ class Trainer:
         if config.checkpointing_steps and self.step > saved_step:
             self._save_checkpoint()
 
-        pipeline = self._make_pipeline()
+        self._check_finite()
+        pipeline = self._make_pipeline(to_save=True)
+        with self._together():
+            if accelerator.is_main_process:
+                try:
+                    replace_files(self.output_dir, pipeline.save_pretrained)
+                except _CANNOT_WRITE as failure:
+                    raise OSError(
+                        f"`output_dir`={config.output_dir!r}: the pipeline could not be written: {failure}. Make room, "
+                        "and go on with --resume_from_checkpoint latest; the last good checkpoint is "
+                        f"{latest_checkpoint(self.output_dir)}."
+                    ) from failure
         if accelerator.is_main_process:
-            pipeline.save_pretrained(self.output_dir)
-            _save_loss_curve(self.losses[: self.step].cpu(), config.loss_weighting, self.output_dir / "loss.png")
-        self._evaluate(pipeline, self.output_dir / "samples.png")
+            with _warning("loss.png"):
+                _save_loss_curve(self.losses[: self.step].cpu(), config.loss_weighting, self.output_dir / "loss.png")
+        self._evaluate(self._make_pipeline(), self.output_dir / "samples.png")
         accelerator.print(f"Saved the pipeline, samples.png and loss.png in {self.output_dir}.")
         if self.uploads is not None:
             self.uploads.push(pipeline, "End of training")
             self.uploads.finish()
         accelerator.end_training()
+        pipeline.unet.requires_grad_(True)  # as of any network that is loaded
         return pipeline
 
     def training_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -555,20 +630,30 @@ class Trainer:
                     self.model, self.scheduler, clean, noise, timesteps[rows], labels, config.loss_weighting
                 )
                 loss = losses.mean()
-                accelerator.backward(loss)
+                # A loss that is not finite makes its gradient so, which all processes share.
+                accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
                 if accelerator.sync_gradients:
-                    self.grad_norm = accelerator.clip_grad_norm_(self.weights, config.max_grad_norm)
+                    self._skip_unless_finite(accelerator.clip_grad_norm_(self.weights, config.max_grad_norm))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
             losses = losses.detach()
-            bins = self._bins(timesteps[rows])
-            self.level_losses.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+            bins, finite = self._bins(timesteps[rows]), losses.isfinite()
+            sums = torch.stack([torch.where(finite, losses, 0.0), finite, ~finite])
+            self.level_losses.index_add_(1, bins, sums)
             self.losses[self.step] += loss.detach() / num_micro
         self.lr_scheduler.step()
         self.step += 1
         if config.use_ema:
-            torch._foreach_lerp_(self.averages, self.weights, 1 - self._ema_decay())
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, self.weights, 1 - self._ema_decay())
+
+    def _skip_unless_finite(self, grad_norm: torch.Tensor) -> None:
+        """Have the optimizer leave out a step whose gradient is not finite, which the device alone knows of."""
+        broken = ~grad_norm.isfinite()
+        self.grad_norm = torch.where(broken, self.grad_norm, grad_norm)
+        self.skipped = torch.stack([self.skipped[0] + broken, (self.skipped[1] + 1) * broken])
+        self.optimizer.optimizer.found_inf = broken.float()  # as a GradScaler sets it, which does so for fp16
 
     def _draw_timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
         config = self.config
@@ -607,32 +692,39 @@ class Trainer:
     # What is written while it runs
 
     def _log(self) -> float:
-        """Write the last steps' figures to log.jsonl and the trackers; the mean loss of the last 20 steps."""
+        """
+        Write the last steps' figures to log.jsonl and the trackers; the mean loss of the last 20 steps, as far as it
+        is finite.
+        """
         accelerator = self.accelerator
         window = slice(max(0, self.step - _LOGGING_STEPS), self.step)
         sums = accelerator.reduce(torch.cat([self.level_losses.flatten(), self.losses[window]]), "sum")
-        self.losses[window] = sums[2 * _LEVEL_BINS :] / accelerator.num_processes
+        self.losses[window] = sums[3 * _LEVEL_BINS :] / accelerator.num_processes
         sums, recent = sums.cpu(), self.losses[window].cpu()
-        losses, counts = sums[: 2 * _LEVEL_BINS].reshape(2, _LEVEL_BINS)
+        losses, counts, broken = sums[: 3 * _LEVEL_BINS].reshape(3, _LEVEL_BINS)
         self.level_losses.zero_()
         edges = np.exp(np.linspace(*self.log_range, _LEVEL_BINS + 1))
         names = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
-        if not recent.isfinite().all():
-            first = self.step - len(recent) + 1 + int((~recent.isfinite()).nonzero()[0])
-            levels = ", ".join(name for name, loss in zip(names, losses, strict=True) if not math.isfinite(loss))
-            last_good = latest_checkpoint(self.output_dir)
+        skipped, in_a_row = self.skipped.tolist()
+        if skipped > self.skipped_before and accelerator.is_main_process:
+            tqdm.write(f"Steps skipped, as their gradient was not finite: {skipped - self.skipped_before}.")
+        self.skipped_before = skipped
+        if in_a_row >= min(_MAX_SKIPPED_IN_A_ROW, self.num_steps):
+            levels = ", ".join(name for name, count in zip(names, broken, strict=True) if count)
             raise FloatingPointError(
-                f"The loss is {recent[first - self.step + len(recent) - 1]} at step {first}, at noise levels sigma "
-                f"{levels}. The last good checkpoint is {last_good or 'none'}; a lower `learning_rate` or "
-                "`mixed_precision`='no' may help."
+                f"The gradient was not finite at {in_a_row} steps in a row, up to step {self.step}"
+                f"{f', nor the loss at noise levels sigma {levels}' if levels else ''}. {self._last_good()}"
             )
         start, start_step = self.clock
         total = self.config.train_batch_size * self.config.gradient_accumulation_steps * accelerator.num_processes
-        record = {
-            "step": self.step,
-            "loss": recent.mean().item(),
+        loss = recent[recent.isfinite()].mean().item()
+        record = {"step": self.step}
+        if math.isfinite(loss):
+            record["loss"] = loss
+        record |= {
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
             "grad_norm": float(self.grad_norm),
+            "skipped_steps": skipped,
             "images_per_second": (self.step - start_step) * total / (time.perf_counter() - start),
         }
         if self.steps_per_epoch:
@@ -646,7 +738,27 @@ class Trainer:
         }
         self._write(record)
         self.clock = time.perf_counter(), self.step
-        return record["loss"]
+        return loss
+
+    def _last_good(self) -> str:
+        return (
+            f"The last good checkpoint is {latest_checkpoint(self.output_dir) or 'none'}; a lower `learning_rate` or "
+            "`mixed_precision`='no' may help."
+        )
+
+    def _is_finite(self) -> bool:
+        """Whether weights, their averages and the optimizer's moments are finite, in all processes."""
+        moments = [s[name] for s in self.optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        tensors = [*self.weights, *self.averages, *moments]
+        broken = torch.stack([~tensor.detach().isfinite().all() for tensor in tensors]).any().float()
+        return self.accelerator.reduce(broken, "sum").item() == 0
+
+    def _check_finite(self) -> None:
+        if not self._is_finite():
+            raise FloatingPointError(
+                f"The weights, or the optimizer's moments, are not finite at step {self.step}, and are not saved. "
+                f"{self._last_good()}"
+            )
 
     def _start_log(self) -> None:
         if not self.accelerator.is_main_process:
@@ -657,6 +769,8 @@ class Trainer:
         # a run that goes on from a checkpoint takes the steps after it once more
         lines = path.read_text().splitlines() if path.exists() and self.step else []
         kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        if self.changes:
+            kept.append(json.dumps({"step": self.step, "changed_settings": self.changes}))
         path.write_text("".join(line + "\n" for line in kept))
         if self.config.logger:
             plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
@@ -665,20 +779,29 @@ class Trainer:
     def _write(self, record: dict) -> None:
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "log.jsonl", "a") as file:
+            with _warning("log.jsonl"), open(self.output_dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _make_pipeline(self) -> NCSNPipeline:
+    @torch.no_grad()
+    def _make_pipeline(self, to_save: bool = False) -> NCSNPipeline:
+        """
+        The pipeline of the weights that count: with the trainer's own network, to draw with, or with a copy whose
+        weights are contiguous, as diffusers 0.32 saves no others.
+        """
         if not self.config.use_ema:
             torch._foreach_copy_(self.averages, self.weights)
-        return NCSNPipeline(unet=self.eval_unet, scheduler=self.scheduler)
+        unet = self.eval_unet
+        if to_save:
+            unet = copy.deepcopy(unet).to(memory_format=torch.contiguous_format)
+        return NCSNPipeline(unet=unet, scheduler=self.scheduler)
 
     def _evaluate(self, pipeline: NCSNPipeline, path: Path) -> None:
         """Draw a grid of samples to `path`, report the validation loss; every process does its share."""
         images = self._draw(pipeline)
         if self.accelerator.is_main_process:
             grid = _enlarge(make_grid(pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())))
-            grid.save(path)
+            with _warning(path.name):
+                grid.save(path)
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -701,7 +824,8 @@ class Trainer:
         if self.num_classes is not None:
             arguments = {"class_labels": [i % self.num_classes for i in mine]}
         generators = [torch.Generator().manual_seed(self.config.seed + i) for i in mine]
-        images = pipeline(**arguments, generator=generators, output_type="pt").images
+        with self._together():
+            images = pipeline(**arguments, generator=generators, output_type="pt").images
         images = accelerator.gather(images).reshape(accelerator.num_processes, len(mine), *images.shape[1:])
         return images.transpose(0, 1).flatten(0, 1)[:num]
 
@@ -728,12 +852,20 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds beside weights, optimizer and schedule."""
-        return {"step": self.step, "losses": self.losses[: self.step].cpu(), "positions": self.positions}
+        return {
+            "step": self.step,
+            "losses": self.losses[: self.step].cpu(),
+            "skipped": self.skipped.cpu(),
+            "positions": self.positions,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where [`Trainer.state_dict`] was taken."""
         self.step = state["step"]
         self.losses[: self.step] = state["losses"][: self.num_steps].to(self.device)
+        if "skipped" in state:  # checkpoints of version 0.1 have none
+            self.skipped = state["skipped"].to(self.device)
+            self.skipped_before = int(self.skipped[0])
         positions = state["positions"]
         if positions is not None:
             if len(positions) != self.accelerator.num_processes:
@@ -748,28 +880,42 @@ class Trainer:
         Write the run's state aside and rename it when it is complete, so that a folder checkpoint-STEP is a whole one
         at any moment. A checkpoint that cannot be written costs a warning, not the run.
         """
+        self._check_finite()
         accelerator, folder = self.accelerator, aside(self.output_dir, self.step)
         self.positions = gather_object([self.images.position]) if self.config.streaming else None
         try:
-            accelerator.save_state(folder)
-            accelerator.wait_for_everyone()
+            with self._together():
+                accelerator.save_state(folder)
+            with self._together():
+                if accelerator.is_main_process:
+                    manifest = {"step": self.step, "config": asdict(self.config)}
+                    complete(self.output_dir, self.step, manifest, self.config.checkpoints_total_limit)
+        except _CANNOT_WRITE as failure:
             if accelerator.is_main_process:
-                manifest = {"step": self.step, "config": asdict(self.config)}
-                complete(self.output_dir, self.step, manifest, self.config.checkpoints_total_limit)
-        except (OSError, RuntimeError) as failure:  # torch and safetensors call a full disk a RuntimeError
-            shutil.rmtree(folder, ignore_errors=True)
-            tqdm.write(
-                f"The checkpoint of step {self.step} could not be written: {failure}. The last good one is "
-                f"{latest_checkpoint(self.output_dir)}; the training goes on."
-            )
+                shutil.rmtree(folder, ignore_errors=True)
+                tqdm.write(
+                    f"The checkpoint of step {self.step} could not be written: {failure}. The last good one is "
+                    f"{latest_checkpoint(self.output_dir)}; the training goes on."
+                )
 
     def _resume(self, checkpoint: Path) -> None:
         manifest = read_manifest(checkpoint)
         now = json.loads(json.dumps(asdict(self.config)))
-        changes = [f"{k}: {v} → {now.get(k)}" for k, v in manifest["config"].items() if v != now.get(k)]
-        changes = [change for change in changes if change.split(":")[0] not in _HARMLESS]
+        before = manifest["config"]
+        self.changes = {
+            name: {"before": value, "now": now.get(name)}
+            for name, value in before.items()
+            if value != now.get(name) and name not in _HARMLESS
+        }
+        for name in _MEANING:
+            if name in self.changes:
+                raise ValueError(
+                    f"`{name}`: the network of {checkpoint} was trained with {before[name]!r}, and cannot go on with "
+                    f"{now[name]!r}."
+                )
+        changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in self.changes.items())
         if changes:
-            self.accelerator.print("Going on with other settings than before: " + "; ".join(changes) + ".")
+            self.accelerator.print(f"Going on with other settings than before: {changes}.")
         if manifest["step"] > self.num_steps:
             raise ValueError(
                 f"`resume_from_checkpoint`: {checkpoint} has {manifest['step']} steps behind it, more than the "
@@ -779,10 +925,25 @@ class Trainer:
             self.accelerator.load_state(checkpoint)
         except (RuntimeError, KeyError) as error:
             raise ValueError(
-                f"`resume_from_checkpoint`: {checkpoint} holds another network than these settings make. "
-                f"{'; '.join(changes)}"
+                f"`resume_from_checkpoint`: {checkpoint} holds another network than these settings make. {changes}"
             ) from error
+        if not self._is_finite():
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} holds weights that are not finite; go on from an earlier one."
+            )
+        self._apply_settings()
+        if self.config.use_ema and not before.get("use_ema", True):
+            with torch.no_grad():
+                torch._foreach_copy_(self.averages, self.weights)  # those of the checkpoint are of no step
         self.accelerator.print(f"Going on from {checkpoint}.")
+
+    def _apply_settings(self) -> None:
+        """Let AdamW and the schedule follow the config, and not the one whose state has been loaded."""
+        schedule, settings = self.lr_scheduler, self._adamw_settings()
+        schedule.base_lrs = [settings["lr"]] * len(self.optimizer.param_groups)
+        for group, factor in zip(self.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group.update(settings, initial_lr=settings["lr"], lr=settings["lr"] * factor(self.step))
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 _REPLICATED = (
@@ -792,6 +953,8 @@ _REPLICATED = (
     DistributedType.MULTI_NPU,
     DistributedType.MULTI_XPU,
 )
+# Settings by which a network's input and output are understood: with others it is another network
+_MEANING = ("num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning")
 # Settings that may change between one part of a run and the next without a word
 _HARMLESS = (
     "output_dir",
@@ -830,6 +993,15 @@ def _interrupts() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _warning(name: str) -> Iterator[None]:
+    """A file that the run can do without costs a warning where it cannot be written."""
+    try:
+        yield
+    except _CANNOT_WRITE as failure:
+        tqdm.write(f"{name} could not be written: {failure}.")
+
+
 def _mixed_precision(config: TrainingConfig) -> str:
     if config.mixed_precision is not None:
         return config.mixed_precision
@@ -864,8 +1036,12 @@ def _enlarge(grid: Image.Image) -> Image.Image:
 
 
 def _save_loss_curve(losses: torch.Tensor, weighting: str, path: Path) -> None:
-    window = max(1, len(losses) // 50)
-    smooth = torch.nn.functional.avg_pool1d(losses[None], window, stride=1)[0] if len(losses) else losses
+    window, smooth = max(1, len(losses) // 50), losses
+    if len(losses):
+        finite = losses.isfinite()  # a loss that is not would take its whole window away
+        sums = torch.stack([torch.where(finite, losses, 0.0), finite.float()])
+        smooth, share = torch.nn.functional.avg_pool1d(sums[:, None], window, stride=1)[:, 0]
+        smooth = smooth / share
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(losses, color="tab:blue", alpha=0.25, label="each step")
     axes.plot(range(window // 2, window // 2 + len(smooth)), smooth, color="tab:blue", label=f"mean of {window} steps")

@@ -5,7 +5,7 @@ import torch
 from analytic import MIXTURE, AnalyticUNet, GaussianMixture, to_model_output, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler
-from ncsn_diffusers.score_matching import draw_timesteps, score_matching_loss, stratified
+from ncsn_diffusers.score_matching import draw_timesteps, normal_quantile, score_matching_loss, stratified
 
 CONVENTIONS = [
     (prediction_type, conditioning)
@@ -121,6 +121,17 @@ def test_uniform_levels_are_the_papers(conditioning):
     expected = train_sigmas(scheduler) if conditioning == "sigma" else torch.arange(10.0)
     torch.testing.assert_close(levels, expected)
     assert counts.tolist() == [100] * 10
+
+
+def test_normal_quantile_is_right_to_the_tails():
+    powers = torch.logspace(-11, math.log10(0.5), 20_000)
+    uniform = torch.cat([powers, 1 - powers, torch.linspace(0, 1, 20_001)[1:-1], torch.tensor([0.075, 0.925])])
+    exact = torch.special.ndtri(uniform.double())
+    inside = exact.isfinite()  # 1 - 1e-11 is 1 in float32
+    error = (normal_quantile(uniform) - exact).abs() / exact.abs().clamp(min=1)
+    assert error[inside].max() < 1e-6
+    ends = normal_quantile(torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == pytest.approx([-6.7060, 6.7060], abs=1e-3)  # as for 1e-11: finite
 
 
 def test_unknown_distribution():

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,10 +17,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, training
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet, train
@@ -104,7 +105,7 @@ def test_output_folder(small, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         *("model_index.json", "unet", "scheduler", "samples.png", "loss.png"),
-        *("checkpoint-2", "log.jsonl", "training_config.json"),
+        *("checkpoint-2", "log.jsonl", "training_config.json", ".lock"),
     }
     saved = json.loads((tmp_path / "out" / "training_config.json").read_text())
     assert saved["num_epochs"] == 1
@@ -372,22 +373,290 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_training(small, tmp_path, 
     assert {path.name for path in (tmp_path / "out").glob("*checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 3, 4)}
 
 
-def test_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
-    loss = training.score_matching_loss
-    calls = []
+def breaking(monkeypatch, broken_calls, what="loss"):
+    """Break loss or gradient at the highest of eight parts of log sigma at these calls, the first of which is 1."""
+    loss, calls = training.score_matching_loss, []
 
     def broken(model, scheduler, clean, noise, timesteps, *rest):
         calls.append(1)
         losses = loss(model, scheduler, clean, noise, timesteps, *rest)
-        large = scheduler.t_to_sigma(timesteps) > 12  # the highest of eight parts of log sigma
-        return torch.where(large & torch.tensor(len(calls) == 3), torch.nan, losses)
+        large = scheduler.t_to_sigma(timesteps) > 12
+        if what == "gradient" and len(calls) in broken_calls:
+            return losses + (losses * 0).sqrt()  # 0, of an infinite derivative
+        return torch.where(large & torch.tensor(len(calls) in broken_calls), torch.nan, losses)
 
     monkeypatch.setattr(training, "score_matching_loss", broken)
-    message = r"The loss is nan at step 3, at noise levels sigma 17 to 50. The last good checkpoint is .*checkpoint-2;"
+    return calls
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(small, tmp_path, monkeypatch, capsys, what):
+    arguments = {"checkpointing_steps": 1, "checkpoints_total_limit": 5, "noise_distribution": "uniform"}
+    with monkeypatch.context() as patch:
+        breaking(patch, {3}, what)
+        pipe = train(small(**arguments))
+    out = tmp_path / "out"
+    states = {step: checkpoint_state(out / f"checkpoint-{step}") for step in (2, 3, 4)}
+    for name, value in states[3].items():
+        # not the weights, nor AdamW's moments, nor its count of steps
+        if name.startswith("live.") or (name.startswith("optimizer.bin") and isinstance(value, torch.Tensor)):
+            assert torch.equal(value, states[2][name]), name
+    assert not torch.equal(states[4]["live.conv_in.weight"], states[3]["live.conv_in.weight"])
+    assert all(p.isfinite().all() for p in pipe.unet.parameters())
+    assert "Steps skipped, as their gradient was not finite: 1." in capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1]
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    # what goes on from before the step, or from after it, ends as the whole run did
+    for step, calls in ((2, {1}), (3, set())):
+        with monkeypatch.context() as patch:
+            breaking(patch, calls, what)
+            again = train(small(resume_from_checkpoint=str(out / f"checkpoint-{step}"), **arguments))
+        assert same_weights(again, pipe)
+        for name, value in checkpoint_state(out / "checkpoint-4").items():
+            torch.testing.assert_close(value, states[4][name], rtol=0, atol=0, equal_nan=True)
+
+
+def same_weights(first, second):
+    return all(torch.equal(p, q) for p, q in zip(first.unet.parameters(), second.unet.parameters(), strict=True))
+
+
+def test_many_steps_that_are_not_finite_end_the_run(small, tmp_path, monkeypatch):
+    calls = breaking(monkeypatch, set(range(6, 100)))
+    message = (
+        r"The gradient was not finite at 20 steps in a row, up to step 25, nor the loss at noise levels sigma 5.9 "
+        r"to 17, 17 to 50. The last good checkpoint is .*checkpoint-20; a lower `learning_rate`"
+    )
     with pytest.raises(FloatingPointError, match=message):
-        train(small(checkpointing_steps=2, noise_distribution="uniform"))
+        train(small(checkpointing_steps=5, num_epochs=50, noise_distribution="uniform", checkpoints_total_limit=20))
+    assert len(calls) == 25
+
+
+def test_a_run_without_a_finite_step_is_not_saved(small, tmp_path, monkeypatch):
+    breaking(monkeypatch, {1, 2, 3, 4})
+    with pytest.raises(FloatingPointError, match=r"not finite at 4 steps in a row.*last good checkpoint is none"):
+        train(small(noise_distribution="uniform"))
     assert not (tmp_path / "out" / "model_index.json").exists()
-    assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("where", ["weights", "averages", "moments"])
+def test_what_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, where):
+    step = Trainer.training_step
+
+    def broken(self, batches):
+        step(self, batches)
+        if self.step == 3:
+            moments = [s["exp_avg_sq"] for s in self.optimizer.optimizer.state.values()]
+            tensors = {"weights": self.weights, "averages": self.averages, "moments": moments}[where]
+            tensors[5].detach().view(-1)[0] = math.inf
+
+    pipe = train(small(num_epochs=1))
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    message = r"not finite at step 3, and are not saved. The last good checkpoint is .*checkpoint-2;"
+    for checkpointing_steps in (1, 0):  # at a checkpoint, and at the end
+        arguments = {"max_train_steps": 3, "checkpointing_steps": checkpointing_steps}
+        with pytest.raises(FloatingPointError, match=message):
+            train(small(resume_from_checkpoint="latest", **arguments))
+        assert same_weights(NCSNPipeline.from_pretrained(tmp_path / "out"), pipe)
+        assert not (tmp_path / "out" / "checkpoint-3").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(small, tmp_path):
+    train(small(num_epochs=1))
+    path = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"][0] = math.nan
+    save_file(weights, path, metadata={"format": "pt"})  # as large as before
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds weights that are not finite; go on from an earlier one"):
+        train(small(resume_from_checkpoint="latest"))
+
+
+# What comes out
+
+
+def test_returned_weights_can_be_trained_and_saved(small, tmp_path, monkeypatch):
+    handed = []
+    save = UNet2DModel.save_pretrained
+
+    def watched(self, *arguments, **keywords):
+        handed.extend(self.state_dict().values())
+        return save(self, *arguments, **keywords)
+
+    monkeypatch.setattr(UNet2DModel, "save_pretrained", watched)
+    for use_ema in (True, False):
+        trainer = Trainer(small(use_ema=use_ema, overwrite_output_dir=True, eval_steps=1))
+        pipe = trainer.train()
+        assert any(not p.is_contiguous() for p in trainer.eval_unet.parameters())  # channels last, while it trains
+        assert all(p.is_leaf and p.grad_fn is None for p in trainer.averages)
+        parameters = list(pipe.unet.parameters())
+        assert all(p.is_leaf and p.requires_grad and p.grad_fn is None for p in parameters)
+        pipe.unet.requires_grad_(False)
+        pipe.unet.requires_grad_(True)
+        pipe.unet(torch.zeros(1, 1, 8, 8), torch.tensor([1.0])).sample.square().sum().backward()
+        torch.optim.SGD(parameters, lr=0.1).step()
+        pipe.save_pretrained(tmp_path / "again")
+    assert handed  # diffusers 0.32 saves contiguous weights only
+    assert all(tensor.is_contiguous() for tensor in handed)
+
+
+@pytest.mark.slow
+def test_notebook_launcher(small, tmp_path):
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        "from accelerate import notebook_launcher\n"
+        "from ncsn_diffusers.training import TrainingConfig, train\n"
+        f"notebook_launcher(train, ({small(train_batch_size=10)!r},), num_processes=2)\n"
+    )
+    process = launch(sys.executable, script, num_threads=1)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    one = train(small(output_dir=str(tmp_path / "one"), adam_epsilon=1e-8))
+    two = NCSNPipeline.from_pretrained(tmp_path / "out")
+    for p, q in zip(one.unet.parameters(), two.unet.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-3)
+
+
+def test_another_precision_in_the_same_process(small):
+    with_bf16 = trained_weights(small(mixed_precision="bf16"))
+    train(small(overwrite_output_dir=True, mixed_precision="no"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain = train(small(overwrite_output_dir=True))
+    again = train(small(overwrite_output_dir=True, mixed_precision="bf16"))  # without a reset
+    assert torch.equal(torch.cat([p.detach().flatten() for p in again.unet.parameters()]), with_bf16)
+    assert same_weights(train(small(overwrite_output_dir=True, mixed_precision="no")), plain)
+
+
+# Settings given anew
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 1e-4},
+        {"lr_scheduler": "linear"},
+        {"lr_scheduler": "polynomial", "learning_rate": 2e-3},
+        {"lr_warmup_steps": 4},
+        {"adam_weight_decay": 10.0},
+        {"adam_beta1": 0.5, "adam_beta2": 0.9},
+        {"adam_epsilon": 1e-2},
+        {"max_train_steps": 9},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_settings_given_anew_hold(small, tmp_path, changes):
+    train(small(max_train_steps=3, checkpointing_steps=3))
+    arguments = {"max_train_steps": 6, "checkpointing_steps": 4} | changes
+    config = small(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"), use_ema=False, **arguments)
+    trainer = Trainer(config)
+    trainer._resume(trainer.checkpoint)
+
+    # the reference: AdamW with these settings, the moments so far, and the schedule four steps on
+    before = [p.detach().clone().requires_grad_() for p in trainer.weights]
+    names = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    reference = torch.optim.AdamW(before, weight_decay=config.adam_weight_decay, fused=True, **names)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        reference,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    )
+    for _ in range(3):
+        reference.step()
+        schedule.step()
+    (group,) = trainer.optimizer.param_groups
+    (expected,) = reference.param_groups
+    for name in ("lr", "initial_lr", "betas", "eps", "weight_decay"):
+        assert group[name] == expected[name], name
+    for p, q in zip(before, trainer.weights, strict=True):
+        reference.state[p] = {k: v.clone() for k, v in trainer.optimizer.optimizer.state[q].items()}
+
+    def keep_gradients(grad_norm, skip=trainer._skip_unless_finite):
+        for p, q in zip(before, trainer.weights, strict=True):
+            p.grad = None if q.grad is None else q.grad.clone()
+        skip(grad_norm)
+
+    trainer._skip_unless_finite = keep_gradients
+    trainer.training_step(trainer.images.batches(config.train_batch_size, config.seed, 3))
+    reference.step()
+    schedule.step()
+    for p, q in zip(before, trainer.weights, strict=True):
+        assert torch.equal(p, q)
+    assert trainer.lr_scheduler.get_last_lr() == schedule.get_last_lr() == [group["lr"]]
+
+
+def test_log_tells_what_was_changed(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(small(max_train_steps=2))
+    train(small(max_train_steps=4, lr_scheduler="constant", learning_rate=1e-4, resume_from_checkpoint="latest"))
+    assert "lr_scheduler: cosine → constant" in capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert records[1]["step"] == 2
+    assert records[1]["changed_settings"]["learning_rate"] == {"before": 1e-3, "now": 1e-4}
+    assert records[-1]["learning_rate"] == 1e-4
+    assert json.loads((out / "training_config.json").read_text())["learning_rate"] == 1e-4  # which the card quotes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "`prediction_type`: .*trained with 'v_prediction', and .* with 'epsilon'"),
+        ({"sigma_max": 20.0}, r"`sigma_max`: .*trained with 50.0, and cannot go on with 20.0"),
+        ({"num_train_timesteps": 100}, r"`num_train_timesteps`: .*trained with 1000, and cannot go on with 100"),
+    ],
+)
+def test_what_a_network_means_cannot_change(small, changes, message):
+    train(small(max_train_steps=1))
+    with pytest.raises(ValueError, match=message):
+        train(small(max_train_steps=2, resume_from_checkpoint="latest", **changes))
+
+
+def test_averages_begin_with_the_weights_when_they_are_asked_for_late(small):
+    train(small(max_train_steps=3, use_ema=False))
+    trainer = Trainer(small(max_train_steps=4, resume_from_checkpoint="latest"))
+    trainer._resume(trainer.checkpoint)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.weights, trainer.averages, strict=True))
+
+
+# Two runs on one folder
+
+
+def test_two_runs_on_one_folder(small, tmp_path):
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(package=Path(training.__file__).parent), tmp_path / "out"],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    before = sorted((tmp_path / "out").iterdir())
+    for arguments in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(BlockingIOError, match=r"Another run is using .*out: wait for it, or name another folder"):
+            train(small(**arguments))
+    assert sorted((tmp_path / "out").iterdir()) == before
+    holder.kill()
+    holder.wait()
+    train(small(max_train_steps=1))  # the owner's death has released it
+
+
+# checkpoints.py alone, without the seconds that importing torch takes
+HOLD = """
+import importlib.util, pathlib, sys, time
+spec = importlib.util.spec_from_file_location("checkpoints", "{package}/checkpoints.py")
+checkpoints = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(checkpoints)
+file = checkpoints.lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_run_that_is_over_leaves_the_folder_free(small, tmp_path):
+    config = small(max_train_steps=1)
+    train(config)
+    with pytest.raises(FileExistsError) as failure:  # kept by a notebook, and with it the frames and what they hold
+        train(config)
+    code = HOLD.format(package=Path(training.__file__).parent).replace("time.sleep(300)", "")
+    assert subprocess.check_output([sys.executable, "-c", code, tmp_path / "out"]) == b"held\n"
+    assert "holds a pipeline" in str(failure.value)
 
 
 # Batches, processes and schedules

@@ -7,7 +7,7 @@ extractor is any callable from uint8 pictures `(n, channels, height, width)` to 
 [`extract_features`] runs one over a whole set, and quantises to 8 bits first, real and generated pictures alike:
 a distance must not see which of the two was once stored in a file.
 
-The statistics are computed by torch-fidelity (`pip install "ncsn_diffusers[evaluation]"`). All of them depend on the
+The statistics are computed by torch-fidelity (`pip install torch-fidelity`). All of them depend on the
 features and on the number of pictures, most of all the Fréchet distance, whose bias falls like one over that number:
 report both beside every figure, with the same figure for held-out real pictures, its floor.
 """
@@ -392,11 +392,23 @@ def _check_features(**named: torch.Tensor) -> list[torch.Tensor]:
     return [features.double().cpu() for features in named.values()]
 
 
+def require_torch_fidelity() -> None:
+    """
+    Make sure that the statistics can be computed, before images are drawn for them.
+
+    Raises:
+        ImportError: torch-fidelity, or the torchvision it needs, is missing or cannot be imported.
+    """
+    for module in ("feature_extractor_inceptionv3", "metric_fid", "metric_kid", "metric_prc"):
+        _torch_fidelity(module)
+
+
 def _torch_fidelity(module: str):
     # Only here: it takes torchvision along and seconds to import, and training needs neither.
     try:
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:
         raise ImportError(
-            'The statistics are torch-fidelity\'s: `pip install "ncsn_diffusers[evaluation]"` installs it.'
+            "The statistics need torch-fidelity (`pip install torch-fidelity`), and a torchvision that matches torch "
+            f"({error})."
         ) from error

@@ -36,6 +36,7 @@ from ncsn_diffusers.evaluation import (
     kernel_distance,
     load_digit_classifier,
     precision_recall,
+    require_torch_fidelity,
     to_uint8,
 )
 from ncsn_diffusers.sampling import (
@@ -280,6 +281,10 @@ def samplers(
     if unknown:
         raise SystemExit(f"--names must be among {', '.join(known)}, not {', '.join(sorted(unknown))}.")
     check_output(output)
+    try:
+        require_torch_fidelity()
+    except ImportError as error:
+        raise SystemExit(f"benchmark.py: {error}") from error
     classifier = load_digit_classifier()
     if num_images <= classifier.head.in_features:
         raise SystemExit(

@@ -48,6 +48,7 @@ from ncsn_diffusers.evaluation import (
     load_digit_classifier,
     nearest_neighbours,
     precision_recall,
+    require_torch_fidelity,
     to_uint8,
 )
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
@@ -135,6 +136,7 @@ class EvaluateConfig(SamplingConfig):
         super().__post_init__()
         if self.update_model_card and not (Path(self.pipeline) / "README.md").is_file():
             raise ValueError(f"`update_model_card` needs a model card, {Path(self.pipeline) / 'README.md'}.")
+        require_torch_fidelity()
 
 
 # Pictures and features

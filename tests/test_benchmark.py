@@ -17,6 +17,10 @@ from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 
 ROOT = Path(__file__).parent.parent
 
+needs_statistics = pytest.mark.skipif(
+    importlib.util.find_spec("torch_fidelity") is None, reason="distances need torch-fidelity"
+)
+
 
 @pytest.fixture(scope="module")
 def benchmark():
@@ -45,6 +49,7 @@ def rows_of(path):
     return saved["rows"]
 
 
+@needs_statistics
 def test_samplers(tmp_path, benchmark, folders, capsys):
     pipeline, digits = folders
     names = ("annealed Langevin", "SDE-DPM-Solver++", "NCSNv2")
@@ -70,6 +75,7 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     assert Image.open(tmp_path / "all.png").width > 100
 
 
+@needs_statistics
 def test_samplers_goes_on_where_it_ended(tmp_path, benchmark, folders, monkeypatch):
     pipeline, digits = map(str, folders)
     call, drawn, most = NCSNPipeline.__call__, [], [3]
@@ -99,6 +105,7 @@ def test_samplers_goes_on_where_it_ended(tmp_path, benchmark, folders, monkeypat
     assert rows_of(tmp_path / "all")[1:] != first[1:]
 
 
+@needs_statistics
 def test_samplers_in_two_processes(tmp_path, benchmark, folders):
     arguments = (
         "samplers",
@@ -127,6 +134,7 @@ def test_samplers_in_two_processes(tmp_path, benchmark, folders):
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
 
 
+@needs_statistics
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -139,6 +147,14 @@ def test_samplers_refuses_bad_flags(benchmark, folders, arguments, message):
     pipeline, digits = folders
     with pytest.raises(SystemExit, match=message):
         benchmark.samplers(str(pipeline), str(digits), **arguments)
+
+
+def test_samplers_asks_for_the_statistics_library_first(tmp_path, benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"^benchmark\.py: .*`pip install torch-fidelity`"):
+        benchmark.samplers("nowhere", "nowhere", output=str(tmp_path / "all"))
 
 
 def test_overhead_of_a_compiled_network(tmp_path, benchmark, folders, capsys):

@@ -31,6 +31,8 @@ from ncsn_diffusers.evaluation import (
 )
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
 
+pytest.importorskip("torch_fidelity")
+
 ROOT = Path(__file__).parent.parent
 
 spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
@@ -326,6 +328,15 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
 def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate.EvaluateConfig("nowhere", **arguments)
+
+
+def test_the_statistics_library_is_asked_for_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^evaluate\.py: .*`pip install torch-fidelity`"):
+        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize(

@@ -1067,9 +1067,10 @@ def _check_flag(name, value):
 
 
 def _check_count(name, value, at_least=1, at_most=math.inf):
-    if isinstance(value, bool) or not isinstance(value, Integral) or not at_least <= value <= at_most:
-        limits = f"of at least {at_least}" + ("" if math.isinf(at_most) else f" and at most {at_most}")
-        raise ValueError(f"`{name}` must be an int {limits}, not {_short(value)}.")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(f"`{name}` must be an int of at least {at_least}, not {_short(value)}.")
+    if value > at_most:
+        raise ValueError(f"`{name}` must be at most {at_most}, not {_short(value)}.")
 
 
 def _check_number(name, value, at_least=-math.inf, at_most=math.inf, above=-math.inf, below=math.inf):
@@ -1077,7 +1078,7 @@ def _check_number(name, value, at_least=-math.inf, at_most=math.inf, above=-math
     if not (is_number and at_least <= value <= at_most and above < value < below):
         limits = [(at_least, "of at least"), (above, "above"), (at_most, "at most"), (below, "below")]
         stated = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
-        raise ValueError(f"`{name}` must be a number {stated}, not {_short(value)}.")
+        raise ValueError(f"`{name}` must be a finite number {stated}, not {_short(value)}.")
 
 
 def _check_levels(name, values, low, high, num_steps, extra, denoise=None) -> np.ndarray:
@@ -1107,9 +1108,10 @@ def _check_levels(name, values, low, high, num_steps, extra, denoise=None) -> np
     levels, counts = np.array([level for level, _ in runs]), [count for _, count in runs]
     if len(levels) > MAX_LEVELS:
         raise ValueError(f"`{name}` must be at most {MAX_LEVELS} levels, not {len(levels)}.")
+    if not np.all(np.diff(levels.astype(np.float32)) < 0):  # what is shown, and given to the network
+        raise ValueError(f"`{name}` must fall from each value to the next, not {_short(given.tolist())}.")
     whole = [set(counts), {*counts[:-1], counts[-1] - 1}] if extra else [set(counts)]
-    # float32 is what the levels are shown and given to the network in
-    if not any(count in ({1}, {num_steps}) for count in whole) or not np.all(np.diff(levels.astype(np.float32)) < 0):
+    if not any(count in ({1}, {num_steps}) for count in whole):
         raise ValueError(
             f"`{name}` must fall from each value to the next, or hold each num_langevin_steps={num_steps} times, not "
             f"{_short(given.tolist())}."

@@ -344,7 +344,7 @@ def samplers(
             features = kept.compute(
                 f"{name}, {evaluations}", depends_on, num_images, batch_size, draw, may_replace=overwrite_output_dir
             )["features"]
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             raise SystemExit(f"benchmark.py: {error}") from error
         judge(name, evaluations, features)
     if accelerator.is_main_process:

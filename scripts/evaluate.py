@@ -484,7 +484,7 @@ class Evaluation:
             """uint8 pictures, their generators, and the class that means none."""
             images = held_out[rows.start : rows.stop].to(device)
             generators = [torch.Generator().manual_seed(config.seed + i) for i in rows]
-            return images, generators, pipe._embedding_indices(None, len(images), 1.0, device)
+            return images, generators, pipe._embedding_indices(None, len(images), device)
 
         def losses(rows: range):
             images, generators, labels = batch(rows)
@@ -586,5 +586,5 @@ def main(config: EvaluateConfig) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(EvaluateConfig, use_underscores=True))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import diffusers
 import numpy as np
@@ -6,8 +7,14 @@ import PIL.Image
 import pytest
 import torch
 from analytic import ClassUNet, Gaussian, GaussianUNet, train_sigmas
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler
-from test_pipeline_ncsn import small_unet
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
+from test_pipeline_ncsn import Halving, conditional_pipeline, small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 
@@ -110,6 +117,148 @@ def test_langevin_variants_draw_the_conditional_gaussian(arguments):
     samples = pipe(image, drawn, 20_000, generator=generator, output_type="latent").images.flatten(1)
     expected = prior.conditional(drawn.flatten(), torch.full((8,), 0.2, dtype=torch.float64))
     check_conditional(samples[:, drawn.flatten()].double(), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_langevin_steps": 2},
+        {"sigmas": np.geomspace(30, 0.02, 60)},
+        {"sigmas": np.geomspace(30, 0.02, 40).tolist(), "num_langevin_steps": 2},
+    ],
+)
+def test_levels_and_steps_of_ones_own_draw_the_conditional_gaussian(arguments):
+    check_conditional(*inpaint_gaussian(*rotated_prior(), **arguments))
+
+
+def test_levels_are_the_ones_given():
+    pipe, levels, shown = small_pipeline(), [20.0, 3.3, 0.5], []
+    pipe(
+        **GOOD,
+        sigmas=levels,
+        num_langevin_steps=2,
+        callback_on_step_end=lambda pipe, i, t, tensors: shown.append(tensors["sigma"].item()),
+        callback_on_step_end_tensor_inputs=["sigma"],
+    )
+    assert shown == pytest.approx(np.repeat(levels, 2), rel=1e-3)
+
+
+# --- From what the image holds where it is drawn ---
+
+
+def begin_from_the_image(scheduler_class, num_resamplings, num_langevin_steps=1, strength=0.5, steps=40):
+    """
+    Mean, over the image's own value, and variance of 8,000 drawn pixels, and what they should be. The pixels are
+    independent, N(0, 0.5²), so that those drawn follow the recursion of passes and steps, whatever the known ones are.
+    """
+    scheduler = scheduler_class.from_config({**AnnealedLangevinScheduler(solver_order=1).config})
+    prior = Gaussian(torch.zeros(8), 0.25 * torch.eye(8))
+    pipe = quiet_pipeline(GaussianUNet(prior, 2, 4, train_sigmas(AnnealedLangevinScheduler()).tolist()), scheduler)
+    langevin = scheduler_class is AnnealedLangevinScheduler
+    samples = pipe(
+        torch.full((1, 1, 2, 4), 0.9),  # 0.8 in units of the data
+        torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]]),
+        2000,
+        steps,
+        num_resamplings,
+        num_langevin_steps if langevin else None,
+        strength=strength,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    assert (samples[:, :, 0, 1::2] == samples[0, 0, 0, 1]).all()  # known
+    drawn = samples[:, :, 0, ::2].double()
+
+    begin = round((1 - strength) * steps) * num_langevin_steps
+    if langevin:
+        rows = [(row.sigma, row.kappa, row.c) for row in scheduler._table[begin:]]
+    else:  # Euler's rule for the probability flow
+        sigmas = scheduler.sigmas.tolist()
+        rows = [(sigma, after / sigma, 0.0) for sigma, after in pairwise(sigmas)][begin:]
+    mean, variance = 1.0, rows[0][0] ** 2
+    for sigma, kappa, c in rows:
+        for _ in range(num_resamplings):  # (1)
+            gain = 0.25 / (0.25 + 2 * sigma**2)
+            mean, variance = gain * mean, gain**2 * variance + (1 + gain) ** 2 * sigma**2
+        factor = kappa + (1 - kappa) * 0.25 / (0.25 + sigma**2)
+        mean, variance = factor * mean, factor**2 * variance + c**2
+    return (drawn.mean().item() / 0.8, drawn.var().item()), (mean, variance)
+
+
+@pytest.mark.parametrize("num_resamplings", [0, 1])
+@pytest.mark.parametrize("strength", [0.3, 0.5])
+@pytest.mark.parametrize(
+    ("scheduler_class", "num_langevin_steps"),
+    [(AnnealedLangevinScheduler, 1), (AnnealedLangevinScheduler, 2), (EulerDiscreteScheduler, 1)],
+)
+def test_strength_begins_from_the_noised_image(scheduler_class, num_langevin_steps, strength, num_resamplings):
+    observed, expected = begin_from_the_image(scheduler_class, num_resamplings, num_langevin_steps, strength)
+    # 8,000 pixels: 0.6 % of the image's value and 1.6 % of the variance at one error
+    assert observed[0] == pytest.approx(expected[0], abs=0.03)
+    assert observed[1] == pytest.approx(expected[1], rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "evaluations"), [(AnnealedLangevinScheduler, 24), (HeunDiscreteScheduler, 35)]
+)
+def test_strength_is_the_share_of_the_steps(scheduler_class, evaluations):
+    prior, size = rotated_prior()
+    unet = GaussianUNet(prior, *size, train_sigmas(AnnealedLangevinScheduler()).tolist())
+    pipe = quiet_pipeline(unet, scheduler_class.from_config(AnnealedLangevinScheduler().config))
+    pipe(torch.rand(1, 1, 2, 4), torch.ones(2, 4), num_inference_steps=40, strength=0.3, num_resamplings=1)
+    assert pipe.unet.evaluations == evaluations  # 12 levels, each with a pass and one step or, but for the last, two
+
+
+def test_full_strength_pays_no_regard_to_what_is_drawn_over():
+    pipe = small_pipeline()
+    mask = torch.zeros(8, 8)
+    mask[:4] = 1
+    images = []
+    for value in (0.0, 1.0):
+        image = torch.full((1, 1, 8, 8), 0.5)
+        image[:, :, :4] = value
+        images.append(pipe(image, mask, 1, 4, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    assert torch.equal(*images)
+
+
+# --- Callbacks ---
+
+
+def test_callback_classes_and_dynamic_guidance():
+    unconditional = conditional_pipeline()
+    pipe = quiet_pipeline(unconditional.unet, unconditional.scheduler)
+    forward, batches = pipe.unet.forward, []
+
+    def recording_forward(sample, timestep, class_labels, return_dict=True):
+        batches.append(class_labels.tolist())
+        return forward(sample, timestep, class_labels, return_dict)
+
+    pipe.unet.forward = recording_forward
+
+    def callback(pipe, step_index, timestep, callback_kwargs):
+        if step_index == int(pipe.num_timesteps * 0.4):
+            pipe._guidance_scale = 0.0
+        return callback_kwargs
+
+    pipe(**GOOD, num_inference_steps=5, class_labels=2, guidance_scale=3.0, callback_on_step_end=callback)
+    guided = 3 + 2 * 3  # steps and passes; none at the first level, above which there is nothing
+    assert batches[:guided] == [[2, 3]] * guided
+    assert batches[guided:] == [[2]] * (2 + 2 * 3)
+
+    draws = [
+        pipe(
+            **GOOD,
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            callback_on_step_end=callback,
+        ).images
+        for callback in (
+            Halving(cutoff_step_ratio=0.5),
+            lambda pipe, i, t, tensors: {"latents": tensors["latents"] / 2} if i == 2 else None,
+        )
+    ]
+    assert torch.equal(*draws)
 
 
 def test_plain_replacement_would_not_do():
@@ -339,6 +488,11 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"guidance_scale": 2.0}, "`guidance_scale`=2.0 guides towards a class"),
         ({"output_type": "jpeg"}, "`output_type` must be one of"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an int of at least 1"),
+        ({"num_langevin_steps": 0}, "`num_langevin_steps` must be an int of at least 1"),
+        ({"sigmas": [1, 2]}, "`sigmas` must fall from each value to the next"),
+        ({"strength": 0}, "`strength` must be a number above 0 and at most 1, not 0"),
+        ({"strength": 1.5}, "`strength` must be a number above 0 and at most 1, not 1.5"),
+        ({"callback_on_step_end_tensor_inputs": ["mask"]}, "must be among"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_evaluation(arguments, message):
@@ -353,7 +507,20 @@ def test_pndm_cannot_begin_anew():
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match=r"`num_resamplings` needs a scheduler that can begin in the middle .* PNDM"):
         pipe(**GOOD)
+    with pytest.raises(ValueError, match="`strength` needs a scheduler that can begin in the middle"):
+        pipe(**GOOD, num_resamplings=0, strength=0.5)
+    with pytest.raises(ValueError, match="`num_inference_steps`=3 is too few for PNDMScheduler"):
+        pipe(**GOOD, num_inference_steps=3, num_resamplings=0)
     pipe(**GOOD, num_inference_steps=5, num_resamplings=0)
+
+
+def test_stock_schedulers_refuse_what_only_langevin_knows():
+    pipe = small_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="`num_langevin_steps`=2 is for AnnealedLangevinScheduler; DDIMScheduler"):
+        pipe(**GOOD, num_langevin_steps=2)
+    with pytest.raises(ValueError, match=r"`sigmas`=\[2, 1\] is for AnnealedLangevinScheduler; DDIMScheduler"):
+        pipe(**GOOD, sigmas=[2, 1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -156,6 +156,10 @@ def test_settings():
     [
         ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers.* Did you mean DDIMScheduler"),
         ({"scheduler": "UNet2DModel"}, "`scheduler`='UNet2DModel' is no scheduler of diffusers"),
+        ({"scheduler": "IPNDMScheduler"}, "IPNDMScheduler does not fit: .* AnnealedLangevinScheduler and DDIM"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler does not fit"),
+        ({"scheduler": "LCMScheduler"}, "LCMScheduler does not fit"),
+        ({"scheduler": "EDMEulerScheduler"}, "EDMEulerScheduler does not fit"),
         (
             {"scheduler": "DDIMScheduler", "scheduler_config": ("step_size=1",)},
             "DDIMScheduler has no setting step_size, but beta_end",
@@ -177,6 +181,14 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message)
     ("arguments", "message"),
     [
         ({"class_labels": (3,)}, "`class_labels` must be an int or a list of ints from 0 to 2"),
+        (
+            {"scheduler": "DPMSolverMultistepScheduler", "scheduler_config": ("use_flow_sigmas=true",)},
+            "DPMSolverMultistepScheduler with use_flow_sigmas=True does not fit",
+        ),
+        (
+            {"scheduler": "PNDMScheduler", "num_inference_steps": 3},
+            "`num_inference_steps`=3 is too few for PNDMSchedul",
+        ),
         ({"scheduler_config": ("no_such=1",)}, "AnnealedLangevinScheduler has no setting no_such"),
         ({"scheduler_config": ("step_size=2",)}, "`step_size` must be a finite number above 0 and at most 1, not 2"),
     ],
@@ -184,6 +196,15 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message)
 def test_what_the_pipeline_refuses(tmp_path, pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         sample.main(sample.SampleConfig(str(pipeline), output_dir=str(tmp_path), **arguments))
+
+
+def test_black_images_are_an_error(tmp_path, pipeline):
+    arguments = ["--num_images", 2, "--num_inference_steps", 2, "--scheduler", "KDPM2AncestralDiscreteScheduler"]
+    result = run(pipeline, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "sample.py: The sample of KDPM2AncestralDiscreteScheduler is not finite after step" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not any((tmp_path / "samples").iterdir())
 
 
 def test_errors_on_the_command_line(tmp_path):

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import features
+from test_training import small_config
 
 from ncsn_diffusers.data import (
     EMBEDDED_DIGITS,
@@ -26,6 +27,7 @@ from ncsn_diffusers.data import (
     open_images,
     to_model_range,
 )
+from ncsn_diffusers.training import train
 
 CPU = torch.device("cpu")
 
@@ -630,3 +632,10 @@ def test_first_image_of_a_stream_may_be_corrupt(tmp_path):
     assert take(images, 2, batch_size=2) == [40] * 4
     with pytest.raises(UnreadableImageError, match=r"0\.png"):
         opened(stream, resolution=8)
+
+
+def test_numbers_of_images_and_classes_are_printed_at_the_start(tmp_path, capsys):
+    numbered(tmp_path / "set", *(f"{kind}/{i}.png" for kind in ("car", "dog", "train") for i in range(8)))
+    arguments = {"train_data_dir": str(tmp_path / "set"), "output_dir": str(tmp_path / "out"), "max_train_steps": 1}
+    train(small_config(resolution=8, class_conditional=True, **arguments))
+    assert "Training on 24 images (1 channels, 8×8) of 3 classes." in capsys.readouterr().out

@@ -277,7 +277,7 @@ def test_columns_of_encoded_files(kind, streaming):
 
 def test_columns_that_hold_no_image_are_named_with_their_types():
     numbers = {"a": pa.array([[1, 2]]), "b": pa.array([{"x": 1, "bytes": b""}]), "c": pa.array([b""])}
-    lists = Dataset.from_dict({"images": [[PILImage.new("L", (4, 4))]]})
+    lists = Dataset.from_dict({"images": [[PILImage.new("L", (4, 4))]]}, features=Features({"images": [Image()]}))
     with pytest.raises(ValueError, match=r"needs a column of images, .*it has \{'images': 'lists of Image'\}"):
         find_columns(lists)
     dataset = Dataset(pa.table(numbers))

@@ -138,7 +138,7 @@ def _load_folder(folder: str, config_name: str | None, split: str, streaming: bo
         return load_dataset(folder, data_files=files, split=split, streaming=streaming)
     if metadata:
         files = {
-            name: sorted({escape(os.path.join(folder, os.path.dirname(path))) + "/*" for path in paths})
+            name: sorted({escape(os.path.dirname(os.path.join(folder, path))) + "/*" for path in paths})
             + [escape(os.path.join(folder, p)) for p in metadata if name in _splits_below(os.path.dirname(p), splits)]
             for name, paths in splits.items()
         }

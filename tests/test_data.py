@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import features
+from test_training import small_config
 
 from ncsn_diffusers.data import (
     EMBEDDED_DIGITS,
@@ -26,6 +27,7 @@ from ncsn_diffusers.data import (
     open_images,
     to_model_range,
 )
+from ncsn_diffusers.training import train
 
 CPU = torch.device("cpu")
 
@@ -275,7 +277,7 @@ def test_columns_of_encoded_files(kind, streaming):
 
 def test_columns_that_hold_no_image_are_named_with_their_types():
     numbers = {"a": pa.array([[1, 2]]), "b": pa.array([{"x": 1, "bytes": b""}]), "c": pa.array([b""])}
-    lists = Dataset.from_dict({"images": [[PILImage.new("L", (4, 4))]]})
+    lists = Dataset.from_dict({"images": [[PILImage.new("L", (4, 4))]]}, features=Features({"images": [Image()]}))
     with pytest.raises(ValueError, match=r"needs a column of images, .*it has \{'images': 'lists of Image'\}"):
         find_columns(lists)
     dataset = Dataset(pa.table(numbers))
@@ -630,3 +632,10 @@ def test_first_image_of_a_stream_may_be_corrupt(tmp_path):
     assert take(images, 2, batch_size=2) == [40] * 4
     with pytest.raises(UnreadableImageError, match=r"0\.png"):
         opened(stream, resolution=8)
+
+
+def test_numbers_of_images_and_classes_are_printed_at_the_start(tmp_path, capsys):
+    numbered(tmp_path / "set", *(f"{kind}/{i}.png" for kind in ("car", "dog", "train") for i in range(8)))
+    arguments = {"train_data_dir": str(tmp_path / "set"), "output_dir": str(tmp_path / "out"), "max_train_steps": 1}
+    train(small_config(resolution=8, class_conditional=True, **arguments))
+    assert "Training on 24 images (1 channels, 8×8) of 3 classes." in capsys.readouterr().out

@@ -6,7 +6,6 @@ anything is built, no module that it names is imported, and none of its code is 
 names the file, the key and the value.
 """
 
-import contextlib
 import hashlib
 import importlib
 import inspect
@@ -98,31 +97,46 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
         return pipe
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
         """
         As [`~DiffusionPipeline.download`]: the folder of the cache that holds the repository's pipeline. The configs
-        come first, and nothing else does where they cannot be used. Files whose content differs from what the Hub
-        says of them are refused.
+        come first, and nothing else does where they cannot be used; then the weights, as safetensors or else, of a
+        foreign pipeline, as a pickle. Files whose content differs from what the Hub says of them are refused.
 
         Raises:
             OSError, ValueError: as [`from_pretrained`].
         """
         options = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
         options = {name: kwargs[name] for name in options if kwargs.get(name) is not None}
-        names = [_INDEX, *_CONFIGS.values(), *(f"{part}/{file}" for part, file in _CONFIGS.items())]
-        with _explained(pretrained_model_name, kwargs.get("revision") or "main"):
-            folder = snapshot_download(pretrained_model_name, allow_patterns=names, **options)
-        _check_content(folder, pretrained_model_name)
-        read_configs(folder, pretrained_model_name, kwargs.keys() & _CONFIGS.keys())
-        with _explained(pretrained_model_name, kwargs.get("revision") or "main"):
-            folder = super().download(pretrained_model_name, **kwargs)
-        _check_content(folder, pretrained_model_name)
-        return folder
+
+        def fetch(names: list[str]) -> str:
+            try:
+                folder = snapshot_download(pretrained_model_name, allow_patterns=names, **options)
+            except (OSError, HfHubHTTPError, HFValidationError) as error:
+                raise OSError(_explain(error, pretrained_model_name, kwargs.get("revision") or "main")) from error
+            _check_content(folder, pretrained_model_name)
+            return folder
+
+        given = kwargs.keys() & _CONFIGS.keys()
+        configs = [_INDEX, *_CONFIGS.values(), *(f"{part}/{file}" for part, file in _CONFIGS.items())]
+        folder = fetch(configs)
+        index, _ = read_configs(folder, pretrained_model_name, given)
+        if "unet" in given:
+            return folder
+        pickles = pipeline_class_name(index) in FOREIGN_PIPELINES and kwargs.get("use_safetensors") is not True
+        variant = kwargs.get("variant")
+        for suffix in ["safetensors", "bin"] if pickles else ["safetensors"]:
+            names = _weight_names(suffix, variant)
+            folder = fetch([*configs, *names, *(f"unet/{name}" for name in names)])
+            if any(any(_part_folder(folder, "unet").glob(name)) for name in names):
+                return folder
+        if variant is not None:
+            raise ValueError(f"`variant`={variant!r}: {pretrained_model_name!r} has no such weights.")
+        raise OSError(_incomplete(pretrained_model_name, ["unet/*.safetensors"]))
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike, *args, **kwargs) -> dict:
-        # diffusers reads model_index.json through this method, to download as well as to load. Versions differ in what
-        # else they hand to it.
+        # diffusers reads model_index.json through this method. Versions differ in what else they hand to it.
         return _translate_index(super()._dict_from_json_file(json_file, *args, **kwargs), cls.__name__)
 
     def save_pretrained(
@@ -199,23 +213,21 @@ def read_configs(
 def explain_missing_index(folder: str | os.PathLike, source: str) -> str:
     """Why a folder is no pipeline, and the way on."""
     folder = Path(folder)
-    go_on = "scripts/train_ncsn.py with the run's settings and --resume_from_checkpoint latest"
+    text = f"{source!r} holds no pipeline: {_INDEX} is missing."
+    go_on = "scripts/train_ncsn.py with the run's settings and --resume_from_checkpoint latest goes on with it"
+    checkpoints = [path.name for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
         run = folder.resolve().parent
-        way = (
-            f"load {str(run)!r}, which holds the run's pipeline"
-            if (run / _INDEX).is_file()
-            else f"the pipeline is saved in {str(run)!r} when the run ends, which {go_on} goes on with"
-        )
-        return f"{source!r} is a checkpoint of a training run and no pipeline: {way}."
-    checkpoints = [path.name for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        if (run / _INDEX).is_file():
+            return f"{text} It is a checkpoint of a training run, whose pipeline is in {str(run)!r}: load that."
+        return f"{text} It is a checkpoint of a training run, which saves its pipeline when it ends: {go_on}."
     if checkpoints:
         last = max(checkpoints, key=lambda name: int(name.split("-")[1]))
         return (
-            f"{source!r} holds no pipeline yet but a training run that has not ended, up to {last}: the pipeline is "
-            f"saved when it ends. {go_on} goes on with it."
+            f"{text} It holds a training run that has not ended, up to {last}, and that saves its pipeline when it "
+            f"does: {go_on}."
         )
-    return f"{source!r} holds no pipeline: it has no {_INDEX}."
+    return text
 
 
 def _read_config(folder: str | os.PathLike, source: str, part: str) -> tuple[dict, str]:
@@ -443,6 +455,14 @@ def _incomplete(source: str, missing: list[str]) -> str:
     )
 
 
+def _weight_names(suffix: str, variant: str | None) -> list[str]:
+    """Patterns of the files that hold the weights: one, or several and an index, as older and newer versions save."""
+    if variant is None:
+        return [f"{_WEIGHTS}.{suffix}", f"{_WEIGHTS}-*-of-*.{suffix}", f"{_WEIGHTS}.{suffix}.index.json"]
+    shards = [f"{_WEIGHTS}.{variant}-*-of-*.{suffix}", f"{_WEIGHTS}-*-of-*.{variant}.{suffix}"]
+    return [f"{_WEIGHTS}.{variant}.{suffix}", *shards, f"{_WEIGHTS}.{suffix}.index.{variant}.json"]
+
+
 def _check_complete(folder: str, source: str, given: Collection[str], only_safetensors: bool) -> None:
     """The configs have been read: what may be missing are the weights."""
     patterns = ["*.safetensors"] if only_safetensors else ["*.safetensors", "*.bin"]
@@ -531,14 +551,6 @@ def _check_content(folder: str | os.PathLike, repo_id: str) -> None:
                 f"{path.name} of {repo_id!r} is damaged: its hash is not the one that the Hub has on record. Delete "
                 f"{blob} and load again."
             )
-
-
-@contextlib.contextmanager
-def _explained(repo_id: str, revision: str):
-    try:
-        yield
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise OSError(_explain(error, repo_id, revision)) from error
 
 
 def _explain(error: BaseException, repo_id: str, revision: str) -> str:

@@ -604,7 +604,7 @@ def test_what_is_not_there(hub, pipe, tmp_path):
     with pytest.raises(OSError, match="no revision 'v2'"):
         NCSNPipeline.from_pretrained("ann/digits", revision="v2")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match=r"no model_index\.json"):
+    with pytest.raises(OSError, match=r"model_index\.json is missing"):
         NCSNPipeline.from_pretrained(tmp_path / "empty")
 
 

@@ -464,7 +464,7 @@ def test_checkpoint_folder_as_a_pipeline(tmp_path, saved):
         with pytest.raises(OSError, match=r"run that has not ended, up to checkpoint-40.*--resume_from_checkpoint"):
             load(run)
     (saved / "checkpoint-40").mkdir()
-    with pytest.raises(OSError, match=rf"is a checkpoint of a training run and no pipeline: load '{saved}'"):
+    with pytest.raises(OSError, match=rf"is a checkpoint of a training run, whose pipeline is in '{saved}': load that"):
         NCSNPipeline.from_pretrained(saved / "checkpoint-40")
     NCSNPipeline.from_pretrained(saved)
 

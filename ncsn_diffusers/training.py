@@ -777,7 +777,8 @@ class Trainer:
             self.accelerator.init_trackers("ncsn", plain)
 
     def _write(self, record: dict) -> None:
-        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        with _warning("The trackers' record"):
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         if self.accelerator.is_main_process:
             with _warning("log.jsonl"), open(self.output_dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -805,7 +806,8 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **layout)
+                    with _warning("The trackers' record"):
+                        tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **layout)
         if self.validation is not None:
             self._write({"step": self.step, "validation_loss": self._validation_loss()})
 

@@ -1,15 +1,20 @@
+import errno
 import json
+import os
 
 import pytest
 
+from ncsn_diffusers import checkpoints
 from ncsn_diffusers.checkpoints import (
     aside,
     complete,
     is_complete,
     latest_checkpoint,
+    lock,
     read_manifest,
     remove_all,
     remove_incomplete,
+    replace_files,
 )
 
 
@@ -79,3 +84,58 @@ def test_remove_all_leaves_the_rest(tmp_path):
     (tmp_path / "checkpoint-notes").mkdir()
     remove_all(tmp_path)
     assert names(tmp_path) == ["checkpoint-notes"]
+
+
+def test_files_are_replaced_together_or_not_at_all(tmp_path):
+    def write(content, failure=None):
+        def fill(folder):
+            (folder / "unet").mkdir(parents=True)
+            (folder / "unet" / "weights").write_text(content)
+            if failure is not None:
+                raise failure
+            (folder / "index").write_text(content)
+
+        replace_files(tmp_path, fill)
+
+    (tmp_path / "other").touch()
+    write("old")
+    with pytest.raises(OSError, match="No space left"):
+        write("new", OSError(errno.ENOSPC, "No space left on device"))
+    assert (tmp_path / "unet" / "weights").read_text() == (tmp_path / "index").read_text() == "old"
+    write("new")
+    assert (tmp_path / "unet" / "weights").read_text() == (tmp_path / "index").read_text() == "new"
+    assert names(tmp_path) == ["index", "other", "unet"]
+
+
+def lock_in_a_child(folder):
+    """What a lock in another process comes to, by its exit status."""
+    child = os.fork()
+    if not child:
+        try:
+            lock(folder)
+        except BlockingIOError as error:
+            os._exit(1 if f"Another run is using {folder}" in str(error) else 2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(checkpoints.fcntl is None, reason="Windows has no such locks")
+def test_lock(tmp_path):
+    file = lock(tmp_path)
+    assert lock_in_a_child(tmp_path) == 1
+    file.close()
+    assert lock_in_a_child(tmp_path) == 0
+    assert lock_in_a_child(tmp_path) == 0  # released by the death of the first
+
+
+def test_a_folder_that_cannot_be_locked_is_told_of(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if checkpoints.fcntl is not None:
+        monkeypatch.setattr(checkpoints.fcntl, "lockf", unsupported)
+        with pytest.warns(UserWarning, match=r"cannot be locked \(.*No locks available\): start no second run on it"):
+            lock(tmp_path).close()
+    monkeypatch.setattr(checkpoints, "fcntl", None)
+    with pytest.warns(UserWarning, match="cannot be locked on this system"):
+        lock(tmp_path).close()

@@ -21,6 +21,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, training
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet, train
@@ -313,6 +315,67 @@ def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(sma
     assert start + 4 <= int(second.name.split("-")[1]) < 40
     assert torch.equal(trained_weights(config), whole)
     assert not list(out.glob("incomplete-*"))
+
+
+# A run that kills itself at its n-th write, rename or deletion in `output_dir`; for n = 0 it counts them.
+KILLED = """
+import os, signal, sys
+from ncsn_diffusers import training
+
+config, last, count = training.CONFIG, int(sys.argv[1]), 0
+
+def watch(event, arguments):
+    global count
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        if config.output_dir in str(arguments[0]) or event == "os.rmdir":
+            count += 1
+            if count == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+training.train(config)
+print("COUNT", count)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fresh", "resumed", "overwriting"])
+def test_killed_at_a_write(small, tmp_path, kind):
+    arguments = {"max_train_steps": 4, "checkpointing_steps": 1}
+    whole = trained_weights(small(output_dir=str(tmp_path / "whole"), **arguments))
+    old = None
+    if kind == "resumed":
+        train(small(output_dir=str(tmp_path / "start"), **arguments))
+        shutil.rmtree(tmp_path / "start" / "checkpoint-4")
+    if kind == "overwriting":
+        old = trained_weights(small(output_dir=str(tmp_path / "start"), seed=1, **arguments))
+    config = small(
+        overwrite_output_dir=kind == "overwriting",
+        resume_from_checkpoint=None if kind == "overwriting" else "latest",
+        **arguments,
+    )
+    script = tmp_path / "run.py"
+    script.write_text(KILLED.replace("CONFIG", repr(config)))
+
+    def run(last):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        if kind != "fresh":
+            shutil.copytree(tmp_path / "start", tmp_path / "out")
+        process = launch(sys.executable, script, str(last), num_threads=torch.get_num_threads())
+        output = process.communicate(timeout=120)[0].decode()
+        assert process.returncode == (-signal.SIGKILL if last else 0), output
+        return output
+
+    count = int(run(0).split("COUNT ")[1])
+    for last in range(3, count, count // 4):
+        run(last)
+        if old is not None:  # the older pipeline, or already the new one
+            pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
+            weights = torch.cat([p.detach().flatten() for p in pipe.unet.parameters()])
+            assert torch.equal(weights, old) or torch.equal(weights, whole)
+        assert torch.equal(trained_weights(config), whole), last
+        assert not list((tmp_path / "out").glob("incomplete-*"))
 
 
 def test_resume_errors(small, tmp_path, capsys):
@@ -696,6 +759,62 @@ def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
             assert second[key] == pytest.approx(first[key], rel=2e-3), key
 
 
+# Rank 0's disk is full at step 2, for the checkpoint, and then for what else is named on the command line.
+FULL_DISK = """
+import errno, os, signal, sys
+from accelerate import Accelerator
+from ncsn_diffusers import NCSNPipeline, training
+
+rank, broken = int(os.environ["RANK"]), sys.argv[1]
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if rank == 0:
+    save = Accelerator.save_state
+    Accelerator.save_state = lambda self, folder: full() if folder.name.endswith("-2") else save(self, folder)
+    if broken == "renaming":
+        training.complete = full
+    if broken == "pipeline":
+        NCSNPipeline.save_pretrained = full
+if rank == 1 and broken == "interrupt":
+    step = training.Trainer.training_step
+    def interrupted(self, batches):
+        step(self, batches)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    training.Trainer.training_step = interrupted
+try:
+    training.train(CONFIG)
+except OSError as error:
+    print("rank", rank, "ends with", error, flush=True)
+else:
+    print("rank", rank, "has ended", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["checkpoint", "renaming", "pipeline", "interrupt"])
+def test_two_processes_and_a_full_disk(small, tmp_path, broken):
+    config = small(train_batch_size=10, checkpointing_steps=1, checkpoints_total_limit=9)
+    script = tmp_path / "run.py"
+    script.write_text(FULL_DISK.replace("CONFIG", repr(config).replace("TrainingConfig", "training.TrainingConfig")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = launch(*torchrun, script, broken, num_threads=1)
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 0, output
+    assert "The checkpoint of step 2 could not be written: [Errno 28] No space left on device." in output
+    saved = {path.name for path in (tmp_path / "out").glob("*checkpoint-*")}
+    steps = {"renaming": (), "interrupt": (1, 3)}.get(broken, (1, 3, 4))
+    assert saved == {f"checkpoint-{step}" for step in steps}
+    for rank in (0, 1):
+        ending = "ends with `output_dir`=" if broken == "pipeline" else "has ended"
+        assert f"rank {rank} {ending}" in output
+    if broken == "pipeline":
+        assert "go on with --resume_from_checkpoint latest; the last good checkpoint is" in output
+    assert (tmp_path / "out" / "model_index.json").exists() == (broken != "pipeline")
+
+
 def test_learning_rate_counts_optimizer_steps(small, tmp_path):
     train(small(gradient_accumulation_steps=2, train_batch_size=4, num_epochs=2, checkpointing_steps=1))
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-3)
@@ -719,6 +838,45 @@ def test_a_step_does_not_wait_for_the_device(small, mixed_precision):
         trainer.training_step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def has_mps_kernel(function, functions):
+    """Whether torch's table names a kernel for Apple's GPUs, or one for all devices, for an entry of the table."""
+    delegate = function.get("structured_delegate")
+    if delegate is not None:
+        return has_mps_kernel(functions[delegate], functions)
+    dispatch = function.get("dispatch")
+    if dispatch is None:  # composed of other operations, which are looked at themselves
+        return True
+    keys = {key.strip() for keys in dispatch for key in keys.split(",")}
+    return bool(keys & {"MPS", "CompositeImplicitAutograd"}) or any(key.startswith("CompositeExplicit") for key in keys)
+
+
+@pytest.mark.parametrize("noise_distribution", ["lognormal", "uniform"])
+def test_a_step_has_kernels_on_apples_gpus(small, noise_distribution):
+    yaml = pytest.importorskip("yaml")
+    table = Path(torch.__file__).parents[1] / "torchgen" / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    entries = yaml.load(table.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    functions = {entry["func"].split("(")[0]: entry for entry in entries}
+    assert not has_mps_kernel(functions["special_ndtri"], functions)
+    assert has_mps_kernel(functions["erfinv"], functions)
+
+    called = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            called.add(function)
+            return function(*arguments, **keywords or {})
+
+    trainer = Trainer(small(random_flip=True, class_conditional=True, noise_distribution=noise_distribution))
+    batches = trainer.images.batches(20, seed=0)
+    # each device has its own fused attention, which PyTorch chooses
+    with sdpa_kernel(SDPBackend.MATH), Recorder():
+        trainer.training_step(batches)
+    names = {str(function) for function in called if function.namespace == "aten"}
+    names = {name.removeprefix("aten.").removesuffix(".default") for name in names}
+    assert {"erfinv" if noise_distribution == "lognormal" else "floor", "_fused_adamw_", "convolution"} <= names
+    assert not sorted(name for name in names if not has_mps_kernel(functions[name], functions))
 
 
 def test_cached_and_loaded_data_train_alike(small):

@@ -167,15 +167,17 @@ def test_overhead_of_a_compiled_network(tmp_path, benchmark, folders, capsys):
     assert f"{row['ratio']:.3f}" in capsys.readouterr().out
 
 
-def test_memory_is_four_buffers_whatever_the_number_of_steps(tmp_path, benchmark, folders, capsys):
+def test_memory_is_few_buffers_whatever_the_number_of_steps(tmp_path, benchmark, folders, capsys):
     output = tmp_path / "memory"
     benchmark.memory(str(folders[0]), batch_size=8, budgets=(3, 12), output=str(output))
     rows = rows_of(output)
     assert [row["evaluations"] for row in rows] == [3, 12]
-    # x itself, which the bare call was given; the previous denoised estimate, the next sample and its noise
-    assert all(3 <= row["extra_buffers"] < 4.1 for row in rows)
+    # x itself, which the bare call was given; the previous denoised estimate, the next sample and its noise;
+    # Python 3.10 keeps the start noise too, as the argument of a call that has not returned
+    expected = 4 if sys.version_info >= (3, 11) else 5
+    assert all(expected - 1 <= row["extra_buffers"] < expected + 0.1 for row in rows)
     assert abs(rows[0]["peak_bytes"] - rows[1]["peak_bytes"]) < 10_000
-    assert "4.0" in capsys.readouterr().out
+    assert f"{expected}.0" in capsys.readouterr().out
 
 
 def test_convergence(tmp_path, benchmark, capsys):

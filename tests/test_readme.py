@@ -1,0 +1,178 @@
+"""README.md and the pages in docs/: the Python blocks run, the commands' flags exist, the links lead to files."""
+
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from test_pipeline_ncsn import small_unet
+from torch.distributed.run import get_args_parser
+
+import ncsn_diffusers
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@dataclass
+class Block:
+    """
+    A block of code, and the comment before it: `<!-- skip: reason -->` keeps it from being run,
+    `<!-- given: name, name -->` runs it with these of [`given`].
+    """
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    skip: str | None
+    given: list[str]
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    pattern = r"(?:<!-- (skip|given): (.+?) -->\n)?^```(\w+)\n(.*?)^```$"
+    text, found = page.read_text(encoding="utf-8"), []
+    for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
+        kind, value, name, code = match.groups()
+        if name == language:
+            line = text.count("\n", 0, match.start(4)) + 1
+            given = value.split(", ") if kind == "given" else []
+            found.append(Block(page, line, name, code, value if kind == "skip" else None, given))
+    return found
+
+
+def with_blocks(language: str) -> list:
+    return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, language)]
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Folders of untrained pipelines for digits, in place of the shipped one and of one with classes."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for name, num_class_embeds in (("plain", None), ("classes", 11)):
+        unet = small_unet(sample_size=28, num_class_embeds=num_class_embeds)
+        NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder / name)
+    return folder
+
+
+def given(pipelines: Path) -> dict[str, object]:
+    """What a block may be given; the last word is its name there."""
+    digits = torch.randint(0, 256, (160, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return {
+        "pipe": NCSNPipeline.from_pretrained(pipelines / "plain"),
+        "class-conditional pipe": NCSNPipeline.from_pretrained(pipelines / "classes"),
+        "image": Image.fromarray(digits[0, 0].numpy()),
+        "mask_image": Image.fromarray((np.arange(28 * 28).reshape(28, 28) > 400).astype(np.uint8) * 255),
+        "images": digits[:2],
+        "real_images": digits[:80],
+        "fake_images": digits[80:],
+    }
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_python_blocks(page, pipelines, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ncsn_diffusers, "pretrained", lambda name: str(pipelines / "plain"))
+    (tmp_path / "my-ncsn").symlink_to(pipelines / "plain")
+    for block in blocks(page, "python"):
+        where = f"{page.name}, line {block.line}"
+        # blanks before the code make the lines in a traceback those of the page
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+        if block.skip is None:
+            names = given(pipelines) if block.given else {}
+            namespace = {name.split()[-1]: names[name] for name in block.given}
+            try:
+                exec(code, namespace)
+            except ImportError as error:
+                if (error.name or "").startswith("torch_fidelity"):
+                    pytest.skip("distances need torch-fidelity")
+                raise
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{where}: {node.module} has no {alias.name}"
+
+
+# --- Commands ---
+
+
+class _Parsed(BaseException):
+    """Leaves a script once its command line has been read; nothing in it catches this."""
+
+
+def parse(monkeypatch, script: Path, arguments: list[str]) -> None:
+    """Have a script read its command line, and no more than that."""
+    cli = tyro.cli
+
+    def only_parse(function, **settings):
+        if isinstance(function, type):
+            # which may look for folders that are not here
+            patch.setattr(function, "__post_init__", lambda self: None, raising=False)
+        else:
+            function = wraps(function)(lambda *values, **named: None)
+        cli(function, **settings)
+        raise _Parsed
+
+    def subcommands(functions, **settings):
+        only_parse(functions[arguments[0]], args=arguments[1:], **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tyro, "cli", only_parse)
+        patch.setattr(tyro.extras, "subcommand_cli_from_dict", subcommands)
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        with pytest.raises(_Parsed):
+            runpy.run_path(str(script), run_name="__main__")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command in the page's bash blocks that starts a Python script, and of those in its text."""
+    text = [block.code.replace("\\\n", " ") for block in blocks(page, "bash")]
+    code = "\n".join(text).replace("srun bash -c '", "").replace("latest'", "latest")
+    lines = [part for line in code.splitlines() for part in line.split("&&")]
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`((?:python|accelerate launch) scripts/[^`]*)`", prose)
+    lines = [re.sub(r"\$\(.*?\)|\$\w+", "0", line).replace("…", "") for line in lines]
+    return [shlex.split(line, comments=True) for line in lines if "scripts/" in line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if commands(page)])
+def test_commands_have_these_flags(page, monkeypatch, capsys):
+    for words in commands(page):
+        while "=" in words[0]:  # settings of the environment
+            words = words[1:]
+        try:
+            if words[:2] == ["accelerate", "launch"]:
+                launch = launch_command_parser().parse_args(words[2:])
+                words = ["python", launch.training_script, *launch.training_script_args]
+            elif words[0] == "torchrun":
+                launch = get_args_parser().parse_args(words[1:])
+                words = ["python", launch.training_script, *launch.training_script_args]
+            assert words[0] == "python"
+            if words[2:] != ["--help"]:
+                parse(monkeypatch, ROOT / words[1], words[2:])
+        except SystemExit:
+            pytest.fail(f"{page.name}: {shlex.join(words)}\n{''.join(capsys.readouterr())}")
+
+
+# --- Links ---
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+    missing = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
+    assert not missing

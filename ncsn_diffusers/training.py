@@ -65,6 +65,9 @@ from .sampling import make_grid
 from .scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES, AnnealedLangevinScheduler
 from .score_matching import DISTRIBUTIONS, WEIGHTINGS, draw_timesteps, score_matching_loss, stratified
 
+# diffusers' piecewise_constant needs rules, which are no number to give on a command line
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
+
 _LOGGING_STEPS = 20  # between two looks at the loss, each of which waits for the device
 _LEVEL_BINS = 8  # of log sigma, for the loss per noise level
 _COMPILING_PAYS_STEPS = 1000  # compiling takes about a minute
@@ -205,7 +208,7 @@ class TrainingConfig:
             ("noise_distribution", DISTRIBUTIONS),
             ("loss_weighting", WEIGHTINGS),
             ("mixed_precision", (None, "no", "fp16", "bf16")),
-            ("lr_scheduler", tuple(kind.value for kind in SchedulerType)),
+            ("lr_scheduler", LR_SCHEDULERS),
             ("corrupt_images", CORRUPT_IMAGES),
             ("channels", (None, 1, 3, 4)),
             ("logger", (None, "all", *sorted(map(str, LOGGER_TYPE_TO_CLASS)))),
@@ -364,12 +367,12 @@ class Trainer:
             yield
         except Exception as error:
             failure = error
-        messages = gather_object([None if failure is None else str(failure)])
+        kind = FloatingPointError if isinstance(failure, FloatingPointError) else OSError
+        failures = gather_object([None if failure is None else (kind, str(failure))])
         if failure is not None:
             raise failure
-        for message in messages:
-            if message is not None:
-                raise OSError(message)
+        for kind, message in filter(None, failures):
+            raise kind(message)
 
     def _prepare_output_dir(self) -> Path | None:
         """The checkpoint to go on from, in an output folder that can be written to."""
@@ -798,8 +801,12 @@ class Trainer:
 
     def _evaluate(self, pipeline: NCSNPipeline, path: Path) -> None:
         """Draw a grid of samples to `path`, report the validation loss; every process does its share."""
-        images = self._draw(pipeline)
-        if self.accelerator.is_main_process:
+        images = None
+        try:
+            images = self._draw(pipeline)
+        except FloatingPointError as failure:  # the weights are finite, and may get better
+            self.accelerator.print(f"{path.name} could not be drawn: {failure}")
+        if images is not None and self.accelerator.is_main_process:
             grid = _enlarge(make_grid(pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())))
             with _warning(path.name):
                 grid.save(path)

@@ -1109,3 +1109,19 @@ def test_default_network_is_small_and_fits_digits():
     assert (
         unet(scheduler.scale_model_input(x, torch.tensor([3.0, 7.5])), torch.tensor([3.0, 7.5])).sample.shape == x.shape
     )
+
+
+def test_a_grid_that_is_not_finite_does_not_end_the_run(small, tmp_path, monkeypatch, capsys):
+    def draw(trainer, pipeline):
+        raise FloatingPointError("The sample of AnnealedLangevinScheduler is not finite")
+
+    monkeypatch.setattr(Trainer, "_draw", draw)
+    train(small(eval_steps=1))
+    assert "samples-1.png could not be drawn: The sample of" in capsys.readouterr().out
+    assert (tmp_path / "out/model_index.json").exists()
+    assert not (tmp_path / "out/samples.png").exists()
+
+
+def test_a_schedule_that_needs_rules_is_refused():
+    with pytest.raises(ValueError, match="`lr_scheduler` must be one of .*, not 'piecewise_constant'"):
+        TrainingConfig(lr_scheduler="piecewise_constant")

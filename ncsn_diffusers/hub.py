@@ -620,7 +620,8 @@ def _upload(
     tag: str | None,
     commit_message: str | None,
 ) -> CommitInfo:
-    _retry(ModelCard(_read(files["README.md"]).decode()).validate)
+    # ModelCard.validate, which calls this one, asks huggingface.co wherever HF_ENDPOINT leads, before version 2
+    _retry(lambda: api._validate_yaml(_read(files["README.md"]).decode()))
     _create_repository(api, repo_id, private, revision)
 
     def commit() -> CommitInfo:

@@ -230,7 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo_id = f"{owner}/{wanted['name']}"
         status = 409 if repo_id in self.hub.repositories else 200
         if status == 200:
-            self.hub.repositories[repo_id] = Repository(wanted.get("visibility") == "private")
+            self.hub.repositories[repo_id] = Repository(
+                wanted.get("visibility") == "private" or wanted.get("private", False)  # so before huggingface_hub 1.0
+            )
             self.hub.repositories[repo_id].commit("main", {".gitattributes": (b"", False)}, "initial commit")
         self._send_json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id}, status)
 

@@ -57,12 +57,13 @@ def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         server.users = {TOKEN: ("ann", ["lab"]), "hf_bobsSecretToken0123456789": ("bob", [])}
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        for module in (constants, huggingface_hub.file_download):  # before huggingface_hub 1.0 the latter has a copy
+            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+                template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # 0.30 has none
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
@@ -572,6 +573,7 @@ def test_offline_from_the_cache(hub, pipe, monkeypatch):
         NCSNPipeline.from_pretrained("ann/digits", revision="v1")
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < "1", reason="clients before 1.0 give up then")
 def test_download_goes_on_after_a_cut_connection(hub, pipe, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     pipe.push_to_hub("ann/digits")
@@ -721,7 +723,7 @@ def test_other_pipelines_are_refused(hub, tmp_path):
 
 def run_script(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])
-    runpy.run_path(ROOT / "scripts" / "push_to_hub.py", run_name="__main__")
+    runpy.run_path(str(ROOT / "scripts" / "push_to_hub.py"), run_name="__main__")
 
 
 def test_script(hub, folder, monkeypatch, capfd):

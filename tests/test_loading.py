@@ -25,6 +25,7 @@ from test_pipeline_ncsn import small_unet
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, loading
 from ncsn_diffusers.hub import collect_files
 from ncsn_diffusers.sampling import load_pipeline
+from ncsn_diffusers.score_matching import denoise
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -400,8 +401,14 @@ def test_deepinv_reads_a_plainly_saved_folder(tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     denoiser = deepinv.models.DiffusersDenoiserWrapper(str(tmp_path / "pipe"), clip_output=False)
     assert type(denoiser.scheduler) is DDIMScheduler
-    denoised = denoiser(torch.rand(1, 1, 8, 8), sigma=0.5)
-    assert denoised.shape == (1, 1, 8, 8) and denoised.isfinite().all()
+    # of images in [0, 1], where every sigma is half of ours
+    scheduler, timestep = AnnealedLangevinScheduler(), torch.tensor(600.0)
+    image, sigma = torch.rand(1, 1, 8, 8), scheduler.t_to_sigma(timestep)
+    x = 2 * image - 1
+    with torch.no_grad():
+        expected = denoise(pipe.unet, scheduler, x, timestep.expand(1))
+        denoised = denoiser(image, sigma=sigma.item() / 2)
+    torch.testing.assert_close(denoised, (expected + 1) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_import_the_message_names_the_class(saved):

@@ -2,7 +2,9 @@ import io
 import json
 import tarfile
 
+import datasets
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 import torch
@@ -363,6 +365,8 @@ def test_splits_of_parquet_files(tmp_path):
 
 @pytest.mark.parametrize("metadata", ["metadata.csv", "metadata.jsonl"])
 def test_metadata_of_a_folder(tmp_path, metadata, capsys):
+    if metadata.endswith("csv") and datasets.__version__ < "5" and pandas.__version__ >= "3":
+        pytest.skip("datasets before 5 takes the strings of pandas 3 for no strings, and says so")
     folder = numbered(tmp_path / "a [1]", "0.png", "train.png", "test.png")
     rows = [("0.png", "x"), ("train.png", "y"), ("test.png", "x")]
     lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]

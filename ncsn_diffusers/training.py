@@ -21,11 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files, also where there is no display
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
@@ -34,6 +29,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -1051,11 +1047,11 @@ def _save_loss_curve(losses: torch.Tensor, weighting: str, path: Path) -> None:
         sums = torch.stack([torch.where(finite, losses, 0.0), finite.float()])
         smooth, share = torch.nn.functional.avg_pool1d(sums[:, None], window, stride=1)[:, 0]
         smooth = smooth / share
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(losses, color="tab:blue", alpha=0.25, label="each step")
     axes.plot(range(window // 2, window // 2 + len(smooth)), smooth, color="tab:blue", label=f"mean of {window} steps")
     weight = "½ (1 + sigma²)" if weighting == "edm" else "½"
     axes.set(xlabel="step", ylabel=f"{weight} ‖sigma score + z‖² a dimension", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

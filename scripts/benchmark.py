@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
 from datasets import load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
@@ -226,7 +222,8 @@ def schedulers(
         stock.set_progress_bar_config(disable=True)
         rows[f"diffusers' own\n{name}Pipeline, 50"] = (stock.to(pipe.device), scheduler, 50)
 
-    figure, axes = plt.subplots(len(rows), 1, figsize=(0.6 * num_images + 2.4, 0.62 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(0.6 * num_images + 2.4, 0.62 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1)
     for axis, (label, (runner, scheduler, num_inference_steps)) in zip(
         axes, tqdm(rows.items(), unit="row"), strict=True
     ):
@@ -355,7 +352,8 @@ def samplers(
 def plot_samplers(rows: list[dict[str, Any]], num_images: int, output: str) -> None:
     """Distance over evaluations, from the table of [`samplers`], whose first row is the floor."""
     floor, *rows = rows
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for name, own in itertools.groupby(rows, key=lambda row: row["sampler"]):
         own = list(own)
         axis.loglog([row["evaluations"] for row in own], [row["distance"] for row in own], "o-", label=name)
@@ -383,7 +381,8 @@ def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), o
     check_output(output)
     rows = []
     variances = torch.logspace(math.log10(0.3), math.log10(3), 21, dtype=torch.float64) ** 2
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for solver_order in (1, 2):
         scheduler = AnnealedLangevinScheduler(prediction_type="sample", solver_order=solver_order)
         errors = []

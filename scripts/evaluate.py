@@ -16,17 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files, also where there is no display
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
 from datasets import ClassLabel
 from huggingface_hub import EvalResult, ModelCard
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
@@ -294,7 +290,8 @@ def make_grid(rows: list[list[torch.Tensor]], margin: int = 2) -> Image.Image:
 
 
 def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
     names, width = list(shares["samples"]), 0.8 / len(shares)
     for k, (label, values) in enumerate(shares.items()):
         places = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * width
@@ -302,16 +299,15 @@ def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share", xlabel="class")
     figure.legend(loc="outside upper center", ncols=len(shares))
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
     sigmas, losses, errors = ([level[key] for level in levels] for key in ("sigma", "loss", "standard_error"))
     axes.errorbar(sigmas, losses, errors, marker="o", capsize=3)
     axes.set(xscale="log", yscale="log", xlabel="sigma, in units of the data", ylabel="loss a dimension")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def make_report(metrics: dict[str, Any]) -> str:

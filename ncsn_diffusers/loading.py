@@ -388,7 +388,7 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
         )
     if "scheduler" in given or index["scheduler"][1] == _OWN_SCHEDULER:
         return
-    fitting = AnnealedLangevinScheduler._compatibles + ["ScoreSdeVeScheduler"] * (name in FOREIGN_PIPELINES)
+    fitting = [*pipeline_ncsn.SCHEDULERS] + ["ScoreSdeVeScheduler"] * (name in FOREIGN_PIPELINES)
     if index["scheduler"][0] != "diffusers" or index["scheduler"][1] not in fitting:
         raise OSError(
             _unusable(

@@ -498,3 +498,12 @@ def test_wrapped_networks(tmp_path, process_group):
     for other in (torch.nn.Conv2d(1, 1, 3), "unet", None):
         with pytest.raises(ValueError, match=f"must be a UNet2DModel, alone or wrapped, not {type(other).__name__}"):
             NCSNPipeline(other, AnnealedLangevinScheduler())
+
+
+@pytest.mark.parametrize("name", ["DDIMParallelScheduler", "DDPMParallelScheduler", "DDIMScheduler"])
+def test_a_scheduler_that_draws_is_saved_and_loaded(tmp_path, name):
+    pipe = make_pipeline(getattr(diffusers, name).from_config(AnnealedLangevinScheduler().config))
+    pipe.save_pretrained(tmp_path / "pipe")
+    loaded = NCSNPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(loaded.scheduler) is type(pipe.scheduler)
+    check_same(loaded, pipe)

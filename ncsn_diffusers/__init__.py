@@ -2,7 +2,7 @@
 
 import diffusers
 
-from .loading import NCSNPipeline
+from .hub.loading import NCSNPipeline
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler

@@ -44,7 +44,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .pipeline_ncsn import find_white, read_image
+from .images import find_white, read_image
 
 EMBEDDED_DIGITS = Path(__file__).parent / "assets" / "mnist_train_10k.parquet"
 CORRUPT_IMAGES = ("error", "skip")
@@ -480,11 +480,6 @@ def decode_images(dataset: Dataset, resolution: int | None = None, channels: int
     dataset, image_column, _ = find_columns(dataset)
     reader = ImageReader(image_column, resolution=resolution, channels=channels)
     return open_images(dataset, reader, torch.device("cpu"), max_cache_gb=math.inf).images
-
-
-def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
-    """Pictures in [0, 255] as float32 in [data_min, 1], the network's units of the data; any shape."""
-    return images.float() / (255 / (1 - data_min)) + data_min
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .data import to_model_range
+from .images import to_model_range
 from .score_matching import denoise, score_matching_loss
 
 

@@ -22,7 +22,7 @@ from statistics import NormalDist
 import torch
 from tqdm.auto import tqdm
 
-from .data import to_model_range
+from .images import to_model_range
 from .scheduling_annealed_langevin import _technique_4
 
 

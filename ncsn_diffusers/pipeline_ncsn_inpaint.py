@@ -45,7 +45,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .loading import NCSNPipeline
+from .hub.loading import NCSNPipeline
 from .pipeline_ncsn import _callback_inputs
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 

@@ -35,15 +35,8 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
-from ncsn_diffusers.sampling import (
-    DType,
-    KeptBatches,
-    cast,
-    describe_scheduler,
-    fingerprint,
-    make_generators,
-    open_processes,
-)
+from ncsn_diffusers.evaluation.kept_batches import KeptBatches, fingerprint
+from ncsn_diffusers.settings import DType, cast, describe_scheduler, make_generators, open_processes
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet
 
 STOCK_SCHEDULERS = {

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
-from ncsn_diffusers.data import decode_images, to_model_range
+from ncsn_diffusers.data import decode_images
 from ncsn_diffusers.evaluation import DigitClassifier
+from ncsn_diffusers.images import to_model_range
 
 
 def main(

@@ -1,11 +1,6 @@
 """Train a noise conditional score network: `accelerate launch scripts/train_ncsn.py --help`."""
 
-import tyro
-
-from ncsn_diffusers.training import TrainingConfig, train
+from ncsn_diffusers.commands.train import main
 
 if __name__ == "__main__":
-    try:
-        train(tyro.cli(TrainingConfig, use_underscores=True))
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"train_ncsn.py: {error}") from error
+    main()

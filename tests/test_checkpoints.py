@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from ncsn_diffusers import checkpoints
-from ncsn_diffusers.checkpoints import (
+from ncsn_diffusers.training import checkpoints
+from ncsn_diffusers.training.checkpoints import (
     aside,
     complete,
     is_complete,

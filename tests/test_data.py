@@ -27,8 +27,8 @@ from ncsn_diffusers.data import (
     find_columns,
     load_training_data,
     open_images,
-    to_model_range,
 )
+from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.training import train
 
 CPU = torch.device("cpu")

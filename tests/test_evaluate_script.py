@@ -1,6 +1,6 @@
 """scripts/evaluate.py: what it writes, how it goes on, and what it refuses."""
 
-import importlib.util
+import importlib
 import json
 import os
 import runpy
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
-from ncsn_diffusers.data import decode_images, load_training_data, to_model_range
+from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import (
     class_shares,
     extract_features,
@@ -29,16 +29,14 @@ from ncsn_diffusers.evaluation import (
     precision_recall,
     to_uint8,
 )
+from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
 
 pytest.importorskip("torch_fidelity")
 
 ROOT = Path(__file__).parent.parent
 
-spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-evaluate = importlib.util.module_from_spec(spec)
-sys.modules["evaluate"] = evaluate  # where dataclasses look their annotations up
-spec.loader.exec_module(evaluate)
+evaluate = importlib.import_module("ncsn_diffusers.evaluation.evaluate")
 
 # 66 samples: the least for 64 features; the last batch is smaller
 ARGUMENTS = {"num_images": 66, "batch_size": 20, "num_inference_steps": 2, "max_reference_images": 200}
@@ -46,7 +44,7 @@ ARGUMENTS |= {"loss_images": 30, "bits_per_dim": 4, "likelihood_steps": 2}
 
 
 def run(pipeline, output_dir, **arguments):
-    evaluate.main(evaluate.EvaluateConfig(str(pipeline), output_dir=str(output_dir), **arguments))
+    evaluate.evaluate(evaluate.EvaluateConfig(str(pipeline), output_dir=str(output_dir), **arguments))
     return json.loads((Path(output_dir) / "metrics.json").read_text())
 
 

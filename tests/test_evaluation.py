@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images, to_model_range
+from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images
 from ncsn_diffusers.evaluation import (
     DIGIT_CLASSIFIER,
     InceptionFeatures,
@@ -26,6 +26,7 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
+from ncsn_diffusers.images import to_model_range
 
 feature_extractor_inceptionv3 = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 

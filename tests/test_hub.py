@@ -34,8 +34,8 @@ from PIL import Image
 from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
-from ncsn_diffusers import hub as publishing
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
+from ncsn_diffusers.hub import upload as publishing
 from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from test_hub import check_same, draw, flatten, hub, make_pipeline  # noqa: F401 (a fixture)
 from test_pipeline_ncsn import small_unet
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, loading
-from ncsn_diffusers.hub import collect_files
-from ncsn_diffusers.sampling import load_pipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
+from ncsn_diffusers.hub import collect_files, loading
 from ncsn_diffusers.score_matching import denoise
+from ncsn_diffusers.settings import load_pipeline
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ncsn_diffusers import AnnealedLangevinScheduler
-from ncsn_diffusers.data import decode_images, load_training_data, to_model_range
+from ncsn_diffusers.data import decode_images, load_training_data
+from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.noise_levels import choose_num_train_timesteps, choose_sigma_max, choose_step_size
 
 # Each data set's values in a picture, and its sigma_1 and L with sigma_L = 0.01 on [0, 1] data

@@ -1,6 +1,5 @@
 """scripts/sample.py, from the command line where that matters."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,14 +13,10 @@ from PIL import Image
 from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
-from ncsn_diffusers.sampling import parse_settings
+from ncsn_diffusers.commands.sample import SampleConfig, sample
+from ncsn_diffusers.settings import parse_settings
 
 ROOT = Path(__file__).parent.parent
-
-spec = importlib.util.spec_from_file_location("sample", ROOT / "scripts" / "sample.py")
-sample = importlib.util.module_from_spec(spec)
-sys.modules["sample"] = sample  # where dataclasses look their annotations up
-spec.loader.exec_module(sample)
 
 
 def run(*arguments, cwd, launcher=(sys.executable,), **environment):
@@ -83,7 +78,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
 
 
 def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
-    config = sample.SampleConfig(
+    config = SampleConfig(
         str(pipeline),
         output_dir=str(tmp_path),
         num_images=2,
@@ -96,7 +91,7 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
         scheduler="DPMSolverMultistepScheduler",
         scheduler_config=("algorithm_type=dpmsolver++", '{"solver_order": 3}', "use_karras_sigmas=true"),
     )
-    sample.main(config)
+    sample(config)
     assert [path.name for path in tmp_path.iterdir()] == ["filmstrip.png"]
 
     pipe = NCSNPipeline.from_pretrained(pipeline).to(torch.bfloat16)
@@ -120,7 +115,7 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
 
 def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
     NCSNPipeline(small_unet(channels=3, out_channels=3), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    config = sample.SampleConfig(
+    config = SampleConfig(
         str(tmp_path / "ddpm"),
         output_dir=str(tmp_path / "out"),
         num_images=2,
@@ -130,7 +125,7 @@ def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
         animation="gif",
         animation_shows="noisy",
     )
-    sample.main(config)
+    sample(config)
     assert Image.open(tmp_path / "out" / "samples.png").mode == "RGB"
     assert 1 < Image.open(tmp_path / "out" / "samples.gif").n_frames <= 6
 
@@ -174,7 +169,7 @@ def test_settings():
 )
 def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sample.SampleConfig("nowhere", **arguments)
+        SampleConfig("nowhere", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +190,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message)
 )
 def test_what_the_pipeline_refuses(tmp_path, pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
-        sample.main(sample.SampleConfig(str(pipeline), output_dir=str(tmp_path), **arguments))
+        sample(SampleConfig(str(pipeline), output_dir=str(tmp_path), **arguments))
 
 
 def test_black_images_are_an_error(tmp_path, pipeline):

@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, training
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet, train
+from ncsn_diffusers.training import trainer as training
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
@@ -324,7 +325,7 @@ def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(sma
 # A run that kills itself at its n-th write, rename or deletion in `output_dir`; for n = 0 it counts them.
 KILLED = """
 import os, signal, sys
-from ncsn_diffusers import training
+from ncsn_diffusers.training import trainer as training
 
 config, last, count = training.CONFIG, int(sys.argv[1]), 0
 
@@ -767,7 +768,8 @@ def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
 FULL_DISK = """
 import errno, os, signal, sys
 from accelerate import Accelerator
-from ncsn_diffusers import NCSNPipeline, training
+from ncsn_diffusers import NCSNPipeline
+from ncsn_diffusers.training import trainer as training
 
 rank, broken = int(os.environ["RANK"]), sys.argv[1]
 

@@ -1,16 +1,11 @@
 """What the scripts that draw pictures share: the settings of a command line, the pipeline, the batches, the grid."""
 
 import difflib
-import hashlib
 import inspect
 import json
-import math
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import diffusers
@@ -18,13 +13,8 @@ import torch
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import make_image_grid
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 
-from .loading import NCSNPipeline
+from .hub.loading import NCSNPipeline
 from .pipeline_ncsn import SCHEDULERS, check_scheduler
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import are_exported
@@ -219,104 +209,9 @@ def make_batches(num: int, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
 
 
-class KeptBatches:
-    """
-    Tensors that are computed in batches, shared out among the processes, each batch kept as a file.
-
-    A file is written aside and renamed when it is whole. Beside them stands what they depend on: where that has
-    changed, they are computed anew, or refused.
-    """
-
-    def __init__(self, accelerator: Accelerator, folder: Path):
-        self.accelerator, self.folder = accelerator, folder
-
-    def compute(
-        self,
-        name: str,
-        depends_on: dict[str, Any],
-        num: int,
-        batch_size: int,
-        function: Callable[[range], dict[str, torch.Tensor]],
-        may_replace: bool = True,
-    ) -> dict[str, torch.Tensor]:
-        """
-        The tensors of `function(range)`, one row for each number in the range, for all ranges of `range(num)`.
-
-        Raises:
-            ValueError: what they depend on has changed, and `may_replace` is `False`.
-        """
-        accelerator, folder = self.accelerator, self.folder / name
-        settings = folder / "settings.json"
-        depends_on = json.loads(json.dumps(depends_on))
-        before = json.loads(settings.read_text()) if settings.exists() else None
-        if before not in (None, depends_on) and not may_replace:
-            changed = [key for key in depends_on if before.get(key) != depends_on[key]]
-            raise ValueError(
-                f"The folder {str(self.folder)!r} holds {name} that were made with another "
-                f"{', '.join(f'`{key}`' for key in changed)}: name another folder, or replace them with "
-                "--overwrite_output_dir."
-            )
-        batches = make_batches(num, batch_size)
-        accelerator.wait_for_everyone()  # all have looked before the first one writes
-        if accelerator.is_main_process and before != depends_on:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            aside = settings.with_suffix(".incomplete")
-            aside.write_text(json.dumps(depends_on, indent=2) + "\n")
-            os.replace(aside, settings)
-        accelerator.wait_for_everyone()
-        missing = [batch for batch in batches if not _is_whole(self._path(folder, batch))]
-        accelerator.wait_for_everyone()
-
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        with tqdm(
-            total=sum(map(len, mine)), desc=name, unit="image", disable=not (mine and accelerator.is_main_process)
-        ) as bar:
-            for batch in mine:
-                path = self._path(folder, batch)
-                aside = path.with_suffix(".incomplete")
-                save_file({key: tensor.contiguous() for key, tensor in function(batch).items()}, aside)
-                os.replace(aside, path)
-                bar.update(len(batch))
-        accelerator.wait_for_everyone()
-        parts = [load_file(self._path(folder, batch)) for batch in batches]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-    @staticmethod
-    def _path(folder: Path, batch: range) -> Path:
-        return folder / f"{batch.start:08d}-{batch.stop:08d}.safetensors"
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
 def describe_scheduler(scheduler: SchedulerMixin) -> dict[str, Any]:
     """Its class and settings, for a record of what drew the samples."""
     settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if settings.get("trained_betas") is not None and are_exported(settings["trained_betas"], settings):
         del settings["trained_betas"]  # a thousand numbers, which follow from sigma_min and sigma_max
     return {"scheduler": type(scheduler).__name__, "scheduler_config": settings}
-
-
-def fingerprint(*tensors: torch.Tensor) -> str:
-    """By which one knows weights, or pictures, again."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def make_grid(images: list[Image.Image], num_columns: int | None = None) -> Image.Image:
-    """Side by side, in the shape nearest to a square unless `num_columns` says otherwise."""
-    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
-    num_rows = math.ceil(len(images) / num_columns)
-    blank = Image.new(images[0].mode, images[0].size)
-    images = images + [blank] * (num_rows * num_columns - len(images))
-    grid = make_image_grid(images, num_rows, num_columns)
-    return grid.convert(images[0].mode)

@@ -35,8 +35,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from . import pipeline_ncsn
-from .scheduling_annealed_langevin import AnnealedLangevinScheduler
+from .. import pipeline_ncsn
+from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline")
 # The least value of a pixel, black, in the data of foreign pipelines that an NCSNPipeline can take over; white is 1.
@@ -174,7 +174,7 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
 
     @staticmethod
     def _hub():
-        return importlib.import_module(".hub", __package__)  # which uses this module
+        return importlib.import_module(".upload", __package__)  # which uses this module
 
 
 # The configs

@@ -23,6 +23,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, Mo
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .loading import (
     OWN_PIPELINES,
     NCSNPipeline,
@@ -31,11 +32,10 @@ from .loading import (
     pipeline_class_name,
     read_configs,
 )
-from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 VARIANTS = ("fp16", "ema")
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _WEIGHTS = "diffusion_pytorch_model"
 _EXAMPLE_DATASET = "ylecun/mnist"  # of which the package embeds a part, to train on by default
 _ATTEMPTS = 5
@@ -494,7 +494,7 @@ def training_command(settings: dict) -> str:
     The command that trains with these settings, as far as they differ from the defaults. Folders are cut down to
     their names, and what concerns the Hub is left out.
     """
-    from .training import TrainingConfig  # which uses this module, to upload
+    from ..training import TrainingConfig  # which uses this module, to upload
 
     defaults = json.loads(json.dumps(vars(TrainingConfig())))
     words = ["accelerate launch scripts/train_ncsn.py"]

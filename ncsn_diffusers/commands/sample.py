@@ -1,0 +1,113 @@
+"""Draw pictures: `python scripts/sample.py PIPELINE`, or with `accelerate launch` on several devices."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..images import make_grid
+from ..pipeline_ncsn import NCSNPipeline
+from ..settings import SamplingConfig, make_batches
+from .cli import run
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """
+    Draw pictures with a trained pipeline.
+
+    Picture i takes its randomness from the seed `seed` + i, and shares a batch with the same others however many
+    processes there are: their number does not change it.
+    """
+
+    output_dir: str = "samples"
+    """Folder for the pictures."""
+
+    save_grid: bool = True
+    """Save all pictures as one, `samples.png`."""
+
+    save_images: bool = False
+    """Save each picture as a file of its own, `00000.png` and so on."""
+
+    animation: Literal["gif", "filmstrip"] | None = None
+    """Save the annealing as `samples.gif`, or as `filmstrip.png`, a row for each picture."""
+
+    animation_shows: Literal["denoised", "noisy"] = "denoised"
+    """What the animation shows: the estimate of the picture at each step, or the noisy sample itself."""
+
+    num_frames: int = 12
+    """Frames of the animation, evenly spaced over the steps; the picture itself is the last."""
+
+    def __post_init__(self):
+        self.check_least(num_frames=1)
+        if not (self.save_grid or self.save_images or self.animation):
+            raise ValueError("Nothing would be saved: `save_grid`, `save_images` or `animation` is needed.")
+        super().__post_init__()
+
+
+def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str, Any]:
+    """The arguments that make the pipeline put what the animation shows into `frames`, a batch for each step."""
+    if config.animation is None:
+        return {}
+    name = {"denoised": "denoised", "noisy": "latents"}[config.animation_shows]
+
+    def callback(pipe, step, timestep, tensors):
+        frames.append(tensors[name].cpu())
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": [name]}
+
+
+def draw(pipe: NCSNPipeline, config: SampleConfig, indices: range) -> list[tuple[int, list[Image.Image]]]:
+    """For each picture its index and its frames, the last of which is the picture."""
+    steps = []
+    images = config.draw(pipe, indices, **record_frames(config, steps))
+    chosen = np.linspace(0, len(steps) - 1, config.num_frames)[:-1].round().astype(int) if steps else []
+    frames = [*(pipe.image_processor.postprocess(steps[k]) for k in chosen), images]
+    return list(zip(indices, map(list, zip(*frames, strict=True)), strict=True))
+
+
+def save(config: SampleConfig, pictures: list[list[Image.Image]]) -> None:
+    """Save what the config asks for; `pictures` holds the frames of each."""
+    folder = Path(config.output_dir)
+    if config.save_grid:
+        make_grid([frames[-1] for frames in pictures]).save(folder / "samples.png")
+    if config.save_images:
+        for i, frames in enumerate(pictures):
+            frames[-1].save(folder / f"{i:05d}.png")
+    if config.animation == "filmstrip":
+        make_grid([frame for frames in pictures for frame in frames], config.num_frames).save(folder / "filmstrip.png")
+    if config.animation == "gif":
+        first, *others = [make_grid(list(step)) for step in zip(*pictures, strict=True)]
+        durations = [100] * len(others) + [2000]  # milliseconds
+        first.save(folder / "samples.gif", save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def sample(config: SampleConfig) -> None:
+    accelerator, pipe = config.open()
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    batches = make_batches(config.num_images, config.batch_size)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    pictures = []
+    with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as bar:
+        for indices in mine:
+            pictures += draw(pipe, config, indices)
+            bar.update(len(indices))
+
+    pictures = sorted(gather_object(pictures), key=lambda picture: picture[0])
+    if accelerator.is_main_process:
+        save(config, [frames for _, frames in pictures])
+        print(f"Saved {len(pictures)} pictures in {Path(config.output_dir).resolve()}.")
+    accelerator.end_training()
+
+
+def main() -> None:
+    run(SampleConfig, sample)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""How far generated images are from real ones: features, statistics, and a whole evaluation with its report."""
+
+from .evaluate import EvaluateConfig, evaluate
+from .features import (
+    DIGIT_CLASSIFIER,
+    DigitClassifier,
+    InceptionFeatures,
+    extract_features,
+    load_digit_classifier,
+    to_uint8,
+)
+from .metrics import (
+    class_entropy,
+    class_shares,
+    frechet_distance,
+    kernel_distance,
+    nearest_neighbours,
+    precision_recall,
+    require_torch_fidelity,
+)
+
+__all__ = [
+    "DIGIT_CLASSIFIER",
+    "DigitClassifier",
+    "EvaluateConfig",
+    "InceptionFeatures",
+    "class_entropy",
+    "class_shares",
+    "evaluate",
+    "extract_features",
+    "frechet_distance",
+    "kernel_distance",
+    "load_digit_classifier",
+    "nearest_neighbours",
+    "precision_recall",
+    "require_torch_fidelity",
+    "to_uint8",
+]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from networks import small_unet
 from PIL import Image
-from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 

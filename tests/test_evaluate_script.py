@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from networks import small_unet
 from PIL import Image
 from safetensors.torch import load_file
-from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.data import decode_images, load_training_data

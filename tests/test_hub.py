@@ -30,8 +30,8 @@ from diffusers import (
 )
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
+from networks import small_unet
 from PIL import Image
-from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub

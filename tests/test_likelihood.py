@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from analytic import MIXTURE, AnalyticUNet, Gaussian, GaussianUNet, train_sigmas
+from networks import MIXTURE, AnalyticUNet, Gaussian, GaussianUNet, train_sigmas
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from ncsn_diffusers import AnnealedLangevinScheduler

@@ -18,9 +18,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from networks import small_unet
 from safetensors.torch import load_file, save_file
 from test_hub import check_same, draw, flatten, hub, make_pipeline  # noqa: F401 (a fixture)
-from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.hub import collect_files, loading

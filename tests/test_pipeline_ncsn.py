@@ -8,7 +8,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from analytic import MIXTURE, AnalyticUNet, ClassUNet, Gaussian, GaussianUNet, train_sigmas
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -23,9 +22,20 @@ from diffusers import (
     PNDMScheduler,
     SchedulerMixin,
     ScoreSdeVeScheduler,
-    UNet2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
+from networks import (
+    MIXTURE,
+    AnalyticUNet,
+    ClassUNet,
+    Gaussian,
+    GaussianUNet,
+    Halving,
+    conditional_unet,
+    quiet_pipeline,
+    small_unet,
+    train_sigmas,
+)
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.pipeline_ncsn import SCHEDULERS, check_scheduler
@@ -38,27 +48,6 @@ def analytic_pipeline(scheduler=None, **arguments):
         train_sigmas(scheduler).tolist(), scheduler.config.prediction_type, scheduler.config.conditioning, **arguments
     )
     return quiet_pipeline(unet, scheduler)
-
-
-def small_unet(**arguments):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=arguments.pop("sample_size", 8),
-        in_channels=arguments.pop("channels", 1),
-        out_channels=arguments.pop("out_channels", 1),
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        **arguments,
-    ).eval()
-
-
-def quiet_pipeline(unet, scheduler=None):
-    pipe = NCSNPipeline(unet, scheduler or AnnealedLangevinScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def small_pipeline(**arguments):
@@ -392,10 +381,7 @@ def class_pipeline(scheduler_class=AnnealedLangevinScheduler, prediction_type="v
 
 
 def conditional_pipeline():
-    """A small network for classes 0, 1 and 2, whose embeddings differ by a lot."""
-    unet = small_unet(num_class_embeds=4)
-    torch.nn.init.normal_(unet.class_embedding.weight, std=5.0, generator=torch.Generator().manual_seed(0))
-    return quiet_pipeline(unet)
+    return quiet_pipeline(conditional_unet())
 
 
 @pytest.mark.parametrize(
@@ -833,8 +819,7 @@ def pipelines_of_both_data_ranges(cls=NCSNPipeline):
         gaussian = Gaussian(torch.full((8,), mean), (0.5 * scale) ** 2 * torch.eye(8))
         network = {"prediction_type": "score", "conditioning": "sigma"}
         unet = GaussianUNet(gaussian, 2, 4, train_sigmas(scheduler).tolist(), **network)
-        pipes.append(cls(unet, scheduler, data_min=data_min))
-        pipes[-1].set_progress_bar_config(disable=True)
+        pipes.append(quiet_pipeline(unet, scheduler, cls, data_min=data_min))
     return pipes
 
 
@@ -992,15 +977,6 @@ class Recording(PipelineCallback):
 
     def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
         self.seen = [*getattr(self, "seen", []), (step_index, sorted(callback_kwargs))]
-        return callback_kwargs
-
-
-class Halving(PipelineCallback):
-    tensor_inputs = ["latents"]
-
-    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
-        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
-            callback_kwargs["latents"] = callback_kwargs["latents"] / 2
         return callback_kwargs
 
 

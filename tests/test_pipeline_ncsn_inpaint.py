@@ -1,12 +1,13 @@
 import math
+from functools import partial
 from itertools import pairwise
 
 import diffusers
+import networks
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from analytic import ClassUNet, Gaussian, GaussianUNet, train_sigmas
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -14,15 +15,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from test_pipeline_ncsn import Halving, conditional_pipeline, small_unet
+from networks import ClassUNet, Gaussian, GaussianUNet, Halving, conditional_unet, small_unet, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 
-
-def quiet_pipeline(unet, scheduler=None):
-    pipe = NCSNInpaintPipeline(unet, scheduler or AnnealedLangevinScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+quiet_pipeline = partial(networks.quiet_pipeline, cls=NCSNInpaintPipeline)
 
 
 def small_pipeline(**arguments):
@@ -225,8 +222,7 @@ def test_full_strength_pays_no_regard_to_what_is_drawn_over():
 
 
 def test_callback_classes_and_dynamic_guidance():
-    unconditional = conditional_pipeline()
-    pipe = quiet_pipeline(unconditional.unet, unconditional.scheduler)
+    pipe = quiet_pipeline(conditional_unet())
     forward, batches = pipe.unet.forward, []
 
     def recording_forward(sample, timestep, class_labels, return_dict=True):

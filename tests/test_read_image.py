@@ -1,26 +1,19 @@
 """One file has the same values in training, image to image, inpainting and evaluation."""
 
-import importlib.util
 import io
 import struct
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from networks import quiet_pipeline, small_unet
 from PIL import Image
-from test_pipeline_ncsn import small_unet
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
+from ncsn_diffusers import NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.data import decode_images, load_training_data
+from ncsn_diffusers.evaluation.evaluate import EvaluateConfig, load_real_pictures
 from ncsn_diffusers.pipeline_ncsn import find_white, read_image
-
-spec = importlib.util.spec_from_file_location("evaluate", Path(__file__).parent.parent / "scripts" / "evaluate.py")
-evaluate = importlib.util.module_from_spec(spec)
-sys.modules["evaluate"] = evaluate
-spec.loader.exec_module(evaluate)
 
 SIDE = 4  # of the images, whose rows are all alike unless they are turned
 
@@ -137,9 +130,7 @@ def save(tmp_path, content):
 
 
 def pipeline(cls, channels, side=SIDE):
-    pipe = cls(small_unet(channels=channels, out_channels=channels, sample_size=side), AnnealedLangevinScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet_pipeline(small_unet(channels=channels, out_channels=channels, sample_size=side), cls=cls)
 
 
 def four_readings(path, channels, monkeypatch, side=SIDE):
@@ -147,9 +138,9 @@ def four_readings(path, channels, monkeypatch, side=SIDE):
     folder = str(path.parent)
     readings = {"training": decode_images(load_training_data(train_data_dir=folder), channels=channels)[0]}
 
-    config = evaluate.EvaluateConfig("", train_data_dir=folder, channels=channels, held_out_split="train", num_images=1)
+    config = EvaluateConfig("", train_data_dir=folder, channels=channels, held_out_split="train", num_images=1)
     shape = (channels, side, side)
-    readings["evaluation"] = evaluate.load_real_pictures(config, Accelerator(cpu=True), shape).reference[0]
+    readings["evaluation"] = load_real_pictures(config, Accelerator(cpu=True), shape).reference[0]
 
     pipe, seen = pipeline(NCSNPipeline, channels, side), []
     prepare = pipe._prepare_latents

@@ -15,8 +15,8 @@ import pytest
 import torch
 import tyro
 from accelerate.commands.launch import launch_command_parser
+from networks import small_unet
 from PIL import Image
-from test_pipeline_ncsn import small_unet
 from torch.distributed.run import get_args_parser
 
 import ncsn_diffusers

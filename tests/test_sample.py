@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from networks import small_unet
 from PIL import Image
-from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
 from ncsn_diffusers.commands.sample import SampleConfig, sample

@@ -13,9 +13,9 @@ import diffusers.schedulers.deprecated
 import numpy as np
 import pytest
 import torch
-from analytic import MIXTURE, GaussianMixture, to_model_output, train_sigmas
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin
+from networks import MIXTURE, GaussianMixture, to_model_output, train_sigmas
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, scheduling_annealed_langevin

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from analytic import MIXTURE, AnalyticUNet, GaussianMixture, to_model_output, train_sigmas
+from networks import MIXTURE, AnalyticUNet, GaussianMixture, to_model_output, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler
 from ncsn_diffusers.score_matching import draw_timesteps, normal_quantile, score_matching_loss, stratified

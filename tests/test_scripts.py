@@ -10,8 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from networks import small_unet
 from PIL import Image
-from test_pipeline_ncsn import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.evaluation import extract_features, load_digit_classifier

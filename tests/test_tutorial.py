@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from analytic import GaussianMixture
+from networks import GaussianMixture
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 SHARES = [0.6, 0.3, 0.1]

@@ -1,10 +1,21 @@
-"""Data whose score is known in closed form: the oracle of the samplers' tests."""
+"""
+Networks that several test files share.
+
+The analytic ones are perfect for data whose score is known in closed form: they are the oracle of the samplers' tests.
+The small ones are real UNets with random weights, for what does not depend on the weights. `quiet_pipeline` puts any of
+them into a pipeline.
+"""
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
+
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+
+# Distributions
 
 
 class GaussianMixture:
@@ -73,6 +84,9 @@ class Gaussian:
         )
 
 
+# Analytic networks
+
+
 def train_sigmas(scheduler):
     """The trained ladder of an `AnnealedLangevinScheduler`, rising."""
     return scheduler.index_to_sigma(torch.arange(len(scheduler), dtype=torch.float32))
@@ -91,7 +105,7 @@ def to_model_output(denoised, x, sigma, prediction_type):
 
 class AnalyticUNet(ModelMixin, ConfigMixin):
     """
-    The perfect network for `MIXTURE`, whose 8 dimensions are pictures of `channels` × 2 × ..., with the interface of
+    The perfect network for `MIXTURE`, whose 8 dimensions are images of `channels` × 2 × ..., with the interface of
     [`UNet2DModel`]. It takes its ladder from sigmas written out plainly, not from a scheduler.
     """
 
@@ -123,7 +137,7 @@ class AnalyticUNet(ModelMixin, ConfigMixin):
 
 
 class GaussianUNet(AnalyticUNet):
-    """The perfect network for one `Gaussian`, whose coordinates are pictures of 1 × height × width."""
+    """The perfect network for one `Gaussian`, whose coordinates are images of 1 × height × width."""
 
     def __init__(self, gaussian, height, width, sigmas, **arguments):
         super().__init__(sigmas, **arguments)
@@ -149,3 +163,50 @@ class ClassUNet(AnalyticUNet):
     def denoised(self, x, sigma, class_labels):
         gain = self.deviation**2 / (self.deviation**2 + sigma**2)
         return self.means[class_labels] + gain * (x - self.means[class_labels])
+
+
+# Small networks
+
+
+def small_unet(**arguments):
+    """A UNet2DModel of one channel and 8 × 8 pixels with random weights, always the same ones."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=arguments.pop("sample_size", 8),
+        in_channels=arguments.pop("channels", 1),
+        out_channels=arguments.pop("out_channels", 1),
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        **arguments,
+    ).eval()
+
+
+def conditional_unet():
+    """A small network for classes 0, 1 and 2, whose embeddings differ by a lot."""
+    unet = small_unet(num_class_embeds=4)
+    nn.init.normal_(unet.class_embedding.weight, std=5.0, generator=torch.Generator().manual_seed(0))
+    return unet
+
+
+# Pipelines
+
+
+def quiet_pipeline(unet, scheduler=None, cls=NCSNPipeline, **arguments):
+    """A pipeline without a progress bar, with the default scheduler unless another is given."""
+    pipe = cls(unet, scheduler or AnnealedLangevinScheduler(), **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Halving(PipelineCallback):
+    """A callback in diffusers' form: it halves the sample once, after the given share of the steps."""
+
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+            callback_kwargs["latents"] = callback_kwargs["latents"] / 2
+        return callback_kwargs

@@ -422,7 +422,7 @@ class NCSNPipeline(DiffusionPipeline):
         self.check_inputs(shape, class_labels, guidance_scale, None, None, output_type, names, callback_on_step_end)
         device = self._execution_device
         timesteps = self._set_timesteps(self.scheduler, num_inference_steps, num_langevin_steps)
-        draws_noise = self._find_noisy_steps(timesteps)
+        draws_noise = self._dry_run(timesteps)
         if any(draws_noise) and "variance_noise" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(
                 f"{type(self.scheduler).__name__} draws noise in its steps that cannot be mixed: interpolate with "
@@ -485,7 +485,7 @@ class NCSNPipeline(DiffusionPipeline):
         if not _is_langevin(scheduler):
             if strength is None:
                 self._check_first_level(timesteps, num_inference_steps)
-            self._try_step(scheduler, timesteps[0])
+            self._dry_run(timesteps[:1])
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
         return timesteps
@@ -499,19 +499,31 @@ class NCSNPipeline(DiffusionPipeline):
                 f"would begin at sigma={first:.2g} and return noise: take more, or set timestep_spacing='trailing'."
             )
 
-    @staticmethod
-    def _try_step(scheduler: SchedulerMixin, timestep: torch.Tensor) -> None:
-        """A ValueError where a copy of the scheduler cannot take the chain's first step, whatever the reason."""
-        scheduler, x = copy.deepcopy(scheduler), torch.zeros(1, 1, 1, 1, device=timestep.device)
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra = {"generator": torch.Generator()} if takes_generator else {}  # torch's own stays as it is
-        try:
-            scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x, **extra)
-        except Exception as error:
-            raise ValueError(
-                f"{type(scheduler).__name__} cannot take a step with "
-                f"prediction_type={scheduler.config.prediction_type!r}: {type(error).__name__}: {error}"
-            ) from error
+    def _dry_run(self, timesteps: torch.Tensor) -> list[bool]:
+        """
+        Take the steps at `timesteps` with a copy of the scheduler and a sample of one pixel.
+
+        Returns:
+            `list[bool]`: whether each step draws noise, that is, moves a generator.
+
+        Raises:
+            ValueError: a step fails, whatever the reason.
+        """
+        scheduler, x = copy.deepcopy(self.scheduler), torch.zeros(1, 1, 1, 1, device=timesteps.device)
+        generator = torch.Generator()  # torch's own stays as it is
+        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        draws_noise = []
+        for t in timesteps:
+            state = generator.get_state()
+            try:
+                scheduler.step(scheduler.scale_model_input(x, t), t, x, **extra)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(scheduler).__name__} cannot take a step with "
+                    f"prediction_type={scheduler.config.prediction_type!r}: {type(error).__name__}: {error}"
+                ) from error
+            draws_noise.append(not torch.equal(state, generator.get_state()))
+        return draws_noise
 
     def _prepare_latents(self, shape, timesteps, image, latents, generator, device) -> torch.Tensor:
         """The sample at the first of `timesteps`: noise, or the noised `image`."""
@@ -684,20 +696,6 @@ class NCSNPipeline(DiffusionPipeline):
         if prediction_type == "score":
             return x + sigma**2 * model_output
         return model_output
-
-    def _find_noisy_steps(self, timesteps: torch.Tensor) -> list[bool]:
-        """Which steps draw noise: those of a copy of the scheduler that move on a generator."""
-        scheduler, generator = copy.deepcopy(self.scheduler), torch.Generator()
-        if "generator" not in inspect.signature(scheduler.step).parameters:
-            return [False] * len(timesteps)
-        x = torch.zeros(1, 1, 1, 1, device=timesteps.device)
-        draws_noise = []
-        for t in timesteps:
-            state = generator.get_state()
-            scheduler.scale_model_input(x, t)
-            scheduler.step(x, t, x, generator=generator)
-            draws_noise.append(not torch.equal(state, generator.get_state()))
-        return draws_noise
 
     # Checks: a ValueError for what cannot work, before the first network evaluation
 

@@ -105,7 +105,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, DummyObject, logging
@@ -323,20 +323,17 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             trained_betas = np.asarray(trained_betas, dtype=np.float64).tolist()
         elif beta_schedule == "geometric":
             trained_betas = betas.tolist()
-        config = {
-            **self.config,
-            "num_train_timesteps": len(sigmas),
-            "sigma_min": float(sigmas[0]),
-            "sigma_max": float(sigmas[-1]),
-            "trained_betas": trained_betas,
-            "_class_name": type(self).__name__,  # as a saved config says: swaps then drop this class's keys silently
-        }
-        # Another class leaves out what is listed as a default: that must not happen to what it shares with this one.
-        defaults = sorted(set(config.pop("_use_default_values", ())).intersection(SAMPLER_KEYS))
-        if defaults:
-            config["_use_default_values"] = defaults
-        config[KEPT] = {name: config[name] for name in SPELLED_ALIKE}
-        self._internal_dict = FrozenDict(config)
+        ends = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
+        # Another class leaves out what is listed as a default, which must not happen to what it shares with this one.
+        defaults = sorted(set(self.config.get("_use_default_values", ())).intersection(SAMPLER_KEYS))
+        self.register_to_config(
+            **ends,
+            num_train_timesteps=len(sigmas),
+            trained_betas=trained_betas,
+            _class_name=type(self).__name__,  # as a saved config says: swaps then drop this class's keys silently
+            _use_default_values=defaults,
+            **{KEPT: {**ends, "solver_order": solver_order}},
+        )
 
         self.set_timesteps(sigmas=sigmas[::-1])
         self.num_inference_steps = None  # until the user chooses

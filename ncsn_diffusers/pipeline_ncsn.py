@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -49,6 +50,11 @@ SCHEDULERS = (
     "PNDMScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
+)
+_PUBLISHING = (
+    "This pipeline's code comes from a repository, and cannot publish it. Install the package, `pip install "
+    "ncsn_diffusers`, load the pipeline by its class, `from ncsn_diffusers import NCSNPipeline` and "
+    "`NCSNPipeline.from_pretrained(...)`, and call `push_to_hub` of that."
 )
 # A sample whose numbers are so large, where data are in [-1, 1], is noise that the steps have left.
 LARGEST_SAMPLE = 10.0
@@ -202,6 +208,34 @@ class NCSNPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(
             do_convert_grayscale=channels == 1, do_convert_rgb=channels == 3, **pixels
         )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """
+        As [`~DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ImportError: `push_to_hub=True`; see [`push_to_hub`]. Nothing has been written then.
+        """
+        if push_to_hub:
+            raise ImportError(_PUBLISHING)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        The package's own `NCSNPipeline` uploads, because this file's code and its card have to go with it.
+
+        Raises:
+            ImportError: always, with what to install.
+        """
+        raise ImportError(_PUBLISHING)
 
     @property
     def components(self) -> dict:

@@ -1,7 +1,7 @@
 """
 A small Hub on 127.0.0.1: the parts of its protocol that huggingface_hub uses to publish and to load models.
 
-Repositories live in memory. Weights and pictures go the way of large files (LFS), the rest into the commits themselves,
+Repositories live in memory. Weights and images go the way of large files (LFS), the rest into the commits themselves,
 as on the Hub. Failures can be asked for, and every request is on record.
 
 ```python
@@ -28,6 +28,7 @@ try:
 except ImportError:  # before huggingface_hub 1.0
     from huggingface_hub.utils import reset_sessions as close_session
 
+TOKEN = "hf_annsSecretToken0123456789"  # a made-up one, of the user that the tests are
 LARGE_FILES = (".safetensors", ".bin", ".png")
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "openrail", "other", "unknown")
 PIPELINE_TAGS = ("unconditional-image-generation", "text-to-image", "image-to-image", "image-classification")

@@ -1,8 +1,7 @@
 """
 Publishing and loading with huggingface_hub's own client, over HTTP, against the server of hub_server.py.
 
-The client reads its endpoint when it is imported: the fixture `hub` sets what it has read, and the test that needs an
-environment of its own (this package not installed) runs a process with HF_ENDPOINT set.
+The test that needs an environment of its own (this package not installed) runs a process with HF_ENDPOINT set.
 """
 
 import json
@@ -28,18 +27,17 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UNet2DModel,
 )
-from hub_server import HubServer
-from huggingface_hub import HfApi, ModelCard, constants
+from hub_server import TOKEN
+from huggingface_hub import HfApi, ModelCard
 from networks import small_unet
 from PIL import Image
+from saved_pipelines import check_same, draw, flatten, make_pipeline
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
-from ncsn_diffusers.hub import upload as publishing
 from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
-TOKEN = "hf_annsSecretToken0123456789"
 FILES = {
     ".gitattributes",
     "README.md",
@@ -50,26 +48,6 @@ FILES = {
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as server:
-        server.users = {TOKEN: ("ann", ["lab"]), "hf_bobsSecretToken0123456789": ("bob", [])}
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        for module in (constants, huggingface_hub.file_download):  # before huggingface_hub 1.0 the latter has a copy
-            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
-                template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # 0.30 has none
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(publishing, "_FIRST_WAIT", 0.01)
-        yield server
 
 
 def environment(hub, tmp_path):
@@ -83,22 +61,6 @@ def environment(hub, tmp_path):
         "HF_TOKEN": TOKEN,
         "OMP_NUM_THREADS": "1",
     }
-
-
-def make_pipeline(scheduler=None, **arguments):
-    return NCSNPipeline(small_unet(**arguments), scheduler or AnnealedLangevinScheduler())
-
-
-def draw(pipe, **arguments):
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": 3, "output_type": "pt", **arguments}
-    return pipe(generator=torch.Generator().manual_seed(0), **arguments).images
-
-
-def check_same(pipe, expected):
-    """The same weights; the pictures up to float32's roundings, which depend on where in memory the weights lie."""
-    assert all(map(torch.equal, pipe.unet.state_dict().values(), expected.unet.state_dict().values()))
-    torch.testing.assert_close(draw(pipe), draw(expected), rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -348,11 +310,11 @@ def test_background_push_warns_and_never_raises(hub, folder, pipe, monkeypatch, 
 @pytest.fixture
 def training_config(tmp_path):
     for i in range(8):
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        Image.new("L", (8, 8), 30 * i).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / "images" / f"{i}.png")
     return partial(
         TrainingConfig,
-        train_data_dir=str(tmp_path / "pictures"),
+        train_data_dir=str(tmp_path / "images"),
         output_dir=str(tmp_path / "run"),
         block_out_channels=(8, 8),
         train_batch_size=4,
@@ -415,7 +377,7 @@ def test_card_of_a_training_run(hub, folder):
         "tags": ["ncsn", "score-matching", "langevin-dynamics", "diffusion"],
     }
     for expected in (
-        "gray pictures of 8 × 8 pixels",
+        "gray images of 8 × 8 pixels",
         "![Samples](samples.png)",
         "![Loss curve](loss.png)",
         'NCSNPipeline.from_pretrained("ann/digits")',
@@ -425,33 +387,47 @@ def test_card_of_a_training_run(hub, folder):
         "| sigma, largest | 50.0 |",
         "| steps | 40 |",
         "| epochs | 7 |",
-        "| pictures a step and process | 64 |",
+        "| images per step and process | 64 |",
         "| loss at the end | 0.125 |",
         "| validation loss | 0.25 |",
         "CC BY-SA 3.0",
         "@inproceedings{song2019generative",
     ):
         assert expected in text
-    command = text.split("```bash\n")[1].split("```")[0].replace("\\\n", "")
-    assert command.split() == [
-        *("accelerate", "launch", "scripts/train_ncsn.py"),
-        *("--num_epochs", "7", "--random_flip", "--block_out_channels", "8", "8"),
-        *("--gradient_accumulation_steps", "2"),
-    ]
+    assert "```bash" not in text  # the settings alone do not say which command it was
+    assert "| learning rate | 0.001 |" in text and "| weights | moving average |" in text
 
 
-def test_training_command_is_understood_by_the_script():
-    tyro = pytest.importorskip("tyro")
-    from ncsn_diffusers.training import TrainingConfig
+def test_card_quotes_the_command_of_the_run(hub, folder):
+    command = "accelerate launch train.py \\\n    --train_data_dir 'my faces' --random_flip"
+    settings = json.loads((folder / "training_config.json").read_text())
+    (folder / "training_config.json").write_text(json.dumps({**settings, "command": command}))
+    push_to_hub(folder, "ann/digits")
+    text = hub.files("ann/digits")["README.md"].decode()
+    assert text.split("```bash\n")[1].split("\n```")[0] == command
+    assert text.index("| learning rate |") < text.index("```bash") < text.index("![Loss curve]")
+    (folder / "training_config.json").write_text(json.dumps({**settings, "command": f"train --token {TOKEN}"}))
+    with pytest.raises(ValueError, match=r"README\.md holds an access token"):
+        push_to_hub(folder, "ann/other")
+    (folder / "training_config.json").write_text(json.dumps({**settings, "command": ["accelerate", "launch"]}))
+    with pytest.raises(OSError, match=r"^training_config\.json of .* cannot be used: `command` must be a string"):
+        push_to_hub(folder, "ann/other")
+    assert "ann/other" not in hub.repositories
 
-    config = TrainingConfig(
-        train_data_dir="my pictures", use_ema=False, random_flip=True, block_out_channels=(8, 16), sigma_max="auto"
-    )
-    settings = json.loads(json.dumps(vars(config)))
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {publishing.training_command(settings)}"], capture_output=True, text=True
-    ).stdout.splitlines()
-    assert tyro.cli(TrainingConfig, args=words[3:], use_underscores=True) == config
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("training_config.json", "[1]", "it must be a JSON object, not \\[1\\]"),
+        ("training_config.json", '{"seed": 0', "it is not JSON"),
+        ("log.jsonl", '{"step": 20, "loss": 0.5}\n{"step": 40, "lo', "line 2 is not JSON"),
+    ],
+)
+def test_run_that_cannot_be_read(hub, folder, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(OSError, match=f"^{name} of '{folder}' cannot be used: {message}"):
+        push_to_hub(folder, "ann/digits")
+    assert not hub.repositories
 
 
 def test_card_names_the_data_set(hub, folder):
@@ -508,7 +484,7 @@ def test_without_the_package(hub, pipe, tmp_path):
     torch.save(expected, tmp_path / "expected.pt")
     program = textwrap.dedent(
         """
-        import importlib.abc, sys
+        import importlib.abc, os, sys
 
         class Hidden(importlib.abc.MetaPathFinder):  # as if it were not installed
             def find_spec(self, name, path=None, target=None):
@@ -537,6 +513,17 @@ def test_without_the_package(hub, pipe, tmp_path):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe(num_inference_steps=2)
         pipe.save_pretrained(sys.argv[2])
+        for publish in (
+            lambda: pipe.push_to_hub("ann/copy"),
+            lambda: pipe.save_pretrained("unwritten", push_to_hub=True, repo_id="ann/copy"),
+        ):
+            try:
+                publish()
+            except ImportError as error:
+                assert "`pip install ncsn_diffusers`" in str(error), error
+            else:
+                raise AssertionError("published without the package")
+        assert not os.path.exists("unwritten")
         assert not any(name.startswith("ncsn_diffusers") for name in sys.modules)
         """
     )
@@ -548,7 +535,27 @@ def test_without_the_package(hub, pipe, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert type(NCSNPipeline.from_pretrained(tmp_path / "saved").scheduler) is DDIMScheduler
+    assert set(hub.repositories) == {"ann/digits"}
+    # as the message says: the package publishes what has been saved
+    saved = NCSNPipeline.from_pretrained(tmp_path / "saved")
+    assert type(saved.scheduler) is DDIMScheduler
+    saved.push_to_hub("ann/copy")
+    check_same(NCSNPipeline.from_pretrained("ann/copy"), saved)
+
+
+@pytest.mark.parametrize("arguments", [{"push_to_hub": True}, {"push_to_hub": True, "repo_id": "ann/copy"}])
+def test_code_of_a_repository_does_not_publish(hub, pipe, tmp_path, arguments):
+    uploaded = pipeline_ncsn.NCSNPipeline(**pipe.components)
+    for publish in (
+        lambda: uploaded.push_to_hub("ann/copy", private=True),
+        lambda: uploaded.save_pretrained(tmp_path / "copy", **arguments),
+        lambda: uploaded.save_pretrained(tmp_path / "copy", True, None, None, True),
+    ):
+        with pytest.raises(ImportError, match=r"Install the package.*NCSNPipeline\.from_pretrained.*push_to_hub"):
+            publish()
+    assert not hub.repositories and not (tmp_path / "copy").exists()
+    uploaded.save_pretrained(tmp_path / "copy", variant="fp16")
+    assert (tmp_path / "copy/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
 
 
 def test_clone_with_code_loads_without_running_it(hub, pipe, tmp_path):
@@ -646,14 +653,6 @@ def test_of_a_newer_version(hub, pipe, tmp_path):
 
 
 # --- Public checkpoints ---
-
-
-def flatten(folder):
-    """As the oldest repositories are: everything in one folder."""
-    for part in ("unet", "scheduler"):
-        for path in (folder / part).iterdir():
-            path.rename(folder / path.name)
-        (folder / part).rmdir()
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from networks import small_unet
 from safetensors.torch import load_file, save_file
-from test_hub import check_same, draw, flatten, hub, make_pipeline  # noqa: F401 (a fixture)
+from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.hub import collect_files, loading
@@ -130,7 +130,7 @@ def test_value_that_cannot_be_used(saved, file, key, value, monkeypatch):
     rewrite(saved / file, **{key: value})
     if key == "out_channels":
         rewrite(saved / file, in_channels=1)
-    monkeypatch.setattr(loading, "_check_weights", lambda *_, **__: pytest.fail("went on to the weights"))
+    monkeypatch.setattr(loading, "check_weights", lambda *_, **__: pytest.fail("went on to the weights"))
     start = time.perf_counter()
     with pytest.raises(OSError, match=f"^{file} of '{saved}' cannot be used: ") as raised:
         NCSNPipeline.from_pretrained(saved)
@@ -166,7 +166,7 @@ def test_scheduler_that_cannot_be_made(saved):
         NCSNPipeline.from_pretrained(saved)
 
 
-def test_configs_are_checked_before_the_weights_are_downloaded(hub, saved):  # noqa: F811
+def test_configs_are_checked_before_the_weights_are_downloaded(hub, saved):
     rewrite(saved / UNET, layers_per_block=10**6)
     hub.publish("ann/hostile", saved)
     with pytest.raises(OSError, match=r"^unet/config\.json of 'ann/hostile' cannot be used: `layers_per_block`"):
@@ -280,7 +280,7 @@ def other_package(folder):
     return folder
 
 
-def test_pipeline_of_the_package_diffusers_ncsn(hub, tmp_path):  # noqa: F811
+def test_pipeline_of_the_package_diffusers_ncsn(hub, tmp_path):
     folder = other_package(tmp_path / "other")
     hub.publish("ann/other", folder)
     on_the_hub = other_package(tmp_path / "code")  # as its README has one upload it
@@ -321,7 +321,7 @@ DDPM_2022 = {
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("missing", [(), ("_class_name",), ("beta_schedule", "trained_betas")])
-def test_ddpm_repository_of_2022(hub, tmp_path, flat, missing):  # noqa: F811
+def test_ddpm_repository_of_2022(hub, tmp_path, flat, missing):
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     config = {key: value for key, value in DDPM_2022.items() if key not in missing}
     (tmp_path / "ddpm" / SCHEDULER).write_text(json.dumps(config))
@@ -354,7 +354,7 @@ def test_ddpm_repository_of_2022(hub, tmp_path, flat, missing):  # noqa: F811
 )
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("in_the_index", [None, "DDPMScheduler"])
-def test_schedulers_of_another_time_or_scaling(hub, tmp_path, class_name, in_the_index, flat):  # noqa: F811
+def test_schedulers_of_another_time_or_scaling(hub, tmp_path, class_name, in_the_index, flat):
     scheduler = getattr(diffusers, class_name)()
     for kind, folder in (("DDPMPipeline", tmp_path / "foreign"), ("NCSNPipeline", tmp_path / "own")):
         DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(folder)

@@ -1,5 +1,7 @@
 """The Hub: loading pipelines from it and publishing them on it."""
 
-from .upload import BackgroundPush, collect_files, make_model_card, push_to_hub, training_command
+from .files import VARIANTS, collect_files
+from .model_card import make_model_card
+from .upload import BackgroundPush, push_to_hub
 
-__all__ = ["BackgroundPush", "collect_files", "make_model_card", "push_to_hub", "training_command"]
+__all__ = ["VARIANTS", "BackgroundPush", "collect_files", "make_model_card", "push_to_hub"]

@@ -1,0 +1,304 @@
+"""
+The configs of saved pipelines: read, checked, and translated into what `NCSNPipeline` loads.
+
+A folder or a repository is a stranger's: its configs are checked before its weights are downloaded and before anything
+is built, and no module that it names is imported. What is wrong is an OSError that names the file, the key and the
+value.
+"""
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable, Collection
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .. import pipeline_ncsn
+from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
+
+OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline")
+# Foreign pipelines that an NCSNPipeline can take over, each with the value of black in its data; white is 1.
+FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
+
+INDEX = "model_index.json"
+CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+
+OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
+_LARGEST_CONFIG = 10_000_000  # bytes; a ladder of 100,000 betas takes 2.5 million
+
+
+def read_configs(
+    folder: str | os.PathLike, source: str, given: Collection[str] = ()
+) -> tuple[dict, SchedulerMixin | None]:
+    """
+    Read and check the configs of a saved pipeline; nothing of the size of a network is built.
+
+    Args:
+        folder (`str`): where the files are.
+        source (`str`): what messages call the pipeline: the folder, or the repository's id.
+        given (`Collection[str]`): the components that are not to come from the folder, `"unet"` or `"scheduler"`.
+
+    Returns:
+        The index as it was saved, and the scheduler: the pipeline's own, or an `AnnealedLangevinScheduler` in the place
+        of a foreign pipeline's; None where it is given.
+
+    Raises:
+        OSError: a file is missing, cannot be read or holds what cannot be used.
+        ValueError: the pipeline is of another kind, or was saved by a newer version of this package.
+    """
+    if not Path(folder, INDEX).is_file():
+        raise OSError(explain_missing_index(folder, source))
+    index = read_json(Path(folder, INDEX), INDEX, source)
+    _check_index(index, source, given)
+    if "unet" not in given:
+        _check_unet_config(*read_config(folder, source, "unet"), source)
+    if "scheduler" in given:
+        return index, None
+    return index, _read_scheduler(*read_config(folder, source, "scheduler"), source, index)
+
+
+def explain_missing_index(folder: str | os.PathLike, source: str) -> str:
+    """Why a folder is no pipeline, and the way on."""
+    folder = Path(folder)
+    text = f"{source!r} holds no pipeline: {INDEX} is missing."
+    go_on = "scripts/train_ncsn.py with the run's settings and --resume_from_checkpoint latest goes on with it"
+    checkpoints = [path.name for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
+        run = folder.resolve().parent
+        if (run / INDEX).is_file():
+            return f"{text} It is a checkpoint of a training run, whose pipeline is in {str(run)!r}: load that."
+        return f"{text} It is a checkpoint of a training run, which saves its pipeline when it ends: {go_on}."
+    if checkpoints:
+        last = max(checkpoints, key=lambda name: int(name.split("-")[1]))
+        return (
+            f"{text} It holds a training run that has not ended, up to {last}, and that saves its pipeline when it "
+            f"does: {go_on}."
+        )
+    return text
+
+
+def read_config(folder: str | os.PathLike, source: str, part: str) -> tuple[dict, str]:
+    """A component's config, and the name of its file."""
+    path = part_folder(folder, part) / CONFIGS[part]
+    name = path.relative_to(folder).as_posix()
+    if not path.is_file():
+        raise OSError(incomplete(source, [f"{part}/{CONFIGS[part]}"]))
+    return read_json(path, name, source), name
+
+
+def part_folder(folder: str | os.PathLike, part: str) -> Path:
+    # in the oldest repositories all files lie in one folder
+    return Path(folder, part) if Path(folder, part).is_dir() else Path(folder)
+
+
+def read_json(path: Path, name: str, source: str) -> dict:
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise OSError(unusable(name, source, f"it has {path.stat().st_size:,} bytes, of {_LARGEST_CONFIG:,} at most"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise OSError(unusable(name, source, f"it is not JSON in UTF-8 ({error})")) from error
+    if not isinstance(value, dict):
+        raise OSError(unusable(name, source, f"it must be a JSON object, not {_show(value)}"))
+    return value
+
+
+def unusable(name: str, source: str, reason: str) -> str:
+    return f"{name} of {source!r} cannot be used: {reason}."
+
+
+def _show(value) -> str:
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def check_values(config: dict, rules: dict, name: str, source: str) -> None:
+    for key, (fits, accepted) in rules.items():
+        if key in config and not fits(config[key]):
+            raise OSError(unusable(name, source, f"`{key}` must be {accepted}, not {_show(config[key])}"))
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _whole(low: int, high: int) -> Rule:
+    return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low:,} to {high:,}"
+
+
+def _number(low: float = -1e6, high: float = 1e6) -> Rule:
+    def fits(value):
+        return isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high
+
+    return fits, f"a number from {low:g} to {high:g}"
+
+
+def _list_of(rule: Rule, least: int, most: int) -> Rule:
+    count = str(least) if least == most else f"{least} to {most}"
+    return (
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(rule[0], value)),
+        f"a list of {count}, each {rule[1]}",
+    )
+
+
+def _either(first: Rule, second: Rule) -> Rule:
+    return lambda value: first[0](value) or second[0](value), f"{first[1]}, or {second[1]}"
+
+
+def _one_of(*values) -> Rule:
+    accepted = " or ".join(map(json.dumps, values))
+    return lambda value: any(type(value) is type(v) and value == v for v in values), accepted
+
+
+_NULL = _one_of(None)
+_BOOL: Rule = (lambda value: isinstance(value, bool), "true or false")
+TEXT: Rule = (lambda value: isinstance(value, str), "a string")
+_CLASS = _list_of(TEXT, 2, 2)
+
+_INDEX_RULES = {
+    "_class_name": _either(TEXT, _CLASS),
+    "_saved_format": _whole(1, 10**6),
+    "data_min": (lambda value: not isinstance(value, bool) and value in (-1, 0), "-1 or 0"),
+}
+# Limits far above what anyone trains: they are there so that a config cannot fill the memory or hang.
+_UNET_RULES = {
+    "sample_size": _either(_whole(1, 65_536), _list_of(_whole(1, 65_536), 2, 2)),
+    "in_channels": _whole(1, 1024),
+    "out_channels": _whole(1, 1024),
+    "center_input_sample": _BOOL,
+    "time_embedding_type": _one_of("positional", "fourier", "learned"),
+    "time_embedding_dim": _either(_NULL, _whole(1, 65_536)),
+    "freq_shift": _number(),
+    "flip_sin_to_cos": _BOOL,
+    "down_block_types": _list_of(TEXT, 1, 16),
+    "mid_block_type": _either(_NULL, TEXT),
+    "up_block_types": _list_of(TEXT, 1, 16),
+    "block_out_channels": _list_of(_whole(1, 16_384), 1, 16),
+    "layers_per_block": _whole(1, 32),
+    "mid_block_scale_factor": _number(),
+    "downsample_padding": _whole(0, 16),
+    "downsample_type": TEXT,
+    "upsample_type": TEXT,
+    "dropout": _number(0, 1),
+    "act_fn": TEXT,
+    "attention_head_dim": _either(_NULL, _whole(1, 16_384)),
+    "norm_num_groups": _whole(1, 16_384),
+    "attn_norm_num_groups": _either(_NULL, _whole(1, 16_384)),
+    "norm_eps": _number(0, 1),
+    "resnet_time_scale_shift": TEXT,
+    "add_attention": _BOOL,
+    "class_embed_type": _either(_NULL, TEXT),
+    "num_class_embeds": _either(_NULL, _whole(1, 1_000_000)),
+    "num_train_timesteps": _either(_NULL, _whole(1, 1_000_000)),
+}
+
+
+def pipeline_class_name(index: dict) -> str:
+    """The class that a model_index.json names."""
+    name = index["_class_name"]
+    return name[-1] if isinstance(name, list) else name  # with the module of its code, in a repository
+
+
+def _check_index(index: dict, source: str, given: Collection[str]) -> None:
+    if "_class_name" not in index:
+        raise OSError(unusable(INDEX, source, "it has no `_class_name`, the pipeline's class"))
+    check_values(index, _INDEX_RULES, INDEX, source)
+    name = pipeline_class_name(index)
+    if name not in (*OWN_PIPELINES, *FOREIGN_PIPELINES):
+        raise ValueError(
+            f"The pipeline is a {_show(name)[1:-1]}, which an NCSNPipeline cannot take over; it can be an NCSNPipeline "
+            f"or one of {', '.join(FOREIGN_PIPELINES)}. DiffusionPipeline.from_pretrained loads any."
+        )
+    if index.get("_saved_format", 1) > pipeline_ncsn.SAVED_FORMAT:
+        raise ValueError(
+            f"The pipeline was saved by a newer version of ncsn_diffusers, in format {index['_saved_format']}; this "
+            f"version reads formats up to {pipeline_ncsn.SAVED_FORMAT}. Update the package, or run the repository's "
+            "own code by DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
+        )
+    for part in CONFIGS:
+        if part in given:
+            continue
+        if part not in index:
+            raise OSError(unusable(INDEX, source, f"it has no `{part}`"))
+        check_values({part: index[part]}, {part: _CLASS}, INDEX, source)
+        pipeline_ncsn.check_not_of_diffusers_ncsn(index[part][1], source)
+    if "unet" not in given and index["unet"] != ["diffusers", "UNet2DModel"]:
+        raise OSError(
+            unusable(
+                INDEX,
+                source,
+                f'`unet` must be ["diffusers", "UNet2DModel"], not {_show(index["unet"])}: a network of another class '
+                "is not loaded from here, but may be given as `unet=`",
+            )
+        )
+    if "scheduler" in given or index["scheduler"][1] == OWN_SCHEDULER:
+        return
+    fitting = [*pipeline_ncsn.SCHEDULERS] + ["ScoreSdeVeScheduler"] * (name in FOREIGN_PIPELINES)
+    if index["scheduler"][0] != "diffusers" or index["scheduler"][1] not in fitting:
+        raise OSError(
+            unusable(
+                INDEX,
+                source,
+                f"`scheduler` must be {OWN_SCHEDULER} or one of diffusers' {', '.join(fitting)}, not "
+                f"{_show(index['scheduler'])}, which has another time or scaling: give a fitting one as `scheduler=`",
+            )
+        )
+
+
+def _check_unet_config(config: dict, name: str, source: str) -> None:
+    pipeline_ncsn.check_not_of_diffusers_ncsn(config.get("_class_name"), source)
+    class_name = config.get("_class_name", "UNet2DModel")
+    if class_name != "UNet2DModel":
+        raise OSError(unusable(name, source, f'`_class_name` must be "UNet2DModel", not {_show(class_name)}'))
+    if config.get("sample_size") is None:
+        raise OSError(unusable(name, source, f"`sample_size` must be {_UNET_RULES['sample_size'][1]}, not None"))
+    check_values(config, _UNET_RULES, name, source)
+    channels = [config.get(key, 3) for key in ("in_channels", "out_channels")]
+    if channels[0] != channels[1]:
+        raise OSError(
+            unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")
+        )
+
+
+def _read_scheduler(config: dict, name: str, source: str, index: dict) -> SchedulerMixin:
+    pipeline_ncsn.check_not_of_diffusers_ncsn(config.get("_class_name"), source)
+    class_name = index["scheduler"][1]
+    config = {"_class_name": class_name, **config}
+    try:
+        # whatever the class: it knows what fits a noise conditional score network, and how large a ladder may be
+        scheduler = AnnealedLangevinScheduler.from_config(config)
+        if class_name != OWN_SCHEDULER and pipeline_class_name(index) in OWN_PIPELINES:
+            scheduler = getattr(diffusers, class_name).from_config(config)
+    except Exception as error:  # diffusers' own checks raise all kinds
+        raise OSError(unusable(name, source, f"{error or type(error).__name__}".rstrip("."))) from error
+    return scheduler
+
+
+def translate_index(index: dict, class_name: str) -> dict:
+    """
+    A model_index.json as it would be if `class_name` and `AnnealedLangevinScheduler` were diffusers' own, where the
+    package makes them known: code that is in the repository is not asked for.
+    """
+    keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", *CONFIGS)
+    found, index = pipeline_class_name(index), {key: index[key] for key in keys if key in index}
+    index["_class_name"] = class_name
+    if found in FOREIGN_PIPELINES:
+        index["data_min"] = FOREIGN_PIPELINES[found]
+        index["scheduler"] = ["diffusers", OWN_SCHEDULER]
+    elif OWN_SCHEDULER in index.get("scheduler", ()):
+        index["scheduler"] = ["diffusers", OWN_SCHEDULER]
+    return index
+
+
+def incomplete(source: str, missing: list[str]) -> str:
+    return (
+        f"{source!r} is incomplete: {', '.join(missing)} is missing. Save or upload the pipeline once more, or ask its "
+        "author to, or choose another `revision`."
+    )

@@ -1,0 +1,170 @@
+"""
+What of a saved pipeline is uploaded, chosen file by file: its configs, its weights as safetensors, the scheduler's and
+the pipeline's module, the card and its images. Checkpoints, logs and whatever else lies in a folder stay there.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import UNet2DModel
+from huggingface_hub import HfApi, get_token
+
+from .. import pipeline_ncsn, scheduling_annealed_langevin
+from .configs import (
+    CONFIGS,
+    INDEX,
+    OWN_PIPELINES,
+    OWN_SCHEDULER,
+    explain_missing_index,
+    pipeline_class_name,
+    read_configs,
+    read_json,
+)
+from .model_card import make_model_card, read_training_config
+from .weights import WEIGHTS, find_not_finite
+
+VARIANTS = ("fp16", "ema")
+
+_SECRET = re.compile(r"hf_(oauth_|jwt_)?[A-Za-z0-9]{16,}")
+
+
+def collect_files(
+    folder: str | Path,
+    repo_id: str,
+    variants: Sequence[str] = (),
+    license: str | None = None,
+    dataset: str | None = None,
+    training_dir: str | Path | None = None,
+) -> dict[str, bytes | Path]:
+    """
+    The files of a repository, by their paths in it: contents, or where they are.
+
+    Args: as of [`push_to_hub`], of a saved pipeline.
+
+    Raises:
+        ValueError: a variant cannot be made, the weights are pickles or not finite, or a file holds an access token.
+        FileNotFoundError: the folder holds no complete pipeline.
+        OSError: a config holds what cannot be used.
+    """
+    folder, training_dir = Path(folder), None if training_dir is None else Path(training_dir)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(explain_missing_index(folder, str(folder)))
+    configs = [f"{part}/{name}" for part, name in CONFIGS.items()]
+    for name in configs:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: {name} is missing.")
+    index, _ = read_configs(folder, str(folder))
+    kind = pipeline_class_name(index)
+    if kind not in OWN_PIPELINES:
+        raise ValueError(
+            f"{str(folder)!r} holds a {kind}: load it by NCSNPipeline.from_pretrained, save that, and upload it."
+        )
+    weights = sorted((folder / "unet").glob(f"{WEIGHTS}*.safetensors"))
+    if not any(re.fullmatch(rf"{WEIGHTS}(-\d+-of-\d+)?\.safetensors", path.name) for path in weights):
+        pickles = sorted(path.name for path in (folder / "unet").iterdir() if path.suffix in (".bin", ".pt", ".ckpt"))
+        if pickles:
+            raise ValueError(
+                f"{str(folder)!r} holds its weights as {', '.join(pickles)}, a pickle, which may run code on whoever "
+                "loads it. Load the pipeline, save it again, which leaves safetensors, and upload that."
+            )
+        raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: unet/{WEIGHTS}.safetensors is missing.")
+    for path in weights:
+        not_finite = find_not_finite(path)
+        if not_finite is not None:
+            raise ValueError(
+                f"unet/{path.name} of {str(folder)!r} is not to be published: `{not_finite}` holds NaN or infinity."
+            )
+
+    files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in weights}
+    for path in sorted((folder / "unet").glob(f"{WEIGHTS}*.index*.json")):
+        files[f"unet/{path.name}"] = path
+    for name in configs:
+        config = read_json(folder / name, name, str(folder))
+        files[name] = _to_json({key: value for key, value in config.items() if key != "_name_or_path"})
+
+    files |= _make_variants(folder, variants, uses_ema=bool(read_training_config(training_dir).get("use_ema")))
+
+    index.pop("_name_or_path", None)  # a path of this machine
+    index["_class_name"] = ["pipeline_ncsn", "NCSNPipeline"]
+    files["pipeline_ncsn.py"] = Path(pipeline_ncsn.__file__)
+    if index["scheduler"][1] == OWN_SCHEDULER:
+        index["scheduler"] = ["scheduling_annealed_langevin", OWN_SCHEDULER]
+        files["scheduler/scheduling_annealed_langevin.py"] = Path(scheduling_annealed_langevin.__file__)
+    files[INDEX] = _to_json(index)
+
+    if training_dir is not None:
+        for name in ("samples", "loss"):
+            images = [*training_dir.glob(f"{name}.png"), *training_dir.glob(f"{name}-*.png")]
+            if images:
+                files[f"{name}.png"] = max(images, key=lambda path: path.stat().st_mtime)
+    own_card = (training_dir or folder) / "README.md"
+    if own_card.is_file():
+        files["README.md"] = own_card
+    else:
+        card = make_model_card(folder, repo_id, license, dataset, training_dir, tuple(files), _variants(files))
+        files["README.md"] = str(card).encode()
+    _check_secrets(files)
+    return files
+
+
+def _make_variants(folder: Path, variants: Sequence[str], uses_ema: bool) -> dict[str, bytes | Path]:
+    files: dict[str, bytes | Path] = {}
+    for variant in variants:
+        present = sorted((folder / "unet").glob(f"{WEIGHTS}.{variant}*.safetensors"))
+        if present:
+            continue
+        if variant == "ema" and uses_ema:
+            # the run has saved its averages as the weights, which the Hub stores once under both names
+            for path in (folder / "unet").glob(f"{WEIGHTS}*"):
+                middle = path.name.removeprefix(WEIGHTS)
+                if re.fullmatch(r"(-\d+-of-\d+)?\.safetensors", middle):
+                    files[f"unet/{WEIGHTS}.ema{middle}"] = path
+        elif variant == "fp16":
+            with tempfile.TemporaryDirectory() as scratch:
+                unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True).half()
+                unet.save_pretrained(scratch, variant="fp16")
+                for path in Path(scratch).glob(f"{WEIGHTS}*"):
+                    files[f"unet/{path.name}"] = path.read_bytes()
+        elif variant == "ema":
+            raise ValueError(
+                "`variants`: there is no 'ema', for the folder has neither such weights nor the training_config.json "
+                "of a run that has averaged them (`use_ema`)."
+            )
+        else:
+            raise ValueError(
+                f"`variants` must be among {', '.join(VARIANTS)}, or in the folder already, not {variant!r}."
+            )
+    return files
+
+
+def _variants(files: dict) -> list[str]:
+    found = (re.match(rf"unet/{WEIGHTS}\.([^.-]+)(-\d+-of-\d+)?\.safetensors", name) for name in files)
+    return sorted({match[1] for match in found if match})
+
+
+def _check_secrets(files: dict[str, bytes | Path]) -> None:
+    token = get_token()
+    for name, content in files.items():
+        if name.endswith((".json", ".md", ".py")):
+            text = read_content(content).decode(errors="replace")
+            if _SECRET.search(text) or (token and token in text):
+                raise ValueError(f"{name} holds an access token, which must not be published: take it out.")
+
+
+def without_secrets(text: str, api: HfApi) -> str:
+    for token in (api.token, get_token()):
+        if isinstance(token, str) and token:
+            text = text.replace(token, "…")
+    return _SECRET.sub("…", text)
+
+
+def read_content(content: bytes | Path) -> bytes:
+    """The content of one of the files of [`collect_files`]."""
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _to_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,33 @@
+"""Fixtures of several test files."""
+
+import huggingface_hub
+import pytest
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
+
+from ncsn_diffusers.hub import upload
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """
+    A Hub of one's own, logged in as ann, and huggingface_hub's client led there.
+
+    The client reads its endpoint when it is imported: what it has read is replaced.
+    """
+    with HubServer() as server:
+        server.users = {TOKEN: ("ann", ["lab"]), "hf_bobsSecretToken0123456789": ("bob", [])}
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        for module in (constants, huggingface_hub.file_download):  # before huggingface_hub 1.0 the latter has a copy
+            if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+                template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+                monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # 0.30 has none
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(upload, "_FIRST_WAIT", 0.01)
+        yield server

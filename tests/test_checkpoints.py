@@ -6,10 +6,10 @@ import pytest
 
 from ncsn_diffusers.training import checkpoints
 from ncsn_diffusers.training.checkpoints import (
-    aside,
-    complete,
+    begin,
+    commit,
     is_complete,
-    latest_checkpoint,
+    latest,
     lock,
     read_manifest,
     remove_all,
@@ -19,11 +19,10 @@ from ncsn_diffusers.training.checkpoints import (
 
 
 def write(folder, step, total_limit=10):
-    aside(folder, step).mkdir(parents=True)
-    (aside(folder, step) / "weights").write_bytes(b"w" * 100)
-    (aside(folder, step) / "state").write_bytes(b"s" * 10)
-    complete(folder, step, {"step": step}, total_limit)
-    return folder / f"checkpoint-{step}"
+    path = begin(folder, step)
+    (path / "weights").write_bytes(b"w" * 100)
+    (path / "state").write_bytes(b"s" * 10)
+    return commit(path, {"step": step}, total_limit)
 
 
 def names(folder):
@@ -31,10 +30,11 @@ def names(folder):
 
 
 def test_latest_counts_in_numbers(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
+    assert latest(tmp_path) is None
     for step in (900, 1000, 20):
-        write(tmp_path, step)
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1000"
+        assert write(tmp_path, step) == tmp_path / f"checkpoint-{step}"
+    assert names(tmp_path) == ["checkpoint-1000", "checkpoint-20", "checkpoint-900"]
+    assert latest(tmp_path) == tmp_path / "checkpoint-1000"
     assert read_manifest(tmp_path / "checkpoint-1000") == {"step": 1000, "files": {"state": 10, "weights": 100}}
 
 
@@ -51,14 +51,15 @@ def test_latest_passes_over_what_was_cut_short(tmp_path, damage):
     else:
         (broken / "manifest.json").write_text(json.dumps({"step": 2})[:-1])
     assert not is_complete(broken)
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert latest(tmp_path) == tmp_path / "checkpoint-1"
 
 
-def test_what_is_not_renamed_does_not_count(tmp_path):
+def test_what_is_not_committed_does_not_count(tmp_path):
     write(tmp_path, 1)
-    aside(tmp_path, 2).mkdir()
-    (aside(tmp_path, 2) / "weights").write_bytes(b"w")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    (begin(tmp_path, 2) / "weights").write_bytes(b"w")
+    (begin(tmp_path, 2) / "state").write_bytes(b"s")  # another process begins it, too
+    assert names(tmp_path / "incomplete-checkpoint-2") == ["state", "weights"]
+    assert latest(tmp_path) == tmp_path / "checkpoint-1"
     remove_incomplete(tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
 
@@ -71,7 +72,7 @@ def test_limit_keeps_the_last_good_ones(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "state").unlink()
     write(tmp_path, 5, total_limit=1)  # what is broken does not count, and is left to whoever may mend it
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert latest(tmp_path) == tmp_path / "checkpoint-5"
 
 
 def test_a_step_taken_again_replaces_its_checkpoint(tmp_path):

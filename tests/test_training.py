@@ -26,8 +26,9 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
-from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet, train
+from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_unet, processes, train
 from ncsn_diffusers.training import trainer as training
+from ncsn_diffusers.training.config import training_command
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
@@ -113,12 +114,55 @@ def test_output_folder(small, tmp_path):
     }
     saved = json.loads((tmp_path / "out" / "training_config.json").read_text())
     assert saved["num_epochs"] == 1
-    assert set(saved) == set(TrainingConfig.__dataclass_fields__)
+    assert set(saved) == {*TrainingConfig.__dataclass_fields__, "command"}
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     assert Image.open(tmp_path / "out" / "samples.png").size == (512, 512)  # 2 columns of 8 pixels, enlarged
     with pytest.raises(FileExistsError, match=r"`output_dir`=.* holds a pipeline or checkpoints already.*--overwrite"):
         train(small())
     train(small(num_epochs=1, overwrite_output_dir=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"train_data_dir": "my images", "train_split": "train[:90%]"},
+        {"dataset_name": "ann/it's $HOME", "dataset_config_name": "32 px"},
+        {"block_out_channels": (8, 16), "num_train_timesteps": "auto", "sigma_max": "auto"},
+        {"use_ema": False, "random_flip": True, "compile": False},
+        {"compile": True, "log_sigma_mean": -1e-05, "learning_rate": 1e-4},
+        {"max_train_steps": 7, "streaming": True, "resolution": 8, "channels": 1, "mixed_precision": "bf16"},
+    ],
+)
+def test_the_command_repeats_the_run(arguments):
+    tyro = pytest.importorskip("tyro")
+    config = TrainingConfig(**arguments)
+    command = training_command(config)
+    # as a shell reads it: what it would start, a word to a line
+    words = subprocess.check_output(["bash", "-c", f"printf '%s\\n' {command}"], text=True).splitlines()
+    assert words[:4] == ["accelerate", "launch", "-m", "ncsn_diffusers.commands.train"]
+    assert tyro.cli(TrainingConfig, args=words[4:], use_underscores=True) == config
+
+
+def test_the_command_tells_no_folders(tmp_path):
+    home = {"train_data_dir": "/home/ann/faces", "output_dir": "/home/ann/out", "resume_from_checkpoint": "latest"}
+    home |= {"logger": "tensorboard", "push_to_hub": True, "hub_model_id": "ann/faces", "hub_private_repo": True}
+    command = "accelerate launch -m ncsn_diffusers.commands.train"
+    assert training_command(TrainingConfig()) == command
+    assert training_command(TrainingConfig(**home, num_epochs=7)) == f"{command} --train_data_dir faces --num_epochs 7"
+    for name in ("~/faces", "../ann/faces", str(tmp_path / "faces")):
+        assert training_command(TrainingConfig(dataset_name=name)) == f"{command} --dataset_name faces"
+    assert training_command(TrainingConfig(dataset_name="ann/faces")) == f"{command} --dataset_name ann/faces"
+
+
+def test_the_command_is_recorded(small, tmp_path):
+    config = small(max_train_steps=1, seed=3)
+    train(config)
+    saved = json.loads((tmp_path / "out" / "training_config.json").read_text())
+    assert saved.pop("command") == training_command(config)
+    assert "--seed 3" in training_command(config)
+    assert saved == json.loads(json.dumps(vars(config)))
+    manifest = json.loads((tmp_path / "out" / "checkpoint-1" / "manifest.json").read_text())
+    assert manifest["config"] == saved  # a checkpoint keeps the settings alone, as ever
 
 
 def test_same_seed_same_weights(small):
@@ -189,7 +233,7 @@ def test_accelerate_launch_does_not_leave_cores_idle(small, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the mark of `accelerate launch`
     torch.set_num_threads(1)
     try:
-        train(small(num_epochs=1))
+        Trainer(small())
         assert torch.get_num_threads() == os.cpu_count()
     finally:
         torch.set_num_threads(threads)
@@ -312,11 +356,11 @@ def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(sma
         process.wait()
 
     run_until(lambda: any(out.glob("checkpoint-3")))  # between two checkpoints, as likely as not
-    first = training.latest_checkpoint(out)
+    first = checkpoints.latest(out)
     assert first is not None
     start = int(first.name.split("-")[1])
     run_until(lambda: any(out.glob(f"incomplete-checkpoint-{start + 5}/*")))  # in the middle of one
-    second = training.latest_checkpoint(out)
+    second = checkpoints.latest(out)
     assert start + 4 <= int(second.name.split("-")[1]) < 40
     assert torch.equal(trained_weights(config), whole)
     assert not list(out.glob("incomplete-*"))
@@ -780,7 +824,7 @@ if rank == 0:
     save = Accelerator.save_state
     Accelerator.save_state = lambda self, folder: full() if folder.name.endswith("-2") else save(self, folder)
     if broken == "renaming":
-        training.complete = full
+        training.checkpoints.commit = full
     if broken == "pipeline":
         NCSNPipeline.save_pretrained = full
 if rank == 1 and broken == "interrupt":
@@ -895,7 +939,7 @@ def test_cached_and_loaded_data_train_alike(small):
 
 
 def test_sharded_networks_are_refused(small, monkeypatch):
-    monkeypatch.setattr(training, "_REPLICATED", ())
+    monkeypatch.setattr(processes, "_REPLICATED", ())
     with pytest.raises(ValueError, match="shards the network"):
         train(small())
 
@@ -1000,7 +1044,7 @@ def test_validation_data_must_fit(small, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "both" / "train")
     (tmp_path / "both" / "test").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "both" / "test" / "a.png")
-    with pytest.raises(ValueError, match=r"`validation_split`='test' has pictures of shape \(1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"`validation_split`='test' has images of shape \(1, 16, 16\)"):
         train(small(train_data_dir=str(tmp_path / "both"), validation_split="test"))
 
 
@@ -1016,8 +1060,8 @@ def test_tensorboard(small, tmp_path):
 
 
 def test_logger_must_be_installed(small, monkeypatch):
-    monkeypatch.setattr(training, "get_available_trackers", list)
-    with pytest.raises(ValueError, match="`logger`='wandb' needs a package that is not installed; at hand are: none"):
+    monkeypatch.setattr(processes, "get_available_trackers", list)
+    with pytest.raises(ValueError, match="`logger`='wandb' needs a package that is not installed; available are: none"):
         train(small(logger="wandb"))
 
 
@@ -1040,15 +1084,15 @@ def test_compiled_network_learns_the_same(small, tmp_path):
 def test_what_is_chosen_for_the_device(small, monkeypatch):
     assert not Trainer(small()).compiled
     assert Trainer(small(compile=True)).compiled
-    assert training._mixed_precision(TrainingConfig()) == "no"
-    assert training._mixed_precision(TrainingConfig(mixed_precision="fp16")) == "fp16"
+    assert processes.choose_mixed_precision(TrainingConfig()) == "no"
+    assert processes.choose_mixed_precision(TrainingConfig(mixed_precision="fp16")) == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert training._mixed_precision(TrainingConfig()) == "fp16"
+    assert processes.choose_mixed_precision(TrainingConfig()) == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert training._mixed_precision(TrainingConfig()) == "bf16"
-    assert training._mixed_precision(TrainingConfig(mixed_precision="no")) == "no"
+    assert processes.choose_mixed_precision(TrainingConfig()) == "bf16"
+    assert processes.choose_mixed_precision(TrainingConfig(mixed_precision="no")) == "no"
 
 
 @pytest.mark.parametrize(
@@ -1082,10 +1126,10 @@ def test_bad_config(arguments, message):
 
 
 def test_options_that_do_not_fit_the_data(small):
-    with pytest.raises(ValueError, match=r"pictures of 8×8 cannot be halved 4 times.*multiples of 16"):
+    with pytest.raises(ValueError, match=r"images of 8×8 cannot be halved 4 times.*multiples of 16"):
         train(small(block_out_channels=(8,) * 5))
     with pytest.raises(
-        ValueError, match=r"`train_batch_size`=64 on 1 process\(es\), times .*=1, is more than the 40 pic"
+        ValueError, match=r"`train_batch_size`=64 on 1 process\(es\), times .*=1, is more than the 40 images"
     ):
         train(small(train_batch_size=64))
     with pytest.raises(ValueError, match=r"`sigma_min`=5.0 must be below `sigma_max`=2.0"):

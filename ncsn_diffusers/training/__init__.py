@@ -1,6 +1,7 @@
 """Training a noise conditional score network."""
 
 from .config import TrainingConfig
-from .trainer import Trainer, make_unet, train
+from .network import make_unet
+from .trainer import Trainer, train
 
 __all__ = ["Trainer", "TrainingConfig", "make_unet", "train"]

@@ -1,7 +1,9 @@
 """
-Folders checkpoint-STEP that are complete whenever they exist: each is written aside and renamed when it is whole, with
-a manifest of its files, by which one that was cut short on its way (a copy, a broken disk) is known and passed over.
-A lock keeps a second run off the folder.
+Checkpoints of a training run: folders checkpoint-STEP, complete whenever they exist.
+
+Each is written under another name ([`begin`]) and renamed once all its files are on disk ([`commit`]). Its manifest
+lists the files and their sizes, so that one damaged later (a copy cut short, a broken disk) is recognised and passed
+over. A lock keeps a second run out of the folder.
 """
 
 import json
@@ -17,14 +19,14 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_ASIDE = "incomplete-"
+_INCOMPLETE = "incomplete-"
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
 
 
 def lock(output_dir: Path) -> IO:
     """
-    Keep other processes' runs off a folder until the returned file is closed, or its process dies.
+    Keep the runs of other processes out of a folder until the returned file is closed or this process ends.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -34,7 +36,7 @@ def lock(output_dir: Path) -> IO:
         warnings.warn(f"{output_dir} cannot be locked on this system: start no second run on it.", stacklevel=2)
         return file
     try:
-        # Unlike flock's, this lock is not shared by forked data loaders, which outlive a killed run by seconds.
+        # Unlike flock's, this lock is not inherited by forked data loaders, which outlive a killed run by seconds.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.close()
@@ -44,14 +46,14 @@ def lock(output_dir: Path) -> IO:
     return file
 
 
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the most steps in a folder, or `None`."""
+def latest(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the most steps in a folder, or `None`."""
     complete = [path for path in _checkpoints(Path(output_dir)) if is_complete(path)]
     return complete[-1] if complete else None
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether all files that the manifest lists are there, in their full size."""
+    """Whether all files that the manifest lists exist at their full size."""
     try:
         files = read_manifest(checkpoint)["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
@@ -60,18 +62,30 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """What [`complete`] was given, and `"files"`, the size of each file in bytes."""
+    """What [`commit`] was given, and `"files"`, the size of each file in bytes."""
     return json.loads((checkpoint / _MANIFEST).read_text())
 
 
-def aside(output_dir: Path, step: int) -> Path:
-    """Where to write the checkpoint of a step before it is complete."""
-    return output_dir / f"{_ASIDE}checkpoint-{step}"
+def begin(output_dir: Path, step: int) -> Path:
+    """Make the folder that the checkpoint of a step is written to until [`commit`] gives it its name."""
+    folder = output_dir / f"{_INCOMPLETE}checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)  # each process of a run begins
+    return folder
 
 
-def complete(output_dir: Path, step: int, manifest: dict, total_limit: int) -> None:
-    """Turn what has been written [`aside`] into checkpoint-STEP, then delete the oldest beyond `total_limit`."""
-    folder, target = aside(output_dir, step), output_dir / f"checkpoint-{step}"
+def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
+    """
+    Give a checkpoint whose files are all written its final name, and delete the oldest beyond `total_limit`.
+
+    Args:
+        folder (`Path`): what [`begin`] has returned.
+        manifest (`dict`): what to keep beside the files, for [`read_manifest`].
+        total_limit (`int`): number of complete checkpoints to keep.
+
+    Returns:
+        `Path`: the folder checkpoint-STEP. It replaces one of the same name.
+    """
+    output_dir, target = folder.parent, folder.with_name(folder.name.removeprefix(_INCOMPLETE))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / _MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n")
     for path in folder.iterdir():
@@ -80,18 +94,19 @@ def complete(output_dir: Path, step: int, manifest: dict, total_limit: int) -> N
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
-    good = [path for path in _checkpoints(output_dir) if is_complete(path)]
-    for old in good[:-total_limit]:
+    complete = [path for path in _checkpoints(output_dir) if is_complete(path)]
+    for old in complete[:-total_limit]:
         shutil.rmtree(old)
+    return target
 
 
 def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder aside, then move its files over those of `output_dir`, which a failure leaves alone."""
-    folder = output_dir / f"{_ASIDE}files"
+    """Let `write` fill a new folder, then move its files over those of `output_dir`; if it fails, none change."""
+    folder = output_dir / f"{_INCOMPLETE}files"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write(folder)
-        for path in sorted(folder.rglob("*"), key=lambda path: -len(path.parts)):  # what names the others comes last
+        for path in sorted(folder.rglob("*"), key=lambda path: -len(path.parts)):  # the index last
             if path.is_file():
                 target = output_dir / path.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
@@ -101,18 +116,18 @@ def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_incomplete(output_dir: Path) -> None:
-    """Delete what a process that was killed has left aside."""
-    for path in output_dir.glob(f"{_ASIDE}*"):
+    """Delete what a killed process had begun and not committed."""
+    for path in output_dir.glob(f"{_INCOMPLETE}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_all(output_dir: Path) -> None:
-    """Delete every checkpoint of a folder."""
+    """Delete all checkpoints of a folder."""
     for path in _checkpoints(output_dir):
         shutil.rmtree(path)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Complete or not, by rising number of steps."""
+    """Complete or not, in the order of their steps."""
     paths = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     return sorted(paths, key=lambda path: int(path.name.split("-")[1]))

@@ -1,106 +1,143 @@
-"""The settings of a training run."""
+"""The settings of a training run, and the command line that repeats it."""
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+import os
+import shlex
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers.optimization import SchedulerType
 
 from ..data import CORRUPT_IMAGES
+from ..dataset_settings import DatasetSettings
 from ..scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES
 from ..score_matching import DISTRIBUTIONS, WEIGHTINGS
 
-# diffusers' piecewise_constant needs rules, which are no number to give on a command line
+# piecewise_constant needs a list of rules, for which there is no setting
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
+
+# Settings that define what the network's input and output mean: a run cannot resume with others
+FIXED_SETTINGS = ("num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning")
+# Settings that do not affect the weights: a run may resume with others without a message
+HARMLESS_SETTINGS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "eval_steps",
+    "eval_batch_size",
+    "logger",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "max_cache_gb",
+    "dataloader_num_workers",
+)
 
 
 @dataclass
-class TrainingConfig:
-    """Train a noise conditional score network; with no argument, on 10,000 digits of MNIST."""
+class DataSettings:
+    """Splits, classes and preprocessing"""
 
-    dataset_name: str | None = None
-    """Name of a data set on the Hub, or a folder that `datasets.load_dataset` reads."""
-    dataset_config_name: str | None = None
-    """Configuration of that data set."""
-    train_data_dir: str | None = None
-    """Folder of pictures, of parquet files or of WebDataset archives to train on."""
     train_split: str = "train"
     """Split to train on, or a slice of one: train[:90%]."""
     validation_split: str | None = None
-    """Split, or slice of one, whose loss is reported at `eval_steps` (its first 10,000 pictures); none by default."""
+    """Split, or slice of one, for the validation loss at `eval_steps` (its first 10,000 images); by default none."""
     streaming: bool = False
-    """Read the data set as it is used, without a copy on the disk; needs `resolution` and `max_train_steps`."""
-    image_column: str | None = None
-    """Column of pictures; the first one by default."""
-    label_column: str | None = None
-    """Column of labels; the first column of class labels by default."""
+    """Read the data set during training, without a copy on disk; needs `resolution` and `max_train_steps`."""
     class_conditional: bool = False
-    """Train a network that is given the class of the picture."""
+    """Train a network that is given the class of each image."""
     class_dropout_prob: float = 0.1
-    """Share of the pictures whose label is withheld, so that the network learns to do without, for guidance."""
-    resolution: int | None = None
-    """Side of the square that the pictures are resized and cropped to; their own size by default."""
-    channels: int | None = None
-    """1 (gray), 3 (colour) or 4 (colour and transparency); gray where all pictures are, and colour, by default."""
+    """Probability of hiding an image's label, so that the network also learns to do without one, for guidance."""
     random_crop: bool = False
-    """Crop at a random place instead of the centre."""
+    """Crop at a random place instead of the centre; needs `resolution`."""
     random_flip: bool = False
-    """Mirror half of the pictures."""
+    """Flip half of the images horizontally, at random."""
     corrupt_images: str = "error"
-    """What to do about pictures that cannot be read: error, before the training begins, or skip."""
+    """What to do with images that cannot be read: error, before training begins, or skip."""
     max_cache_gb: float = 4.0
-    """Pictures that take up to so many GB are decoded once and kept on the device."""
+    """Images that fit in this many GB are decoded once and kept on the device."""
     dataloader_num_workers: int | None = None
-    """Processes that decode pictures; by default none on a CPU, and up to 8 beside a GPU."""
+    """Processes that decode images; by default none on a CPU and up to 8 with a GPU."""
+
+
+@dataclass
+class OutputSettings:
+    """Output, checkpoints and publishing"""
 
     output_dir: str = "ncsn-mnist"
     """Folder for the trained pipeline, checkpoints, log.jsonl, samples.png and loss.png."""
     overwrite_output_dir: bool = False
-    """Train although `output_dir` holds a pipeline or checkpoints already, and replace them."""
+    """Replace the pipeline and checkpoints that `output_dir` already holds."""
     resume_from_checkpoint: str | None = None
-    """Folder of a checkpoint to go on from, or latest: the last complete one in `output_dir`, if there is any."""
+    """Folder of a checkpoint to resume from; latest: the last complete one in `output_dir`, if there is any."""
     checkpointing_steps: int = 500
-    """Steps between two checkpoints; 0 for none."""
+    """Steps between checkpoints; 0 for no checkpoints."""
     checkpoints_total_limit: int = 2
-    """How many checkpoints are kept."""
+    """Maximum number of checkpoints to keep."""
     eval_steps: int | None = None
-    """Steps between two grids of samples (samples-STEP.png) and validation losses; only at the end by default."""
+    """Steps between sample grids (samples-STEP.png) and validation losses; by default only at the end."""
+    eval_batch_size: int = 64
+    """Images in a sample grid."""
     logger: str | None = None
-    """Tracker of accelerate: tensorboard, wandb, …, or all that are installed; log.jsonl is written in any case."""
+    """Tracker of accelerate: tensorboard, wandb, …, or all that are installed; log.jsonl is always written."""
     push_to_hub: bool = False
-    """Publish the pipeline on the Hub at each checkpoint and at the end; see `hf auth login`."""
+    """Upload the pipeline to the Hub at each checkpoint and at the end; log in with `hf auth login`."""
     hub_model_id: str | None = None
-    """Repository to publish in, NAME or ORGANISATION/NAME; named after `output_dir` by default."""
+    """Repository to upload to, NAME or ORGANISATION/NAME; by default the name of `output_dir`."""
     hub_private_repo: bool = False
-    """Make that repository a private one."""
-    seed: int = 0
-    """The same seed gives the same weights on the same machine."""
+    """Make that repository private."""
+
+
+@dataclass
+class NetworkSettings:
+    """Network"""
 
     block_out_channels: tuple[int, ...] = (32, 64, 64)
-    """Channels of the network's levels; each level but the last halves the picture."""
+    """Channels of each level of the network; each level but the last halves the image."""
     layers_per_block: int = 1
-    """Residual layers a level."""
-    num_train_timesteps: int | Literal["auto"] = 1000
-    """Number of noise levels; auto: so many that neighbours overlap (NCSNv2, technique 2)."""
-    sigma_min: float = 0.01
-    """Smallest noise level, on pictures in [-1, 1]."""
-    sigma_max: float | Literal["auto"] = 50.0
-    """Largest noise level, on pictures in [-1, 1]; auto: the largest distance of two pictures (NCSNv2, technique 1)."""
+    """Residual layers per level."""
     prediction_type: str = "v_prediction"
-    """What the network returns: v_prediction, epsilon, sample or score."""
+    """What the network predicts: v_prediction, epsilon, sample or score."""
     conditioning: str = "timestep"
-    """What the network is given: timestep (the level's index), or sigma (as NCSN++ is)."""
+    """How the network is told the noise level: timestep (its index), or sigma (as in NCSN++)."""
+
+
+@dataclass
+class NoiseSettings:
+    """Noise levels and loss"""
+
+    num_train_timesteps: int | Literal["auto"] = 1000
+    """Number of noise levels; auto: as many as it takes for neighbours to overlap (NCSNv2, technique 2)."""
+    sigma_min: float = 0.01
+    """Smallest noise level, for images in [-1, 1]."""
+    sigma_max: float | Literal["auto"] = 50.0
+    """Largest noise level, for images in [-1, 1]; auto: the largest distance between images (NCSNv2, technique 1)."""
+    noise_distribution: str = "lognormal"
+    """How noise levels are drawn: lognormal, or uniform over the levels (the paper)."""
+    log_sigma_mean: float = -0.8
+    """Mean of log sigma, for lognormal."""
+    log_sigma_std: float = 1.4
+    """Standard deviation of log sigma, for lognormal."""
+    loss_weighting: str = "edm"
+    """Weight of the loss at each level: edm (weighs v-prediction errors equally), or sigma_squared (the paper)."""
+
+
+@dataclass
+class OptimizerSettings:
+    """Optimization"""
 
     train_batch_size: int = 32
-    """Pictures a process at a time."""
+    """Images per batch and process."""
     gradient_accumulation_steps: int = 1
-    """How many times so many pictures make one step."""
-    eval_batch_size: int = 64
-    """Pictures in a grid of samples."""
+    """Batches accumulated per optimizer step."""
     num_epochs: int = 4
     """Passes over the data."""
     max_train_steps: int | None = None
-    """Number of steps, instead of `num_epochs`."""
+    """Number of optimizer steps, instead of `num_epochs`."""
     learning_rate: float = 1e-3
     """Learning rate after the warm-up."""
     lr_scheduler: str = "cosine"
@@ -116,27 +153,26 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm where it is longer."""
+    """Gradients with a larger norm are scaled down to this one."""
     use_ema: bool = True
-    """Keep an exponential moving average of the weights, and sample and save that."""
+    """Keep an exponential moving average of the weights; it is what is sampled from and saved."""
     ema_inv_gamma: float = 1.0
-    """The average's decay is 1 - (1 + step/ema_inv_gamma)^-ema_power, up to ema_max_decay."""
+    """The decay of the average is 1 - (1 + step/ema_inv_gamma)^-ema_power, up to ema_max_decay."""
     ema_power: float = 0.75
     """See ema_inv_gamma."""
     ema_max_decay: float = 0.9999
     """See ema_inv_gamma."""
-    noise_distribution: str = "lognormal"
-    """How noise levels are drawn: lognormal, or uniform over the levels (the paper)."""
-    log_sigma_mean: float = -0.8
-    """Mean of log sigma, for lognormal."""
-    log_sigma_std: float = 1.4
-    """Standard deviation of log sigma, for lognormal."""
-    loss_weighting: str = "edm"
-    """Weight of a level's loss: edm, which weighs the error of a v-prediction equally, or sigma_squared (the paper)."""
     mixed_precision: str | None = None
-    """no, fp16 or bf16; by default what `accelerate launch` was told, or else bf16 on a GPU that has it."""
+    """no, fp16 or bf16; by default what `accelerate launch` was given, otherwise bf16 on a GPU that supports it."""
     compile: bool | None = None
-    """Compile the network; by default on a GPU, for 1000 steps or more."""
+    """Compile the network; by default on a GPU for runs of 1000 steps or more."""
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same weights on the same machine."""
+
+
+@dataclass
+class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSettings, DataSettings, DatasetSettings):
+    """Train a noise conditional score network; without arguments, on 10,000 MNIST digits."""
 
     def __post_init__(self):
         for name, choices in (
@@ -181,9 +217,54 @@ class TrainingConfig:
         if not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels):
             raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
         if self.streaming and self.max_train_steps is None:
-            raise ValueError("`streaming` needs `max_train_steps`: how long an epoch is is not known beforehand.")
+            raise ValueError("`streaming` needs `max_train_steps`: the length of an epoch is not known beforehand.")
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"`{name}`={getattr(self, name)} needs `push_to_hub`.")
         if self.random_crop and self.resolution is None:
-            raise ValueError("`random_crop` needs `resolution`, the side of what is left.")
+            raise ValueError("`random_crop` needs `resolution`, the side of the crop.")
+
+
+def changed_settings(before: dict[str, Any], config: TrainingConfig) -> dict[str, dict[str, Any]]:
+    """
+    The settings that differ from those of a checkpoint's manifest and may affect the weights, each as
+    `{"before": value, "now": value}`.
+    """
+    now = json.loads(json.dumps(asdict(config)))
+    return {
+        name: {"before": value, "now": now.get(name)}
+        for name, value in before.items()
+        if value != now.get(name) and name not in HARMLESS_SETTINGS
+    }
+
+
+def training_command(config: TrainingConfig) -> str:
+    """
+    The bash command that trains with these settings, as one line.
+
+    It gives the settings that differ from the defaults and may affect the weights. Local folders are cut down to their
+    names: the command is published on the model card.
+    """
+    words = ["accelerate", "launch", "-m", "ncsn_diffusers.commands.train"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or field.name in HARMLESS_SETTINGS:
+            continue
+        if field.type is bool:
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+            continue
+        if field.name in ("dataset_name", "train_data_dir"):
+            value = _without_parents(value, is_folder=field.name == "train_data_dir")
+        values = [str(v) for v in value] if isinstance(value, tuple | list) else [str(value)]
+        if values[0].startswith("-"):  # -1e-05 would be read as a flag
+            words.append(f"--{field.name}={values[0]}")
+        else:
+            words += [f"--{field.name}", *values]
+    return shlex.join(words)
+
+
+def _without_parents(name: str, is_folder: bool) -> str:
+    """The last part of a local folder's path, and a data set's name on the Hub as it is."""
+    if is_folder or name.startswith((".", "~")) or os.path.isabs(name) or os.path.isdir(name):
+        return Path(os.path.abspath(os.path.expanduser(name))).name
+    return name

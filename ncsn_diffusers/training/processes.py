@@ -1,0 +1,108 @@
+"""The processes of a run: how they start, fail and are interrupted together."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
+
+from .config import TrainingConfig
+
+# Each process holds the whole network
+_REPLICATED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+)
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """
+    Raises:
+        ValueError: `logger` needs a package that is not installed, or `accelerate config` asks for a sharded network.
+    """
+    mixed_precision = choose_mixed_precision(config)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # it would hold a process to the precision of its first run
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=_check_logger(config.logger),
+        project_dir=config.output_dir,
+    )
+    if accelerator.distributed_type not in _REPLICATED:
+        raise ValueError(
+            f"{accelerator.distributed_type} shards the network, but training needs a whole copy in each process: "
+            "choose multi-GPU without it in `accelerate config`."
+        )
+    if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
+        # `accelerate launch` gives a CPU process one thread, and leaves the other cores idle
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    return accelerator
+
+
+def choose_mixed_precision(config: TrainingConfig) -> str:
+    """What the config says, or else `accelerate launch`, or else bf16 on a GPU that supports it."""
+    if config.mixed_precision is not None:
+        return config.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also if nobody chose it
+    if launched == "no" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return launched
+
+
+def _check_logger(logger: str | None) -> str | None:
+    available = sorted(map(str, get_available_trackers()))
+    if logger not in (None, "all", *available):
+        raise ValueError(
+            f"`logger`={logger!r} needs a package that is not installed; available are: "
+            f"{', '.join(available) or 'none'}."
+        )
+    return logger
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """
+    Make an error in one process an error in all. Otherwise the others would wait for it forever in the next
+    collective operation. The block itself must not contain any.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    kind = FloatingPointError if isinstance(failure, FloatingPointError) else OSError
+    failures = gather_object([None if failure is None else (kind, str(failure))])
+    if failure is not None:
+        raise failure
+    for kind, message in filter(None, failures):
+        raise kind(message)
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one has its usual effect."""
+    interrupt = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield interrupt
+        return
+
+    def handle(number, _):
+        signal.signal(number, previous[number])
+        interrupt.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """Small pipelines to be saved, published and loaded, and what is compared of them."""
 
 import torch
-from test_pipeline_ncsn import small_unet
+from networks import small_unet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 

@@ -14,6 +14,7 @@ with HubServer() as hub:
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, field
@@ -85,6 +86,18 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
         close_session()  # which would go on with the connections that it has
+
+    def environment(self, home) -> dict[str, str]:
+        """Of a process whose client talks to this server, with its cache in the folder `home`."""
+        return {
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+            "OMP_NUM_THREADS": "1",
+        }
 
     def fail(self, method: str, pattern: str, how: int | str, times: int = 1) -> None:
         """The next `times` requests whose path matches fail: with a status, or with the connection cut ("cut")."""

@@ -50,19 +50,6 @@ FILES = {
 }
 
 
-def environment(hub, tmp_path):
-    """Of a process whose client talks to the server."""
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": TOKEN,
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 @pytest.fixture
 def pipe():
     return make_pipeline()
@@ -530,7 +517,7 @@ def test_without_the_package(hub, pipe, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "expected.pt", tmp_path / "saved"],
         cwd=tmp_path,
-        env=environment(hub, tmp_path),
+        env=hub.environment(tmp_path / "home"),
         capture_output=True,
         text=True,
     )

@@ -49,14 +49,14 @@ from .pipeline_ncsn import _callback_inputs
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 # The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by
-# the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in pictures.
+# the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in the images.
 FEEDBACK = 0.5
 
 
 class NCSNInpaintPipeline(NCSNPipeline):
     """
-    Draws the masked pixels of pictures anew, with a noise conditional score network and any scheduler, as the module's
-    docstring derives. The other pixels stay as they are, exactly.
+    Draws the masked pixels of images anew, with a noise conditional score network and any scheduler, as the module's
+    docstring derives. The other pixels stay exactly as they are.
 
     ```python
     pipe = NCSNInpaintPipeline.from_pretrained(folder)  # any NCSNPipeline's
@@ -89,13 +89,13 @@ class NCSNInpaintPipeline(NCSNPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                The pictures, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
+                The images, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
                 `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
-                or 8-bit ones. One picture serves the whole batch.
+                or 8-bit ones. One image serves the whole batch.
             mask_image (the same types, of one channel):
-                White, 1 or True where the picture is to be drawn, black where it is known; one half counts as white.
+                White, 1 or True where the image is to be drawn, black where it is known; one half counts as white.
                 One mask serves the whole batch. Integers may be 0 and 1, or 0 to 255.
-            batch_size (`int`, *optional*): The number of pictures; that of the pictures, masks or labels by default.
+            batch_size (`int`, *optional*): The number of images; that of `image`, masks or labels by default.
             num_inference_steps (`int`, defaults to 50): The number of noise levels.
             num_resamplings (`int`, defaults to 3):
                 Passes (1) at each level, or each step where a level has several; each takes one network evaluation
@@ -108,7 +108,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
                 As in [`NCSNPipeline.__call__`].
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the pictures, whose known pixels are those of `image`: as 8-bit values
+            [`ImagePipelineOutput`] or `tuple`: the images, whose known pixels are those of `image`: as 8-bit values
             in `"pil"`, exactly in `"latent"`, and to the rounding of float32 in `"np"` and `"pt"`.
 
         Raises:
@@ -200,7 +200,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         return schedulers[:num_steps]
 
     def _preprocess_mask(self, mask_image) -> torch.Tensor:
-        """The mask, `(n, 1, height, width)`, True where the picture is to be drawn."""
+        """The mask, `(n, 1, height, width)`, True where the image is to be drawn."""
         processor = VaeImageProcessor(
             vae_scale_factor=1,
             vae_latent_channels=0,

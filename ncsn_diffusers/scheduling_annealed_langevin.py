@@ -57,7 +57,7 @@ evaluations and within 0.2 % from 35 on, for every s from 0.3 to 3. kappa = sigm
 solver DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095) but for q.
 
 The difference from three estimates, ½ (3 D - 4 D_ + D__) in the place of D - D_, meets that condition with q = 1. It is
-left out: from 35 evaluations on the variance's error is half as large or less, but with 10 it is larger, the pictures
+left out: from 35 evaluations on the variance's error is half as large or less, but with 10 it is larger, the images
 of the package's network were no better with 10 or 20, and it takes one buffer more.
 
 h/h_ is held at 1.2, for D - D_ is too noisy to be carried further; the DDPM schedules take such steps near sigma = 0.
@@ -67,7 +67,7 @@ Levels and rate
 ---------------
 For a budget of N evaluations the consistent rule lays N levels between the largest and the smallest trained one at
 equal steps of sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made at a large sigma
-is one of the picture's content, at a small sigma one of its grain. Beyond either end of them there is room for steps
+is one of the image's content, at a small sigma one of its grain. Beyond either end of them there is room for steps
 that are not taken, so that the others are shorter: two where N is at most 10, one where it is at least 20. At the
 largest levels, which hide everything, D is the data's mean: the chain may as well start below them. The last steps
 would take away noise that hardly anybody sees: the final denoising takes their place. From 50 to 0.01, N = 6 is 15 to
@@ -90,6 +90,9 @@ score = (D - x)/sigma² the second form is (1) with r = step_lr/sigma_L²; hence
 
 For epsilon = 2e-5 and sigma_L = 0.01 the paper's text means r = 0.1, its code r = 0.2. NCSNv2's CIFAR-10 setting,
 step_lr = 6.2e-6, is r = 0.062. On data scaled from [0, 1] to [-1, 1] every sigma doubles and r stays.
+
+The file is long because it is uploaded with each pipeline and has to run there alone: the derivation, the sampler, the
+translation of other schedulers' configs, and the checks of every setting are all in it.
 """
 
 import inspect
@@ -522,7 +525,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(levels)
         self.timesteps = self._row_timesteps = self.sigma_to_t(row_sigmas).to(device=device, dtype=torch.float32)
         self.sigmas = torch.cat([row_sigmas, torch.tensor([final_sigma])]).float()
-        # √(sigma_1² + data variance), with the variance 1 that pictures in [-1, 1] can have at most: the network's
+        # √(sigma_1² + data variance), with the variance 1 that images in [-1, 1] can have at most: the network's
         # input, x/√(1 + sigma_1²), then starts as unit noise.
         self.init_noise_sigma = math.sqrt(levels[0] ** 2 + 1)
         self._begin_index = None
@@ -599,7 +602,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
         Begin the chain at row `begin_index`: a pipeline that says so spares the search for the first timestep (a
-        host–device synchronisation), and one that starts from a noised picture skips the levels above it.
+        host–device synchronisation), and one that starts from a noised image skips the levels above it.
 
         Raises:
             ValueError: there is no such row.

@@ -1073,7 +1073,7 @@ def test_half_precision_samples_keep_their_dtype():
     assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.float16
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     def draw(seeds):
         scheduler = AnnealedLangevinScheduler()
         scheduler.set_timesteps(20)
@@ -1130,12 +1130,32 @@ def test_tuple_and_dict_outputs_agree():
     assert torch.equal(outputs[0].pred_original_sample, outputs[1][1])
 
 
-def test_public_api():
-    scheduler = AnnealedLangevinScheduler()
-    for name in ("init_noise_sigma", "scale_model_input", "step", "timesteps", "sigmas", "order", "betas"):
-        assert hasattr(scheduler, name)
+def test_attributes_that_diffusers_reads():
+    # by hand, for four levels from 0.1 to 100 and a chain over all of them
+    arguments = {"num_train_timesteps": 4, "sigma_min": 0.1, "sigma_max": 100.0, "rho": None, "denoise_final": False}
+    scheduler = AnnealedLangevinScheduler(**arguments)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == pytest.approx([3, 2, 1, 0], abs=1e-5)
+    assert scheduler.sigmas.tolist() == pytest.approx([100, 10, 1, 0.1, 0.1], rel=1e-6)
+    assert (scheduler.order, scheduler.num_inference_steps, len(scheduler)) == (1, 4, 4)
+    # alphas_cumprod is 1/(1 + sigma²) at each level, and 1 - beta the ratio of neighbours
+    assert scheduler.alphas_cumprod.tolist() == pytest.approx([1 / 1.01, 1 / 2, 1 / 101, 1 / 10_001], rel=1e-6)
+    assert scheduler.betas.tolist() == pytest.approx([0.01 / 1.01, 0.99 / 2, 99 / 101, 9900 / 10_001], rel=1e-6)
+    assert scheduler.init_noise_sigma == pytest.approx(10_001**0.5, rel=1e-6)
+    x = torch.full((1, 1, 2, 2), 3.0)
+    assert scheduler.scale_model_input(x, scheduler.timesteps[2]).flatten().tolist() == pytest.approx([3 / 2**0.5] * 4)
+    # v = 0 at sigma = 1: D = x/2; kappa of the step to 0.1 at the rate b = 2 is (0.1)² = 0.01, c = √(0.1² - 0.01²)
+    scheduler.set_begin_index(2)
+    output = scheduler.step(torch.zeros_like(x), scheduler.timesteps[2], x, variance_noise=torch.ones_like(x))
+    torch.testing.assert_close(output.pred_original_sample, x / 2)
+    expected = 0.01 * 3 + 0.99 * 1.5 + (0.01 - 0.0001) ** 0.5
+    torch.testing.assert_close(output.prev_sample, torch.full_like(x, expected))
+
+
+def test_config_behaves_as_diffusers_expects():
     assert "kwargs" not in inspect.signature(AnnealedLangevinScheduler.__init__).parameters
     assert AnnealedLangevinScheduler._deprecated_kwargs == []
+    scheduler = AnnealedLangevinScheduler()
     scheduler.register_to_config(test_attribute=5)
     with pytest.warns(FutureWarning, match="test_attribute"):
         assert scheduler.test_attribute == 5

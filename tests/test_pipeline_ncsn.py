@@ -877,15 +877,25 @@ def test_images_below_black_are_refused():
 
 def test_other_channel_counts():
     pipe = small_pipeline(channels=2, out_channels=2)
-    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 2)
+    array, tensor = (
+        pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type=output_type).images
+        for output_type in ("np", "pt")
+    )
+    assert tensor.shape == (1, 2, 8, 8)
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
     with pytest.raises(ValueError, match="'pil' needs 1, 3 or 4 channels, and the network has 2"):
         pipe(num_inference_steps=2)
 
 
 def test_tuple_output():
-    images = small_pipeline()(num_inference_steps=2, return_dict=False)
-    assert isinstance(images, tuple)
-    assert len(images[0]) == 1
+    pipe = small_pipeline()
+
+    def draw(**arguments):
+        return pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt", **arguments)
+
+    images = draw(return_dict=False)
+    assert isinstance(images, tuple) and len(images) == 1
+    assert torch.equal(images[0], draw().images)
 
 
 def test_latents_are_standard_noise_to_start_from():

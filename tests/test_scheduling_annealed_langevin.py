@@ -935,7 +935,9 @@ def test_step_works_right_after_construction_and_names_a_foreign_timestep():
     x = torch.randn(1, 1, 2, 2)
     output = scheduler.step(x, 500, x)
     assert scheduler.step_index == 500
-    assert output.prev_sample.shape == x.shape
+    sigma = 0.01 * 5000 ** (500 / 999)  # and the output is v = x
+    expected = x / (1 + sigma**2) - x * sigma / (1 + sigma**2) ** 0.5
+    torch.testing.assert_close(output.pred_original_sample, expected, rtol=1e-4, atol=1e-5)
     scheduler.set_timesteps(10)
     with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 532.981"):
         scheduler.step(x, 500, x)
@@ -1065,12 +1067,19 @@ def test_clip_sample_clips_the_denoised_estimate():
     assert output.pred_original_sample.tolist() == output.prev_sample.tolist() == [[-0.5, pytest.approx(0.2), 0.5]]
 
 
-def test_half_precision_samples_keep_their_dtype():
-    scheduler = AnnealedLangevinScheduler()
-    scheduler.set_timesteps(10)
-    x = torch.randn(2, 1, 4, 4).half() * scheduler.init_noise_sigma
-    output = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x)
-    assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.float16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_samples_keep_their_dtype(dtype):
+    generator = torch.Generator().manual_seed(0)
+    output, noise, x = (torch.randn(2, 1, 4, 4, generator=generator).to(dtype) for _ in range(3))
+    steps = []
+    for to in (dtype, torch.float32):  # computed in float32, and rounded once
+        scheduler = AnnealedLangevinScheduler()
+        scheduler.set_timesteps(10)
+        sample = (x.float() * scheduler.init_noise_sigma).to(dtype).to(to)
+        steps.append(scheduler.step(output.to(to), scheduler.timesteps[0], sample, variance_noise=noise.float()))
+    for name in ("prev_sample", "pred_original_sample"):
+        assert steps[0][name].dtype == dtype
+        assert torch.equal(steps[0][name], steps[1][name].to(dtype))
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -1340,11 +1349,13 @@ def test_extremes_of_what_is_accepted_stay_finite():
             assert scheduler.timesteps.isfinite().all() and scheduler.sigmas.isfinite().all()
             assert np.isfinite([(r.sigma, r.kappa, r.c, r.extrapolation) for r in scheduler._table]).all()
             assert all(above.sigma >= below.sigma > 0 for above, below in pairwise(scheduler._table))
-        for t in scheduler.timesteps[:: max(1, len(scheduler.timesteps) // 4)]:
-            noised = scheduler.add_noise(torch.zeros_like(x), x, t)
-            assert noised.isfinite().all()
-            assert scheduler.scale_model_input(noised, t).isfinite().all()
-            assert scheduler.predict_original_sample(x, t, noised).isfinite().all()
+        stride = max(1, len(scheduler.timesteps) // 4)
+        for t, sigma in zip(scheduler.timesteps[::stride], scheduler.sigmas[:-1:stride].tolist(), strict=True):
+            noised = scheduler.add_noise(torch.zeros_like(x), x, t)  # x0 = 0 and z = 1, which the network knows
+            torch.testing.assert_close(noised, sigma * x, rtol=1e-4, atol=0)
+            scale = 1 if scheduler.config.conditioning == "sigma" else math.sqrt(1 + sigma**2)
+            torch.testing.assert_close(scheduler.scale_model_input(noised, t), sigma / scale * x, rtol=1e-4, atol=0)
+            assert scheduler.predict_original_sample(x, t, noised).abs().max() <= 1e-6 * sigma
             scheduler.set_begin_index(0)
             assert scheduler.step(x, t, noised).prev_sample.isfinite().all()
 

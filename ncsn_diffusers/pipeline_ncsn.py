@@ -1,9 +1,13 @@
-"""Pictures from a noise conditional score network: at will, of a class, from a picture, or in between two others.
+"""
+Images from a noise conditional score network: drawn from noise, of a class, from another image, or between two samples.
 
-One loop serves all of them: the network is evaluated, the scheduler steps. What differs is where the loop begins
-(noise, or a noised picture: SDEdit, Meng et al. 2021, arXiv:2108.01073), what the network is told (a class, with
-classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598), and where the noise comes from (mixed from two
-sources: interpolation, Song & Ermon 2020, arXiv:2006.09011).
+One loop serves them all: the network is evaluated, the scheduler steps. They differ in where the loop begins (noise, or
+a noised image: SDEdit, Meng et al. 2021, arXiv:2108.01073), in what the network is told (a class, with classifier-free
+guidance, Ho & Salimans 2022, arXiv:2207.12598), and in where the noise comes from (mixed from two sources:
+interpolation, Song & Ermon 2020, arXiv:2006.09011).
+
+The file is long because it is uploaded with each pipeline and has to run there alone: reading images of any mode, the
+loop, and the checks that refuse bad input before the first network evaluation are all in it.
 """
 
 import copy
@@ -29,7 +33,7 @@ from PIL import Image, ImageOps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# To be raised with each change after which older versions of this file would draw other pictures from a saved pipeline.
+# Raise it with each change after which older versions of this file would draw other images from a saved pipeline.
 SAVED_FORMAT = 1
 
 # The schedulers of diffusers with the network's time, scaling and kind of step, whose noise `generator` reaches.
@@ -172,7 +176,7 @@ def _takes_old_names(**renamed: str) -> Callable:
 
 class NCSNPipeline(DiffusionPipeline):
     """
-    Draws pictures with a noise conditional score network and any scheduler: `AnnealedLangevinScheduler`, or a stock one
+    Draws images with a noise conditional score network and any scheduler: `AnnealedLangevinScheduler`, or a stock one
     made by `from_config(pipe.scheduler.config)`.
 
     A class-conditional network has `num_class_embeds` = number of classes + 1: the last embedding means "no label".
@@ -202,7 +206,7 @@ class NCSNPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(data_min=float(data_min), _saved_format=SAVED_FORMAT)
         self._interrupt = False
-        # The picture is the latent: nothing is scaled down, and no number of channels marks a VAE's latents.
+        # The image is the latent: nothing is scaled down, and no number of channels marks a VAE's latents.
         pixels = {"vae_scale_factor": 1, "vae_latent_channels": 0, "do_resize": False, "do_normalize": data_min == -1}
         channels = unet.config.in_channels
         self.image_processor = VaeImageProcessor(
@@ -322,11 +326,11 @@ class NCSNPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
-        Draw `batch_size` pictures.
+        Draw `batch_size` images.
 
         Args:
             batch_size (`int`, *optional*):
-                The number of pictures; that of `class_labels` or `image`, or else 1, when not given.
+                The number of images; that of `class_labels` or `image`, or else 1, when not given.
             num_inference_steps (`int`, defaults to 50):
                 The number of noise levels, each of which takes one network evaluation for each Langevin step.
             num_langevin_steps (`int`, *optional*):
@@ -335,27 +339,27 @@ class NCSNPipeline(DiffusionPipeline):
                 The noise levels themselves, falling, in units of the data, in the place of `num_inference_steps`; for
                 `AnnealedLangevinScheduler`. A last level of 0, as in `scheduler.sigmas`, is the final denoising.
             class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                The class of all pictures or of each, from 0, for a class-conditional network; it draws from all
-                classes when not given.
+                One class for all images, or one for each, from 0, for a class-conditional network, which draws from
+                all classes when not given.
             guidance_scale (`float`, defaults to 1.0):
                 Classifier-free guidance w: the network's output becomes u + w (c - u), where c is its output for the
                 class and u that for no label, both from one evaluation of a doubled batch. The output, the denoised
                 estimate and the score are affine in one another, so that any of them may be guided, to the same end.
                 1 is the class-conditional model itself, without doubling.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                Pictures to start from, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
+                Images to start from, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
                 `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
-                or 8-bit ones. One picture serves the whole batch.
+                or 8-bit ones. One image serves the whole batch.
             strength (`float`, defaults to 0.8):
-                With `image`, the share of the steps that is taken, above 0 and up to 1: the picture is noised to the
+                With `image`, the share of the steps that is taken, above 0 and up to 1: the image is noised to the
                 level where they begin.
             generator (`torch.Generator` or a list of them, *optional*):
-                The randomness. With one generator for each picture, a picture does not depend on the batch it is
+                The randomness. With one generator for each image, an image does not depend on the batch it is
                 drawn in. A CPU generator gives the same noise on every device.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
                 Standard normal noise to start from, or for `image` to be noised with.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`: pictures; `"np"`: an array of shape `(batch_size, height, width, channels)` in [0, 1]; `"pt"`:
+                `"pil"`: images; `"np"`: an array of shape `(batch_size, height, width, channels)` in [0, 1]; `"pt"`:
                 a tensor of shape `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: the same tensor in
                 units of the data, unclipped.
             return_dict (`bool`, defaults to `True`): An [`ImagePipelineOutput`], or a plain tuple.
@@ -366,12 +370,12 @@ class NCSNPipeline(DiffusionPipeline):
                 guidance changes from the next step on: 1, or 0 as in diffusers' own callbacks, turns it off.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `("latents",)`):
                 The names of the tensors that the callback is given: "latents", the sample after the step, as the
-                scheduler scales it; "denoised", the estimate of the picture that the step was computed from, in units
+                scheduler scales it; "denoised", the estimate of the image that the step was computed from, in units
                 of the data; "sigma", the noise level that it was made at, of shape `()`, in the same units. A
                 [`PipelineCallback`] names its own.
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the pictures.
+            [`ImagePipelineOutput`] or `tuple`: the images.
 
         Raises:
             ValueError:
@@ -420,11 +424,11 @@ class NCSNPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
-        Draw a row of pictures that leads smoothly from one sample to another.
+        Draw a row of images that leads smoothly from one sample to another.
 
-        Picture i takes all its noise, that of the start and that of each step, as cos(θ_i) z + sin(θ_i) z' from the
+        Image i takes all its noise, that of the start and that of each step, as cos(θ_i) z + sin(θ_i) z' from the
         noises z and z' of the two samples, with θ_i evenly spaced from 0 to π/2 (Song & Ermon 2020, arXiv:2006.09011):
-        it is standard normal for every θ, and so each picture is a fair sample. A deterministic scheduler has noise at
+        it is standard normal for every θ, so each image is a fair sample. A deterministic scheduler has noise at
         the start alone, and the row is then the spherical interpolation of it.
 
         Args:
@@ -437,7 +441,7 @@ class NCSNPipeline(DiffusionPipeline):
                 As in [`__call__`].
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the pictures, in order.
+            [`ImagePipelineOutput`] or `tuple`: the images, in order.
 
         Raises:
             ValueError: as [`__call__`], or the scheduler draws noise in its steps and does not let it be given
@@ -561,7 +565,7 @@ class NCSNPipeline(DiffusionPipeline):
 
     def _prepare_latents(self, shape, timesteps, image, latents, generator, device) -> torch.Tensor:
         """The sample at the first of `timesteps`: noise, or the noised `image`."""
-        # It stays in float32, whatever the network's dtype: at sigma = 50 half precision loses the picture.
+        # It stays in float32, whatever the network's dtype: at sigma = 50 half precision loses the image.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
@@ -734,14 +738,14 @@ class NCSNPipeline(DiffusionPipeline):
     # Checks: a ValueError for what cannot work, before the first network evaluation
 
     def _preprocess(self, name: str, image, processor: VaeImageProcessor, shape: tuple[int, int, int]) -> torch.Tensor:
-        """Pictures or masks as a float32 tensor of shape `(n, *shape)`, checked."""
+        """Images or masks as a float32 tensor of shape `(n, *shape)`, checked."""
         images = image if isinstance(image, list) else [image]
         try:
             images = [self._from_8_bit(i, shape[0]) for i in images]
             tensor = processor.preprocess(images if isinstance(image, list) else images[0]).float()
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(
-                f"`{name}` must be a picture, an array or a tensor, or a list of such, all of one size, not "
+                f"`{name}` must be an image, an array or a tensor, or a list of such, all of one size, not "
                 f"{type(image).__name__}: {error}"
             ) from error
         if tuple(tensor.shape[1:]) != shape:
@@ -750,7 +754,7 @@ class NCSNPipeline(DiffusionPipeline):
                 f"{' × '.join(map(str, tensor.shape[1:]))}: resize it first."
             )
         if not ((tensor >= self.config.data_min) & (tensor <= 1)).all():
-            raise ValueError(f"`{name}` must hold numbers from 0 to 1, or be an 8-bit picture.")
+            raise ValueError(f"`{name}` must hold numbers from 0 to 1, or be an 8-bit image.")
         return tensor
 
     @staticmethod
@@ -795,7 +799,7 @@ class NCSNPipeline(DiffusionPipeline):
         for key, count in counts.items():
             if count != batch_size:
                 raise ValueError(
-                    f"`{key}` has {count} entries, but {name}={batch_size}: give one for each picture, or a "
+                    f"`{key}` has {count} entries, but {name}={batch_size}: give one for each image, or a "
                     "single one for all."
                 )
         return batch_size, class_labels
@@ -850,7 +854,7 @@ class NCSNPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but batch_size={batch_size}: give one generator for each "
-                "picture, or a single one."
+                "image, or a single one."
             )
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, not {tuple(latents.shape)}.")

@@ -3,10 +3,10 @@
 The problem
 -----------
 Some pixels y are known, the others are to be drawn from the network's p(x_u | y). The plain way replaces the known
-pixels at each level by y + sigma z and steps on (Song & Ermon 2019, algorithm 2; RePaint, Lugmayr et al. 2022,
-arXiv:2201.09865). The drawn pixels then see the known ones through the noise of all the levels before, agree with them
-badly, and RePaint passes over each level several times: up again by adding noise, down by a step. Each such pass holds
-D still while it moves, and so narrows the distribution: for a Gaussian prior the passes go on losing variance.
+pixels at each level with y + sigma z and takes the next step (Song & Ermon 2019, algorithm 2; RePaint, Lugmayr et al.
+2022, arXiv:2201.09865). The drawn pixels then see the known ones only through noise and agree with them badly, so
+RePaint passes over each level several times: up again by adding noise, down by a step. Each such pass holds D still
+while it moves, and so narrows the distribution: for a Gaussian prior every pass loses variance.
 
 One pass
 --------
@@ -14,16 +14,16 @@ Here a pass at noise level sigma is, with fresh standard normal z,
 
     x' = D(x + sigma z, √2 sigma) + sigma z.                                                        (1)
 
-Noise goes on, the estimate comes off, and *the same* noise goes back on. For Gaussian data of variance s² along an
+Noise is added, the result is denoised, and *the same* noise is added again. For Gaussian data of variance s² along an
 eigenvector D(x, √2 sigma) = g x with g = s²/(s² + 2 sigma²), so that (1) turns the variance v into
 g² v + (1 + g)² sigma², whose fixed point is exactly s² + sigma²: passes may be repeated at will. (It is the Langevin
-step of Leimkuhler & Matthews 2013, 10.1093/amrx/abs010, at the level √2 sigma with relative step size 1, looked at
-between its two half-noises; fresh noise instead would end at a variance that is too low by up to a half.)
+step of Leimkuhler & Matthews 2013, 10.1093/amrx/abs010, at the level √2 sigma with relative step size 1, seen
+between its two half-noises; with fresh noise the variance would end up to a half too low.)
 
 What the drawn pixels are told
 ------------------------------
-Known pixels that are given as y + tau z are believed to be noisy: D, and with it the drawn pixels, follows them less
-than they deserve. The clue is D_k, the network's own estimate of the known pixels: by the tower rule, for Gaussian data
+Known pixels that are given as y + tau z are taken to be noisy: D, and with it the drawn pixels, follows them less than
+it should. D_k, the network's own estimate of the known pixels, shows by how much: by the tower rule, for Gaussian data
 D_u = E[x_u | x_u(tau), y] exactly where D_k = y. By Tweedie's formula that is so where the known pixels are centred on
 
     y + tau² lambda,    lambda = -(the score of the known pixels),                                  (2)
@@ -32,7 +32,7 @@ and every pass moves lambda a part of the way (iterated Tikhonov regularisation,
 
     lambda' = lambda + FEEDBACK (y - D_k)/(2 sigma²).                                               (3)
 
-lambda belongs to the data, not to the level, so that it is carried down the ladder. In the end, at sigma = 0, (2) is y.
+lambda belongs to the data, not to the level, so it is carried down the ladder. At the end, at sigma = 0, (2) is y.
 """
 
 import copy
@@ -49,14 +49,14 @@ from .pipeline_ncsn import _callback_inputs
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 # The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by
-# the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in pictures.
+# the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in the images.
 FEEDBACK = 0.5
 
 
 class NCSNInpaintPipeline(NCSNPipeline):
     """
-    Draws the masked pixels of pictures anew, with a noise conditional score network and any scheduler, as the module's
-    docstring derives. The other pixels stay as they are, exactly.
+    Draws the masked pixels of images anew, with a noise conditional score network and any scheduler, as the module's
+    docstring derives. The other pixels stay exactly as they are.
 
     ```python
     pipe = NCSNInpaintPipeline.from_pretrained(folder)  # any NCSNPipeline's
@@ -89,17 +89,17 @@ class NCSNInpaintPipeline(NCSNPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                The pictures, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
+                The images, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
                 `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
-                or 8-bit ones. One picture serves the whole batch.
+                or 8-bit ones. One image serves the whole batch.
             mask_image (the same types, of one channel):
-                White, 1 or True where the picture is to be drawn, black where it is known; one half counts as white.
+                White, 1 or True where the image is to be drawn, black where it is known; one half counts as white.
                 One mask serves the whole batch. Integers may be 0 and 1, or 0 to 255.
-            batch_size (`int`, *optional*): The number of pictures; that of the pictures, masks or labels by default.
+            batch_size (`int`, *optional*): The number of images; that of `image`, masks or labels by default.
             num_inference_steps (`int`, defaults to 50): The number of noise levels.
             num_resamplings (`int`, defaults to 3):
                 Passes (1) at each level, or each step where a level has several; each takes one network evaluation
-                more. 0 is plain replacement. A scheduler that remembers its past steps begins anew after them.
+                more. 0 is plain replacement. A multistep scheduler restarts after them.
             strength (`float`, defaults to 1.0):
                 The share of the steps that is taken, above 0 and up to 1. Below 1 the masked pixels are drawn from
                 what `image` holds there, noised to the level where the steps begin; 1 pays no regard to it.
@@ -108,7 +108,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
                 As in [`NCSNPipeline.__call__`].
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the pictures, whose known pixels are those of `image`: as 8-bit values
+            [`ImagePipelineOutput`] or `tuple`: the images, whose known pixels are those of `image`: as 8-bit values
             in `"pil"`, exactly in `"latent"`, and to the rounding of float32 in `"np"` and `"pt"`.
 
         Raises:
@@ -137,12 +137,9 @@ class NCSNInpaintPipeline(NCSNPipeline):
         def draw_noise():
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-        # Some schedulers hold x, others x/√(1 + sigma²): `units` takes them to x.
-        sigmas = self._noise_levels(timesteps)
-        one = torch.ones(1, device=device)
-        shrinks = self.scheduler.add_noise(one, torch.zeros_like(one), timesteps[:1]).item() < 1
-        units = np.sqrt(1 + sigmas**2) if shrinks else np.ones_like(sigmas)
-        sigmas, units = sigmas.tolist(), units.tolist()
+        sigmas = self._noise_levels(timesteps).tolist()
+        preserves_variance = self._preserves_variance(timesteps[:1])
+        units = [(1 + sigma**2) ** 0.5 if preserves_variance else 1.0 for sigma in sigmas]  # x per scheduler's sample
         largest_sigma = self._noise_levels(self.scheduler.timesteps[:1]).item()
         upper_sigmas = [2**0.5 * sigma for sigma in sigmas]
         upper_timesteps = self._timesteps_at(upper_sigmas).to(device)
@@ -175,16 +172,20 @@ class NCSNInpaintPipeline(NCSNPipeline):
         )
         return self._finish(torch.where(mask, images, image), output_type, return_dict)
 
+    def _preserves_variance(self, timestep: torch.Tensor) -> bool:
+        """Whether the scheduler's sample is x/√(1 + sigma²), as DDPM's is, and not x: `add_noise` shrinks images."""
+        one = torch.ones(1, device=timestep.device)
+        return self.scheduler.add_noise(one, torch.zeros_like(one), timestep).item() < 1
+
     def _denoise(self, x, timestep, sigma, labels) -> torch.Tensor:
-        """D(x, sigma), by one evaluation."""
+        """D(x, sigma), by one evaluation of the network. `timestep` is that of sigma."""
         model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
         return self._to_denoised(self._predict(model_input, timestep, labels), model_input, sigma)
 
     def _fresh_schedulers(self, chain: tuple, num_steps: int) -> list:
         """
-        For each of the last `num_steps` of the chain, whose settings are `chain`, the scheduler to take it with, as if
-        the chain began at its level: what a multistep scheduler remembers of the steps before is of another sample
-        than the one that the passes have left.
+        The scheduler for each of the last `num_steps` steps of the chain with the settings `chain`, as if the chain
+        began at that step: what a multistep scheduler remembers is of another sample than the one that the passes left.
         """
         if isinstance(self.scheduler, AnnealedLangevinScheduler):
             # of first order, whose rate is another, it remembers nothing: one serves all steps
@@ -200,7 +201,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         return schedulers[:num_steps]
 
     def _preprocess_mask(self, mask_image) -> torch.Tensor:
-        """The mask, `(n, 1, height, width)`, True where the picture is to be drawn."""
+        """The mask, `(n, 1, height, width)`, True where the image is to be drawn."""
         processor = VaeImageProcessor(
             vae_scale_factor=1,
             vae_latent_channels=0,

@@ -31,11 +31,11 @@ h = log(sigma/sigma'), it is the exact solution of
 
     dx = b (D - x) dlambda + sigma √(2 (b - 1)) dw        with the rate b = -log(kappa)/h:                   (2)
 
-b = 1 is the noiseless ODE, b = 2 the reverse SDE of DDPM. Letting D go on changing as it did over the step before, of
-length h_, at whose beginning it was D_, adds about ½ (1 - kappa) (h/h_) (D - D_). Part of D - D_ is the answer to that
-step's noise. This is no error: it stands for the answer to the present step's noise, which (1) leaves out as well, and
-for Gaussian data the mean and the variance come out right to second order. What is left makes few steps too wide, and a
-factor q mends that, at no further network evaluation:
+b = 1 is the noiseless ODE, b = 2 the reverse SDE of DDPM. If D goes on changing as it did over the step before, of
+length h_, at whose beginning it was D_, the step gains about ½ (1 - kappa) (h/h_) (D - D_). Part of D - D_ is the
+response to that step's noise. This is no error: it stands for the response to the present step's noise, which (1)
+leaves out as well, and for Gaussian data the mean and the variance are right to second order. With few steps the
+result is still too wide. A factor q corrects this, without another network evaluation:
 
     x' = kappa x + (1 - kappa) D + ½ (1 - kappa) q (h/h_) (D - D_) + c z                                     (3)
     q = min(1, 1 - b h/(2 (b + 1)) + b h²/(b + 6))
@@ -45,19 +45,19 @@ D = g x, and all steps be equal. Expanding (3) with q = 1 - u h, the variance of
 
     b² s² (1 - g) (3 g/2 - b (1 - g) - u) h³ + O(h⁴),
 
-the terms in h and h² being nought. An error made at sigma reaches the end multiplied by g^b, since a small error of the
+and the terms in h and h² vanish. An error made at sigma reaches the end multiplied by g^b, since a small error of the
 variance decays with the rate 2 b (1 - g) and dlog(g)/dlambda = 2 (1 - g). Their sum over a ladder that leads from g = 0
 to g = 1, with dlambda = dg/(2 g (1 - g)), vanishes for
 
     ∫₀¹ g^(b-1) (3 g/2 - b (1 - g) - u) dg = 1/(2 (b + 1)) - u/b = 0,        that is u = b/(2 (b + 1)),
 
-*whatever s is*: all directions of the data come out right at once. The term in h² is the same condition at finite h,
+*for every s*: all directions of the data are right at once. The term in h² is the same condition at finite h,
 found from the exact recursion. On a geometric ladder from 50 to 0.01 the variance is then right within 0.6 % with 20
 evaluations and within 0.2 % from 35 on, for every s from 0.3 to 3. kappa = sigma'/sigma (b = 1) is the multistep ODE
 solver DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095) but for q.
 
 The difference from three estimates, ½ (3 D - 4 D_ + D__) in the place of D - D_, meets that condition with q = 1. It is
-left out: from 35 evaluations on the variance's error is half as large or less, but with 10 it is larger, the pictures
+left out: from 35 evaluations on the variance's error is half as large or less, but with 10 it is larger, the images
 of the package's network were no better with 10 or 20, and it takes one buffer more.
 
 h/h_ is held at 1.2, for D - D_ is too noisy to be carried further; the DDPM schedules take such steps near sigma = 0.
@@ -67,18 +67,18 @@ Levels and rate
 ---------------
 For a budget of N evaluations the consistent rule lays N levels between the largest and the smallest trained one at
 equal steps of sigma^(1/rho), rho = 7 (Karras et al. 2022, arXiv:2206.00364, equation 5): an error made at a large sigma
-is one of the picture's content, at a small sigma one of its grain. Beyond either end of them there is room for steps
+is one of the image's content, at a small sigma one of its grain. Beyond either end of them there is room for steps
 that are not taken, so that the others are shorter: two where N is at most 10, one where it is at least 20. At the
-largest levels, which hide everything, D is the data's mean: the chain may as well start below them. The last steps
-would take away noise that hardly anybody sees: the final denoising takes their place. From 50 to 0.01, N = 6 is 15 to
+largest levels, which hide everything, D is the data's mean, so the chain may start below them. The last steps would
+remove noise that is hardly visible; the final denoising takes their place. From 50 to 0.01, N = 6 is 15 to
 0.19, N = 10 is 22 to 0.089, N = 20 is 39 to 0.021, N = 50 is 45 to 0.014. A direction in which the data have the
 deviation s loses about (sigma_L/s)² of its variance at the end; few steps cannot have that and the content, too.
 
 The rate is b = 2 for up to 10 levels. The chain starts around 0, not around the data's mean, and ends with
-(s/sigma_1)^b of the difference, which b = 1 leaves visible. More noise mends more of the network's errors, but asks for
+(s/sigma_1)^b of the difference, which b = 1 leaves visible. Fresh noise corrects network errors, but more of it needs
 more steps: the error of (3) grows like b² h². More levels are therefore shared between the two: b = 2 √(N/10), with
-which the steps' error still falls like 1/N. (Networks differ in what they gain: one that was trained for an hour on a
-CPU much, a well trained one little.) First order keeps b = 2: it has no accuracy to spare.
+which the steps' error still falls like 1/N. (A network trained for an hour on a CPU gains
+much, a well trained one little.) First order keeps b = 2: it has no accuracy to spare.
 
 How the papers' step sizes relate
 ---------------------------------
@@ -90,6 +90,9 @@ score = (D - x)/sigma² the second form is (1) with r = step_lr/sigma_L²; hence
 
 For epsilon = 2e-5 and sigma_L = 0.01 the paper's text means r = 0.1, its code r = 0.2. NCSNv2's CIFAR-10 setting,
 step_lr = 6.2e-6, is r = 0.062. On data scaled from [0, 1] to [-1, 1] every sigma doubles and r stays.
+
+The file is long because it is uploaded with each pipeline and has to run there alone: the derivation, the sampler, the
+translation of other schedulers' configs, and the checks of every setting are all in it.
 """
 
 import inspect
@@ -522,7 +525,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(levels)
         self.timesteps = self._row_timesteps = self.sigma_to_t(row_sigmas).to(device=device, dtype=torch.float32)
         self.sigmas = torch.cat([row_sigmas, torch.tensor([final_sigma])]).float()
-        # √(sigma_1² + data variance), with the variance 1 that pictures in [-1, 1] can have at most: the network's
+        # √(sigma_1² + data variance), with the variance 1 that images in [-1, 1] can have at most: the network's
         # input, x/√(1 + sigma_1²), then starts as unit noise.
         self.init_noise_sigma = math.sqrt(levels[0] ** 2 + 1)
         self._begin_index = None
@@ -599,7 +602,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
         Begin the chain at row `begin_index`: a pipeline that says so spares the search for the first timestep (a
-        host–device synchronisation), and one that starts from a noised picture skips the levels above it.
+        host–device synchronisation), and one that starts from a noised image skips the levels above it.
 
         Raises:
             ValueError: there is no such row.

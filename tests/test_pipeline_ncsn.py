@@ -317,7 +317,7 @@ def test_stock_pipelines_run_an_ncsn(cls):
 # --- Reproducibility ---
 
 
-def test_a_list_of_generators_makes_pictures_independent_of_their_batch():
+def test_a_list_of_generators_makes_images_independent_of_their_batch():
     pipe = small_pipeline()
 
     def draw(seeds):
@@ -329,7 +329,7 @@ def test_a_list_of_generators_makes_pictures_independent_of_their_batch():
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_same_pictures_after_save_and_load(tmp_path, half):
+def test_same_images_after_save_and_load(tmp_path, half):
     pipe = small_pipeline()
     pipe.scheduler = AnnealedLangevinScheduler(sigma_max=20.0, num_langevin_steps=2, noise_rule="euler_maruyama")
     pipe = pipe.to(torch.float16 if half else torch.float32)
@@ -518,7 +518,7 @@ def test_labels_for_an_unconditional_network():
         small_pipeline()(class_labels=3)
 
 
-# --- From a picture ---
+# --- From an image ---
 
 
 def gaussian_pipeline(scheduler=None, deviation=0.5, size=(2, 4), **arguments):
@@ -529,8 +529,8 @@ def gaussian_pipeline(scheduler=None, deviation=0.5, size=(2, 4), **arguments):
     return quiet_pipeline(GaussianUNet(gaussian, *size, train_sigmas(AnnealedLangevinScheduler()).tolist()), scheduler)
 
 
-def moments_from_a_picture(pipe, strength, steps):
-    """Mean over the picture's own value, and variance, of 1,000 pictures drawn from one of eight equal pixels."""
+def moments_from_an_image(pipe, strength, steps):
+    """Mean over the image's own value, and variance, of 1,000 images drawn from one of eight equal pixels."""
     image = torch.full((1, 2, 4), 0.9)  # 0.8 in units of the data
     generator = torch.Generator().manual_seed(0)
     samples = pipe(
@@ -543,7 +543,7 @@ def moments_from_a_picture(pipe, strength, steps):
     "scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
 )
 @pytest.mark.parametrize("strength", [0.3, 0.5])
-def test_ode_from_a_picture(scheduler_class, strength):
+def test_ode_from_an_image(scheduler_class, strength):
     # The probability flow of Gaussian data is linear, x0 = x s/√(s² + sigma²): from x ~ N(x0, sigma²) the mean is
     # x0 s/√(s² + sigma²) and the variance sigma² s²/(s² + sigma²). 8,000 pixels: 1.6 % of the variance at one error.
     pipe = gaussian_pipeline(scheduler_class.from_config(AnnealedLangevinScheduler().config))
@@ -557,14 +557,14 @@ def test_ode_from_a_picture(scheduler_class, strength):
         callback_on_step_end_tensor_inputs=["sigma"],
     )
     shrink = 0.5 / math.sqrt(0.25 + sigmas[0] ** 2)
-    mean, variance = moments_from_a_picture(pipe, strength, 200)
+    mean, variance = moments_from_an_image(pipe, strength, 200)
     assert mean == pytest.approx(shrink, abs=0.04)
     assert variance == pytest.approx((sigmas[0] * shrink) ** 2, rel=0.06)
     assert sigmas[0] == pytest.approx(0.01 * 5000**strength, rel=0.05)
 
 
 @pytest.mark.parametrize("num_langevin_steps", [1, 2])
-def test_langevin_from_a_picture_follows_its_recursion(num_langevin_steps):
+def test_langevin_from_an_image_follows_its_recursion(num_langevin_steps):
     pipe = gaussian_pipeline(solver_order=1, num_langevin_steps=num_langevin_steps)
     pipe.scheduler.set_timesteps(40)
     rows = pipe.scheduler._table[-20 * num_langevin_steps :]
@@ -572,12 +572,12 @@ def test_langevin_from_a_picture_follows_its_recursion(num_langevin_steps):
     for row in rows:
         factor = row.kappa + (1 - row.kappa) * 0.25 / (0.25 + row.sigma**2)
         mean, variance = factor * mean, factor**2 * variance + row.c**2
-    observed = moments_from_a_picture(pipe, 0.5, 40)
+    observed = moments_from_an_image(pipe, 0.5, 40)
     assert observed[0] == pytest.approx(mean, abs=0.03)
     assert observed[1] == pytest.approx(variance, rel=0.05)
 
 
-def test_pictures_of_the_data_stay_pictures_of_the_data():
+def test_images_of_the_data_stay_images_of_the_data():
     # 40,000 pixels: the variance's standard error is 0.7 %; what lies beyond [-1, 1] would be 0.2 ‰ of them
     pipe = gaussian_pipeline(deviation=0.25)
     generator = torch.Generator().manual_seed(1)
@@ -590,11 +590,11 @@ def test_pictures_of_the_data_stay_pictures_of_the_data():
         assert samples.var().item() == pytest.approx(0.0625, rel=0.03)
 
 
-def test_ways_to_give_a_picture():
+def test_ways_to_give_an_image():
     pipe = small_pipeline(channels=3, out_channels=3, sample_size=(8, 12))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    pictures = [PIL.Image.fromarray(p) for p in pixels]
+    images = [PIL.Image.fromarray(p) for p in pixels]
 
     def draw(image, **arguments):
         generator = torch.Generator().manual_seed(0)
@@ -602,13 +602,13 @@ def test_ways_to_give_a_picture():
 
     expected = draw(tensor / 255)
     assert len(expected) == 2
-    for image in (pictures, pixels, tensor, list(pixels), list(tensor), pixels / np.float32(255)):
+    for image in (images, pixels, tensor, list(pixels), list(tensor), pixels / np.float32(255)):
         torch.testing.assert_close(draw(image), expected, rtol=0, atol=1e-5)
-    for image in (pictures[0], pictures[:1], pixels[0], tensor[0]):  # one for the whole batch
+    for image in (images[0], images[:1], pixels[0], tensor[0]):  # one for the whole batch
         torch.testing.assert_close(draw(image, batch_size=2)[0], expected[0], rtol=0, atol=1e-5)
 
 
-def test_grayscale_pictures():
+def test_grayscale_images():
     pipe = small_pipeline()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
 
@@ -617,8 +617,8 @@ def test_grayscale_pictures():
         return pipe(image=image, num_inference_steps=5, generator=generator, output_type="pt").images
 
     expected = draw(torch.from_numpy(pixels)[None, None] / 255)
-    picture = PIL.Image.fromarray(pixels)
-    for image in (picture, picture.convert("RGB"), pixels, pixels[..., None], torch.from_numpy(pixels)[None]):
+    pil = PIL.Image.fromarray(pixels)
+    for image in (pil, pil.convert("RGB"), pixels, pixels[..., None], torch.from_numpy(pixels)[None]):
         torch.testing.assert_close(draw(image), expected, rtol=0, atol=1e-5)
 
 
@@ -642,7 +642,7 @@ def test_strength_is_the_share_of_the_steps(scheduler, strength, evaluations):
     assert pipe.unet.evaluations == evaluations
 
 
-def test_latents_are_the_noise_of_the_picture():
+def test_latents_are_the_noise_of_the_image():
     pipe = small_pipeline()
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
@@ -659,16 +659,16 @@ def test_latents_are_the_noise_of_the_picture():
         ({"image": torch.rand(1, 3, 8, 8)}, "`image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
         ({"image": PIL.Image.new("L", (28, 28))}, "`image` must be 1 × 8 × 8 .* not 1 × 28 × 28"),
         ({"image": [PIL.Image.new("L", (8, 8)), PIL.Image.new("L", (9, 9))]}, "all of one size"),
-        ({"image": "digit.png"}, "`image` must be a picture, an array or a tensor, or a list of such"),
-        ({"image": []}, "`image` must be a picture, an array or a tensor, or a list of such"),
-        ({"image": torch.full((1, 1, 8, 8), 255.0)}, "`image` must hold numbers from 0 to 1, or be an 8-bit picture"),
+        ({"image": "digit.png"}, "`image` must be an image, an array or a tensor, or a list of such"),
+        ({"image": []}, "`image` must be an image, an array or a tensor, or a list of such"),
+        ({"image": torch.full((1, 1, 8, 8), 255.0)}, "`image` must hold numbers from 0 to 1, or be an 8-bit image"),
         ({"image": torch.full((1, 1, 8, 8), math.nan)}, "`image` must hold numbers from 0 to 1"),
         ({"image": torch.rand(2, 1, 8, 8), "batch_size": 3}, "`image` has 2 entries, but batch_size=3"),
         ({"image": torch.rand(1, 1, 8, 8), "strength": 0}, "`strength` must be a number above 0 and at most 1, not 0"),
         ({"image": torch.rand(1, 1, 8, 8), "strength": 1.5}, "`strength` must be a number above 0 and at most 1"),
     ],
 )
-def test_bad_pictures_are_refused_before_the_first_evaluation(arguments, message):
+def test_bad_images_are_refused_before_the_first_evaluation(arguments, message):
     pipe = small_pipeline()
     pipe.unet.forward = None
     with pytest.raises(ValueError, match=message):
@@ -719,7 +719,7 @@ def test_interpolation_ends_on_the_two_samples(name):
 
 @pytest.mark.parametrize("name", INTERPOLATING)
 def test_interpolation_mixes_all_noise_on_the_circle(name):
-    # For a Gaussian about 0 the chain is linear in its noise: picture i is cos(θ) first + sin(θ) last, exactly, and has
+    # For a Gaussian about 0 the chain is linear in its noise: image i is cos(θ) first + sin(θ) last, exactly, and has
     # the variance of the data.
     pipe = gaussian_pipeline(interpolating_scheduler(name), size=(20, 20))
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
@@ -800,7 +800,7 @@ def test_output_types(channels, sample_size):
         for output_type in ("pil", "np", "pt", "latent")
     }
     assert outputs["latent"].shape == outputs["pt"].shape == (2, channels, height, width)
-    # clamped, never rescaled to the picture's own range
+    # clamped, never rescaled to the image's own range
     torch.testing.assert_close(outputs["pt"], (outputs["latent"] / 2 + 0.5).clamp(0, 1))
     np.testing.assert_array_equal(outputs["np"], outputs["pt"].permute(0, 2, 3, 1).numpy())
     assert [image.size for image in outputs["pil"]] == [(width, height)] * 2
@@ -810,7 +810,7 @@ def test_output_types(channels, sample_size):
 
 
 def pipelines_of_both_data_ranges(cls=NCSNPipeline):
-    """Perfect networks for the same pictures, in [-1, 1] and in [0, 1], where all sigmas are halved."""
+    """Perfect networks for the same images, in [-1, 1] and in [0, 1], where all sigmas are halved."""
     pipes = []
     for data_min, mean, scale in ((-1.0, 0.2, 1.0), (0.0, 0.6, 0.5)):
         scheduler = AnnealedLangevinScheduler(
@@ -870,22 +870,32 @@ def test_bad_data_range(data_min):
         NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), data_min=data_min)
 
 
-def test_pictures_below_black_are_refused():
+def test_images_below_black_are_refused():
     with pytest.raises(ValueError, match="`image` must hold numbers from 0 to 1"):
         pipelines_of_both_data_ranges()[1](image=torch.full((1, 1, 2, 4), -0.5))
 
 
 def test_other_channel_counts():
     pipe = small_pipeline(channels=2, out_channels=2)
-    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 2)
+    array, tensor = (
+        pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type=output_type).images
+        for output_type in ("np", "pt")
+    )
+    assert tensor.shape == (1, 2, 8, 8)
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
     with pytest.raises(ValueError, match="'pil' needs 1, 3 or 4 channels, and the network has 2"):
         pipe(num_inference_steps=2)
 
 
 def test_tuple_output():
-    images = small_pipeline()(num_inference_steps=2, return_dict=False)
-    assert isinstance(images, tuple)
-    assert len(images[0]) == 1
+    pipe = small_pipeline()
+
+    def draw(**arguments):
+        return pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt", **arguments)
+
+    images = draw(return_dict=False)
+    assert isinstance(images, tuple) and len(images) == 1
+    assert torch.equal(images[0], draw().images)
 
 
 def test_latents_are_standard_noise_to_start_from():

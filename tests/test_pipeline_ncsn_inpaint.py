@@ -360,11 +360,11 @@ def test_ways_to_give_a_mask():
 
     expected = draw(bits)
     assert torch.equal((expected != image)[0, 0], torch.from_numpy(bits))
-    picture = PIL.Image.fromarray(bits.astype(np.uint8) * 255)
+    pil = PIL.Image.fromarray(bits.astype(np.uint8) * 255)
     for mask in (
-        picture,
-        picture.convert("RGB"),
-        [picture],
+        pil,
+        pil.convert("RGB"),
+        [pil],
         PIL.Image.fromarray(bits),
         bits.astype(np.uint8),
         bits.astype(np.uint8) * 255,
@@ -379,7 +379,7 @@ def test_ways_to_give_a_mask():
         assert torch.equal(draw(mask), expected)
 
 
-def test_one_picture_or_mask_serves_the_batch():
+def test_one_image_or_mask_serves_the_batch():
     pipe = small_pipeline()
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     masks = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2)).round()
@@ -393,7 +393,7 @@ def test_one_picture_or_mask_serves_the_batch():
     assert draw(images[0], masks).shape == draw(images, masks[0]).shape == (3, 1, 8, 8)
     torch.testing.assert_close(draw(images[0], masks)[0], expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(draw(images, masks[1])[1], expected[1], rtol=0, atol=1e-5)
-    # a picture does not depend on its batch
+    # an image does not depend on its batch
     torch.testing.assert_close(draw(images[2], masks[2], seeds=[2])[0], expected[2], rtol=0, atol=1e-5)
 
 
@@ -462,14 +462,14 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
     [
         ({"image": torch.rand(1, 1, 9, 8)}, "`image` must be 1 × 8 × 8 .* not 1 × 9 × 8: resize it first"),
         ({"image": torch.rand(1, 3, 8, 8)}, "`image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
-        ({"image": None}, "`image` must be a picture, an array or a tensor"),
+        ({"image": None}, "`image` must be an image, an array or a tensor"),
         ({"image": torch.full((1, 1, 8, 8), math.inf)}, "`image` must hold numbers from 0 to 1"),
         ({"mask_image": torch.ones(8, 9)}, "`mask_image` must be 1 × 8 × 8 .* not 1 × 8 × 9: resize it first"),
         ({"mask_image": PIL.Image.new("L", (4, 4), 255)}, "`mask_image` must be 1 × 8 × 8 .* not 1 × 4 × 4"),
         ({"mask_image": torch.ones(1, 3, 8, 8)}, "`mask_image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
-        ({"mask_image": "left half"}, "`mask_image` must be a picture, an array or a tensor"),
-        ({"mask_image": None}, "`mask_image` must be a picture, an array or a tensor"),
-        ({"mask_image": []}, "`mask_image` must be a picture, an array or a tensor"),
+        ({"mask_image": "left half"}, "`mask_image` must be an image, an array or a tensor"),
+        ({"mask_image": None}, "`mask_image` must be an image, an array or a tensor"),
+        ({"mask_image": []}, "`mask_image` must be an image, an array or a tensor"),
         ({"mask_image": torch.zeros(8, 8)}, "`mask_image` leaves nothing to draw"),
         ({"mask_image": torch.full((8, 8), math.nan)}, "`mask_image` must hold numbers from 0 to 1"),
         ({"mask_image": torch.full((8, 8), 200.0)}, "`mask_image` must hold numbers from 0 to 1"),

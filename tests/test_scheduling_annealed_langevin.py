@@ -935,7 +935,9 @@ def test_step_works_right_after_construction_and_names_a_foreign_timestep():
     x = torch.randn(1, 1, 2, 2)
     output = scheduler.step(x, 500, x)
     assert scheduler.step_index == 500
-    assert output.prev_sample.shape == x.shape
+    sigma = 0.01 * 5000 ** (500 / 999)  # and the output is v = x
+    expected = x / (1 + sigma**2) - x * sigma / (1 + sigma**2) ** 0.5
+    torch.testing.assert_close(output.pred_original_sample, expected, rtol=1e-4, atol=1e-5)
     scheduler.set_timesteps(10)
     with pytest.raises(ValueError, match=r"`timestep`=500 is not in this chain, whose nearest is 532.981"):
         scheduler.step(x, 500, x)
@@ -1065,15 +1067,22 @@ def test_clip_sample_clips_the_denoised_estimate():
     assert output.pred_original_sample.tolist() == output.prev_sample.tolist() == [[-0.5, pytest.approx(0.2), 0.5]]
 
 
-def test_half_precision_samples_keep_their_dtype():
-    scheduler = AnnealedLangevinScheduler()
-    scheduler.set_timesteps(10)
-    x = torch.randn(2, 1, 4, 4).half() * scheduler.init_noise_sigma
-    output = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x)
-    assert output.prev_sample.dtype == output.pred_original_sample.dtype == torch.float16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_samples_keep_their_dtype(dtype):
+    generator = torch.Generator().manual_seed(0)
+    output, noise, x = (torch.randn(2, 1, 4, 4, generator=generator).to(dtype) for _ in range(3))
+    steps = []
+    for to in (dtype, torch.float32):  # computed in float32, and rounded once
+        scheduler = AnnealedLangevinScheduler()
+        scheduler.set_timesteps(10)
+        sample = (x.float() * scheduler.init_noise_sigma).to(dtype).to(to)
+        steps.append(scheduler.step(output.to(to), scheduler.timesteps[0], sample, variance_noise=noise.float()))
+    for name in ("prev_sample", "pred_original_sample"):
+        assert steps[0][name].dtype == dtype
+        assert torch.equal(steps[0][name], steps[1][name].to(dtype))
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     def draw(seeds):
         scheduler = AnnealedLangevinScheduler()
         scheduler.set_timesteps(20)
@@ -1130,12 +1139,32 @@ def test_tuple_and_dict_outputs_agree():
     assert torch.equal(outputs[0].pred_original_sample, outputs[1][1])
 
 
-def test_public_api():
-    scheduler = AnnealedLangevinScheduler()
-    for name in ("init_noise_sigma", "scale_model_input", "step", "timesteps", "sigmas", "order", "betas"):
-        assert hasattr(scheduler, name)
+def test_attributes_that_diffusers_reads():
+    # by hand, for four levels from 0.1 to 100 and a chain over all of them
+    arguments = {"num_train_timesteps": 4, "sigma_min": 0.1, "sigma_max": 100.0, "rho": None, "denoise_final": False}
+    scheduler = AnnealedLangevinScheduler(**arguments)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == pytest.approx([3, 2, 1, 0], abs=1e-5)
+    assert scheduler.sigmas.tolist() == pytest.approx([100, 10, 1, 0.1, 0.1], rel=1e-6)
+    assert (scheduler.order, scheduler.num_inference_steps, len(scheduler)) == (1, 4, 4)
+    # alphas_cumprod is 1/(1 + sigma²) at each level, and 1 - beta the ratio of neighbours
+    assert scheduler.alphas_cumprod.tolist() == pytest.approx([1 / 1.01, 1 / 2, 1 / 101, 1 / 10_001], rel=1e-6)
+    assert scheduler.betas.tolist() == pytest.approx([0.01 / 1.01, 0.99 / 2, 99 / 101, 9900 / 10_001], rel=1e-6)
+    assert scheduler.init_noise_sigma == pytest.approx(10_001**0.5, rel=1e-6)
+    x = torch.full((1, 1, 2, 2), 3.0)
+    assert scheduler.scale_model_input(x, scheduler.timesteps[2]).flatten().tolist() == pytest.approx([3 / 2**0.5] * 4)
+    # v = 0 at sigma = 1: D = x/2; kappa of the step to 0.1 at the rate b = 2 is (0.1)² = 0.01, c = √(0.1² - 0.01²)
+    scheduler.set_begin_index(2)
+    output = scheduler.step(torch.zeros_like(x), scheduler.timesteps[2], x, variance_noise=torch.ones_like(x))
+    torch.testing.assert_close(output.pred_original_sample, x / 2)
+    expected = 0.01 * 3 + 0.99 * 1.5 + (0.01 - 0.0001) ** 0.5
+    torch.testing.assert_close(output.prev_sample, torch.full_like(x, expected))
+
+
+def test_config_behaves_as_diffusers_expects():
     assert "kwargs" not in inspect.signature(AnnealedLangevinScheduler.__init__).parameters
     assert AnnealedLangevinScheduler._deprecated_kwargs == []
+    scheduler = AnnealedLangevinScheduler()
     scheduler.register_to_config(test_attribute=5)
     with pytest.warns(FutureWarning, match="test_attribute"):
         assert scheduler.test_attribute == 5
@@ -1320,11 +1349,13 @@ def test_extremes_of_what_is_accepted_stay_finite():
             assert scheduler.timesteps.isfinite().all() and scheduler.sigmas.isfinite().all()
             assert np.isfinite([(r.sigma, r.kappa, r.c, r.extrapolation) for r in scheduler._table]).all()
             assert all(above.sigma >= below.sigma > 0 for above, below in pairwise(scheduler._table))
-        for t in scheduler.timesteps[:: max(1, len(scheduler.timesteps) // 4)]:
-            noised = scheduler.add_noise(torch.zeros_like(x), x, t)
-            assert noised.isfinite().all()
-            assert scheduler.scale_model_input(noised, t).isfinite().all()
-            assert scheduler.predict_original_sample(x, t, noised).isfinite().all()
+        stride = max(1, len(scheduler.timesteps) // 4)
+        for t, sigma in zip(scheduler.timesteps[::stride], scheduler.sigmas[:-1:stride].tolist(), strict=True):
+            noised = scheduler.add_noise(torch.zeros_like(x), x, t)  # x0 = 0 and z = 1, which the network knows
+            torch.testing.assert_close(noised, sigma * x, rtol=1e-4, atol=0)
+            scale = 1 if scheduler.config.conditioning == "sigma" else math.sqrt(1 + sigma**2)
+            torch.testing.assert_close(scheduler.scale_model_input(noised, t), sigma / scale * x, rtol=1e-4, atol=0)
+            assert scheduler.predict_original_sample(x, t, noised).abs().max() <= 1e-6 * sigma
             scheduler.set_begin_index(0)
             assert scheduler.step(x, t, noised).prev_sample.isfinite().all()
 

@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .images import to_model_range
-from .scheduling_annealed_langevin import _technique_4
+from .scheduling_annealed_langevin import technique_4
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def choose_step_size(sigma_min: float, sigma_max: float, num_train_timesteps: in
             f"`num_train_timesteps`={num_train_timesteps} must be at least 2 and `num_langevin_steps`="
             f"{num_langevin_steps} at least 1."
         )
-    return _technique_4((sigma_max / sigma_min) ** (1 / (num_train_timesteps - 1)), num_langevin_steps)
+    return technique_4((sigma_max / sigma_min) ** (1 / (num_train_timesteps - 1)), num_langevin_steps)
 
 
 def _check_ladder(sigma_min: float, sigma_max: float):

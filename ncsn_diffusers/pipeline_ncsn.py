@@ -192,6 +192,37 @@ class NCSNPipeline(DiffusionPipeline):
         return components
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(channels, height, width)` of the images that the network draws."""
+        channels, size = self._network.config.in_channels, self._network.config.sample_size
+        return (channels, size, size) if isinstance(size, int) else (channels, *size)
+
+    def embedding_indices(
+        self, class_labels: torch.Tensor | None, batch_size: int, device: str | torch.device
+    ) -> torch.Tensor | None:
+        """
+        The rows of the network's class embedding, the last of which means "no label".
+
+        Args:
+            class_labels (`torch.Tensor` of shape `()` or `(batch_size,)`, *optional*):
+                The classes, from 0; ignored by a network without a class embedding.
+            batch_size (`int`): The number of images.
+            device (`str` or `torch.device`): Where the indices are to be.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, "no label" for each image, if `class_labels` is `None`; otherwise
+            of shape `(2 * batch_size,)`: the classes, then as many of "no label", for guidance. `None` for a network
+            without a class embedding.
+        """
+        num_embeddings = self._network.config.get("num_class_embeds")
+        if num_embeddings is None:
+            return None
+        no_label = torch.full((batch_size,), num_embeddings - 1, device=device)
+        if class_labels is None:
+            return no_label
+        return torch.cat([class_labels.to(device).expand(batch_size), no_label])
+
+    @property
     def interrupt(self) -> bool:
         """Whether the running call is to stop after its present step; a callback sets `pipe._interrupt = True`."""
         return self._interrupt
@@ -294,9 +325,9 @@ class NCSNPipeline(DiffusionPipeline):
         if image is not None:
             self._check_strength(strength)
             self._check_begins_anywhere("image")
-            image = self._preprocess("image", image, self.image_processor, self._picture_shape)
+            image = self._preprocess("image", image, self.image_processor, self.image_shape)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image)
-        shape = (batch_size, *self._picture_shape)
+        shape = (batch_size, *self.image_shape)
         names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
@@ -308,7 +339,7 @@ class NCSNPipeline(DiffusionPipeline):
         images = self._sample(
             self._prepare_latents(shape, timesteps, image, latents, generator, device),
             timesteps,
-            self._embedding_indices(class_labels, batch_size, device),
+            self.embedding_indices(class_labels, batch_size, device),
             guidance_scale,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
@@ -363,7 +394,7 @@ class NCSNPipeline(DiffusionPipeline):
         batch_size, class_labels = self._check_batch(batch_size, class_labels)
         if batch_size < 2:
             raise ValueError("`batch_size` must be at least 2, the two samples at the ends, not 1.")
-        shape = (batch_size, *self._picture_shape)
+        shape = (batch_size, *self.image_shape)
         names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(shape, class_labels, guidance_scale, None, None, output_type, names, callback_on_step_end)
         device = self._execution_device
@@ -387,7 +418,7 @@ class NCSNPipeline(DiffusionPipeline):
         images = self._sample(
             mixed_noise() * self.scheduler.init_noise_sigma,
             timesteps,
-            self._embedding_indices(class_labels, batch_size, device),
+            self.embedding_indices(class_labels, batch_size, device),
             guidance_scale,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=names,
@@ -562,7 +593,7 @@ class NCSNPipeline(DiffusionPipeline):
 
     def _predict(self, model_input: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """
-        The network's (guided) output in float32, from one evaluation. `labels` are as `_embedding_indices` made them.
+        The network's (guided) output in float32, from one evaluation. `labels` are as [`embedding_indices`] made them.
         """
         batch_size, model_input = len(model_input), model_input.to(self._network.dtype)
         if self.do_classifier_free_guidance:
@@ -590,26 +621,6 @@ class NCSNPipeline(DiffusionPipeline):
         while (inner := getattr(network, "_orig_mod", getattr(network, "module", None))) is not None:
             network = inner
         return network
-
-    @property
-    def _picture_shape(self) -> tuple[int, int, int]:
-        channels, size = self._network.config.in_channels, self._network.config.sample_size
-        return (channels, size, size) if isinstance(size, int) else (channels, *size)
-
-    def _embedding_indices(
-        self, class_labels: torch.Tensor | None, batch_size: int, device: torch.device
-    ) -> torch.Tensor | None:
-        """
-        The rows of the class embedding, None without one: those of the classes, `(batch_size,)`, and, where classes
-        are given, as many of "no label" after them, for guidance.
-        """
-        num_embeddings = self._network.config.get("num_class_embeds")
-        if num_embeddings is None:
-            return None
-        no_label = torch.full((batch_size,), num_embeddings - 1, device=device)
-        if class_labels is None:
-            return no_label
-        return torch.cat([class_labels.to(device).expand(batch_size), no_label])
 
     def _log_ladder(self) -> np.ndarray:
         """log sigma of the levels that the network was trained on, rising, in float64."""

@@ -115,10 +115,10 @@ class NCSNInpaintPipeline(NCSNPipeline):
         Raises:
             ValueError, FloatingPointError: as [`NCSNPipeline.__call__`].
         """
-        image = self._preprocess("image", image, self.image_processor, self._picture_shape)
+        image = self._preprocess("image", image, self.image_processor, self.image_shape)
         mask = self._preprocess_mask(mask_image)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
-        shape = (batch_size, *self._picture_shape)
+        shape = (batch_size, *self.image_shape)
         names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
@@ -134,7 +134,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         chain = (num_inference_steps, num_langevin_steps, sigmas, strength if strength < 1 else None)
         timesteps = self._set_timesteps(self.scheduler, *chain)
         image, mask = image.to(device), mask.to(device)
-        labels = self._embedding_indices(class_labels, batch_size, device)
+        labels = self.embedding_indices(class_labels, batch_size, device)
 
         def draw_noise():
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -212,7 +212,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         )
         masks = [_to_unit_range(m) for m in (mask_image if isinstance(mask_image, list) else [mask_image])]
         masks = masks if isinstance(mask_image, list) else masks[0]
-        mask = self._preprocess("mask_image", masks, processor, (1, *self._picture_shape[1:])) >= 0.5
+        mask = self._preprocess("mask_image", masks, processor, (1, *self.image_shape[1:])) >= 0.5
         if not mask.any():
             raise ValueError("`mask_image` leaves nothing to draw: it must be white, or 1, at some pixel.")
         return mask

@@ -559,7 +559,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             step_sizes = [self.config.step_size] * len(levels)
         elif paper:
             mean_ratio = (levels[0] / levels[-1]) ** (1 / max(len(levels) - 1, 1))
-            step_sizes = [_technique_4(mean_ratio, num_steps)] * len(levels)
+            step_sizes = [technique_4(mean_ratio, num_steps)] * len(levels)
         else:
             rate = langevin_rate(len(levels), self.config.solver_order)
             step_sizes = [1 - ratio ** (-rate / num_steps) for ratio in ratios]
@@ -798,7 +798,7 @@ class _Row:
     changes_level: bool = False
 
 
-def _technique_4(ratio: float, num_steps: int) -> float:
+def technique_4(ratio: float, num_steps: int) -> float:
     """
     NCSNv2's technique 4: the step size r at which T Langevin steps best carry noise of `ratio` times the level's
     deviation over to the level's own, the data being a point (proposition 3 and equation 9 of arXiv:2006.09011, with

@@ -270,7 +270,7 @@ class Evaluation:
         pipe.unet.requires_grad_(False)
         self.pipe, self.weights = pipe, fingerprint(*pipe.unet.state_dict().values())
         self.features = load_features(config.features, self.accelerator)
-        self.real = load_real_pictures(config, self.accelerator, pipe._picture_shape)
+        self.real = load_real_pictures(config, self.accelerator, pipe.image_shape)
         check_numbers(config, self.real, self.features)
         self.kept = KeptBatches(self.accelerator, self.folder)
         names = ("num_inference_steps", "sigmas", "num_langevin_steps", "class_labels", "guidance_scale", "seed")
@@ -319,7 +319,7 @@ class Evaluation:
             """uint8 pictures, their generators, and the class that means none."""
             images = held_out[rows.start : rows.stop].to(device)
             generators = [torch.Generator().manual_seed(config.seed + i) for i in rows]
-            return images, generators, pipe._embedding_indices(None, len(images), device)
+            return images, generators, pipe.embedding_indices(None, len(images), device)
 
         def losses(rows: range):
             images, generators, labels = batch(rows)

@@ -7,8 +7,10 @@ sources: interpolation, Song & Ermon 2020, arXiv:2006.09011).
 """
 
 import copy
+import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
@@ -139,6 +141,27 @@ def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
 
 def _is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
+
+
+def _takes_old_names(**renamed: str) -> Callable:
+    """Keep accepting keyword arguments by their old names, given as `old="new"`, with a FutureWarning."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def accept(*args, **kwargs):
+            for old, new in renamed.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(f"{method.__name__}() got both `{new}` and its old name, `{old}`.")
+                message = f"`{old}` of `{method.__name__}` is now called `{new}`; the old name will be removed."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return method(*args, **kwargs)
+
+        return accept
+
+    return decorate
 
 
 class NCSNPipeline(DiffusionPipeline):
@@ -347,11 +370,12 @@ class NCSNPipeline(DiffusionPipeline):
         )
         return self._finish(images, output_type, return_dict)
 
+    @_takes_old_names(generator="generators", batch_size="num_images")
     @torch.no_grad()
     def interpolate(
         self,
-        generator: Sequence[torch.Generator],
-        batch_size: int = 8,
+        generators: Sequence[torch.Generator],
+        num_images: int = 8,
         num_inference_steps: int = 50,
         num_langevin_steps: int | None = None,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
@@ -370,10 +394,10 @@ class NCSNPipeline(DiffusionPipeline):
         the start alone, and the row is then the spherical interpolation of it.
 
         Args:
-            generator (two `torch.Generator`):
+            generators (two `torch.Generator`):
                 The randomness of the two samples: the row begins with what a call with `batch_size=1` draws from the
                 first, and ends with what it draws from the second.
-            batch_size (`int`, defaults to 8): The number of pictures, the two samples among them, at least 2.
+            num_images (`int`, defaults to 8): The number of images, the two samples included, at least 2.
             num_inference_steps, num_langevin_steps, class_labels, guidance_scale, output_type, return_dict,
             callback_on_step_end, callback_on_step_end_tensor_inputs:
                 As in [`__call__`].
@@ -386,15 +410,14 @@ class NCSNPipeline(DiffusionPipeline):
                 (`variance_noise`); nothing has been computed then.
             FloatingPointError: as [`__call__`].
         """
-        generators = list(generator) if isinstance(generator, Sequence) else [generator]
-        if len({id(g) for g in generators if isinstance(g, torch.Generator)}) != 2 or len(generators) != 2:
+        given = list(generators) if isinstance(generators, Sequence) else [generators]
+        if len({id(g) for g in given if isinstance(g, torch.Generator)}) != 2 or len(given) != 2:
             raise ValueError(
-                f"`generator` must be two different `torch.Generator`s, one for each end, not {generator!r}."
+                f"`generators` must be two different `torch.Generator`s, one for each end, not {generators!r}."
             )
-        batch_size, class_labels = self._check_batch(batch_size, class_labels)
-        if batch_size < 2:
-            raise ValueError("`batch_size` must be at least 2, the two samples at the ends, not 1.")
-        shape = (batch_size, *self.image_shape)
+        self._check_count("num_images", num_images, at_least=2)
+        _, class_labels = self._check_batch(num_images, class_labels, name="num_images")
+        shape = (num_images, *self.image_shape)
         names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(shape, class_labels, guidance_scale, None, None, output_type, names, callback_on_step_end)
         device = self._execution_device
@@ -406,7 +429,7 @@ class NCSNPipeline(DiffusionPipeline):
                 "AnnealedLangevinScheduler or a deterministic scheduler, such as DDIMScheduler."
             )
 
-        angles = torch.linspace(0, math.pi / 2, batch_size, dtype=torch.float64).reshape(-1, 1, 1, 1)
+        angles = torch.linspace(0, math.pi / 2, num_images, dtype=torch.float64).reshape(-1, 1, 1, 1)
         cos, sin = angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
 
         def mixed_noise():
@@ -418,7 +441,7 @@ class NCSNPipeline(DiffusionPipeline):
         images = self._sample(
             mixed_noise() * self.scheduler.init_noise_sigma,
             timesteps,
-            self.embedding_indices(class_labels, batch_size, device),
+            self.embedding_indices(class_labels, num_images, device),
             guidance_scale,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=names,
@@ -539,12 +562,12 @@ class NCSNPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "sigma": sigmas[i]}
                 if "denoised" in callback_on_step_end_tensor_inputs:
-                    tensors["denoised"] = self._denoise(model_output, model_input, sigmas[i])
+                    tensors["denoised"] = self._to_denoised(model_output, model_input, sigmas[i])
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = self._call_back(callback_on_step_end, i, t, tensors, latents, labels)
             totals[i] = latents.sum()
             if self._interrupt:
-                latents = self._denoise(model_output, model_input, sigmas[i])
+                latents = self._to_denoised(model_output, model_input, sigmas[i])
                 break
         self._check_sample(latents, totals[: i + 1], sigmas)
         return latents
@@ -643,11 +666,13 @@ class NCSNPipeline(DiffusionPipeline):
             sigmas = np.interp(np.log(sigmas), log_sigmas, np.arange(len(log_sigmas)))
         return torch.as_tensor(np.asarray(sigmas), dtype=torch.float32)
 
-    def _denoise(self, model_output: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def _to_denoised(self, model_output: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """
-        The denoised estimate D, in units of the data, from what the network was given and returned at level `sigma`:
-        the same for all schedulers, because the network's convention is. (AnnealedLangevinScheduler has it too, but
-        the stock ones do not, and on the Hub either file must stand alone.)
+        Convert the network's output to the denoised estimate D, in units of the data.
+
+        `model_input` is what the network was given, at the noise level `sigma`. The conversion is the same for every
+        scheduler because the network's convention is. (AnnealedLangevinScheduler has it as well, but stock schedulers
+        do not, and on the Hub this file stands alone.)
         """
         scale = (1 + sigma**2) ** 0.5
         x = model_input if self.scheduler.config.get("conditioning") == "sigma" else model_input * scale
@@ -707,9 +732,9 @@ class NCSNPipeline(DiffusionPipeline):
         return image
 
     @staticmethod
-    def _check_count(name: str, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"`{name}` must be an int of at least 1, not {value!r}.")
+    def _check_count(name: str, value: int, at_least: int = 1) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+            raise ValueError(f"`{name}` must be an int of at least {at_least}, not {value!r}.")
 
     def _check_strength(self, strength: float) -> None:
         if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
@@ -723,22 +748,22 @@ class NCSNPipeline(DiffusionPipeline):
             )
 
     def _check_batch(
-        self, batch_size: int | None, class_labels, **images: torch.Tensor | None
+        self, batch_size: int | None, class_labels, name: str = "batch_size", **images: torch.Tensor | None
     ) -> tuple[int, torch.Tensor | None]:
-        """The number of pictures, and the labels as a tensor of shape `()` or `(batch_size,)`."""
+        """The number of images, which the user knows as `name`, and the labels, of shape `()` or `(batch_size,)`."""
         counts = {}
         if class_labels is not None:
             class_labels = self._check_labels(class_labels)
             if class_labels.ndim:
                 counts["class_labels"] = len(class_labels)
-        counts |= {name: len(image) for name, image in images.items() if image is not None and len(image) > 1}
+        counts |= {key: len(image) for key, image in images.items() if image is not None and len(image) > 1}
         if batch_size is None:
             batch_size = max(counts.values(), default=1)
-        self._check_count("batch_size", batch_size)
-        for name, count in counts.items():
+        self._check_count(name, batch_size)
+        for key, count in counts.items():
             if count != batch_size:
                 raise ValueError(
-                    f"`{name}` has {count} entries, but batch_size={batch_size}: give one for each picture, or a "
+                    f"`{key}` has {count} entries, but {name}={batch_size}: give one for each picture, or a "
                     "single one for all."
                 )
         return batch_size, class_labels

@@ -37,7 +37,6 @@ lambda belongs to the data, not to the level, so that it is carried down the lad
 
 import copy
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -123,8 +122,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         self.check_inputs(
             shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
         )
-        if isinstance(num_resamplings, bool) or not isinstance(num_resamplings, Integral) or num_resamplings < 0:
-            raise ValueError(f"`num_resamplings` must be an int of at least 0, not {num_resamplings!r}.")
+        self._check_count("num_resamplings", num_resamplings, at_least=0)
         if num_resamplings:
             self._check_begins_anywhere("num_resamplings")
         self._check_strength(strength)
@@ -158,7 +156,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
                     z = draw_noise()
                     known = image + upper_sigma**2 * multiplier + upper_sigma * z  # (2)
                     x = torch.where(mask, x + sigma * z, known)
-                    denoised = self._estimate(x, upper_timesteps[i], upper_sigma, labels)
+                    denoised = self._denoise(x, upper_timesteps[i], upper_sigma, labels)
                     multiplier.add_(image - denoised, alpha=FEEDBACK / upper_sigma**2)  # (3)
                     x = denoised + sigma * z  # (1)
             x = torch.where(mask, x, image + sigma**2 * multiplier + sigma * draw_noise())
@@ -177,10 +175,10 @@ class NCSNInpaintPipeline(NCSNPipeline):
         )
         return self._finish(torch.where(mask, images, image), output_type, return_dict)
 
-    def _estimate(self, x, timestep, sigma, labels) -> torch.Tensor:
+    def _denoise(self, x, timestep, sigma, labels) -> torch.Tensor:
         """D(x, sigma), by one evaluation."""
         model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
-        return self._denoise(self._predict(model_input, timestep, labels), model_input, sigma)
+        return self._to_denoised(self._predict(model_input, timestep, labels), model_input, sigma)
 
     def _fresh_schedulers(self, chain: tuple, num_steps: int) -> list:
         """

@@ -205,7 +205,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             z, `"sample"` x0, `"score"` -z/sigma.
         conditioning (`str`, defaults to `"timestep"`):
             `"timestep"`: the network is given the (possibly fractional) level index and x/√(1 + sigma²). `"sigma"`:
-            it is given sigma itself and x, as NCSN++ networks are; `timesteps` are then the sigmas.
+            it is given sigma itself and x, as NCSN++ networks are; `timesteps` are then the sigmas. (The nearest term
+            in diffusers is `timestep_type`, of `EulerDiscreteScheduler`.)
         num_langevin_steps (`int`, defaults to 1):
             Number T of steps a level.
         step_size (`float`, *optional*):
@@ -213,12 +214,14 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             `"consistent"`, so that a level contracts by (sigma'/sigma)^b, b = 2 for up to 10 levels and more for more;
             for `"euler_maruyama"` by technique 4 of NCSNv2.
         noise_rule (`str`, defaults to `"consistent"`):
-            `"consistent"` or `"euler_maruyama"`, see the module's docstring.
+            `"consistent"` or `"euler_maruyama"`, see the module's docstring. (The nearest term in diffusers is
+            `algorithm_type`, of `DPMSolverMultistepScheduler`.)
         solver_order (`int`, defaults to 2):
             2 takes the consistent rule's steps between levels by (3), 1 by (1), as `"euler_maruyama"` always does.
         denoise_final (`bool`, defaults to `True`):
-            End on the denoised estimate: the consistent rule's last step lands on it, Euler–Maruyama takes one
-            evaluation more (as NCSNv2 does). `False` ends at the noise level sigma_L (as the 2019 paper does).
+            End on the denoised estimate: the consistent rule's last step lands on it, Euler–Maruyama takes one more
+            evaluation (as NCSNv2 does). `False` ends at the noise level sigma_L (as the 2019 paper does). (In diffusers
+            these are `final_sigmas_type="zero"` and `"sigma_min"`, of `DPMSolverMultistepScheduler`.)
         clip_sample (`bool`, defaults to `False`):
             Clip the denoised estimate to `[-clip_sample_range, clip_sample_range]`.
         clip_sample_range (`float`, defaults to 1.0):
@@ -673,7 +676,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         self._step_index += 1
 
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        denoised = self._denoise(model_output.to(x.dtype), x, row.sigma)
+        denoised = self._to_denoised(model_output.to(x.dtype), x, row.sigma)
         if self.config.clip_sample:
             denoised = denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 
@@ -721,22 +724,13 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             )
         return row
 
-    def _denoise(self, model_output: torch.Tensor, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        if self.config.prediction_type == "v_prediction":
-            return x / (1 + sigma**2) - model_output * (sigma / (1 + sigma**2) ** 0.5)
-        if self.config.prediction_type == "epsilon":
-            return x - sigma * model_output
-        if self.config.prediction_type == "score":
-            return x + sigma**2 * model_output
-        return model_output
+    # The network's output
 
-    # For training
-
-    def convert_model_output(
+    def predict_original_sample(
         self, model_output: torch.Tensor, timestep: float | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
         """
-        The denoised estimate D(x, sigma) from what the network returned, for each `prediction_type`, never clipped.
+        Convert the network's output to the denoised estimate D(x, sigma), for any `prediction_type`; never clipped.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, ...)`): what the network returned for `sample`.
@@ -746,7 +740,18 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(batch_size, ...)`: D, in units of the data.
         """
-        return self._denoise(model_output, sample, self._sigma_like(timestep, sample))
+        return self._to_denoised(model_output, sample, self._sigma_like(timestep, sample))
+
+    def _to_denoised(self, model_output: torch.Tensor, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        if self.config.prediction_type == "v_prediction":
+            return x / (1 + sigma**2) - model_output * (sigma / (1 + sigma**2) ** 0.5)
+        if self.config.prediction_type == "epsilon":
+            return x - sigma * model_output
+        if self.config.prediction_type == "score":
+            return x + sigma**2 * model_output
+        return model_output
+
+    # For training
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """

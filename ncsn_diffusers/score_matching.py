@@ -99,7 +99,7 @@ def denoise(
     """
     labels = {} if class_labels is None else {"class_labels": class_labels}
     output = model(scheduler.scale_model_input(x, timesteps), timesteps, **labels, return_dict=False)[0]
-    return scheduler.convert_model_output(output.float(), timesteps, x)
+    return scheduler.predict_original_sample(output.float(), timesteps, x)
 
 
 def score_matching_loss(

@@ -342,7 +342,7 @@ def test_ddpm_repository_of_2022(hub, tmp_path, flat, missing):  # noqa: F811
         stock = DDPMScheduler.from_config({**DDPM_2022, "clip_sample": False})
         expected = stock.step(output, 500, x, generator=torch.Generator().manual_seed(0)).pred_original_sample
         sigma = ((1 - stock.alphas_cumprod[500]) / stock.alphas_cumprod[500]).sqrt()
-        torch.testing.assert_close(pipe._denoise(output, x, sigma), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(pipe._to_denoised(output, x, sigma), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

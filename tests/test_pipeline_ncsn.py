@@ -1,6 +1,7 @@
 import importlib
 import math
 import pkgutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -721,12 +722,12 @@ def test_interpolation_ends_on_the_two_samples(name):
     def generators():
         return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 
-    row = pipe.interpolate(generators(), batch_size=5, num_inference_steps=8, output_type="latent").images
+    row = pipe.interpolate(generators(), num_images=5, num_inference_steps=8, output_type="latent").images
     ends = [pipe(num_inference_steps=8, generator=g, output_type="latent").images[0] for g in generators()]
     scale = ends[0].abs().max().item()
     torch.testing.assert_close(row[0], ends[0], rtol=0, atol=1e-5 * scale)
     torch.testing.assert_close(row[-1], ends[1], rtol=0, atol=1e-5 * scale)
-    again = pipe.interpolate(generators(), batch_size=5, num_inference_steps=8, output_type="latent").images
+    again = pipe.interpolate(generators(), num_images=5, num_inference_steps=8, output_type="latent").images
     assert torch.equal(row, again)
 
 
@@ -736,7 +737,7 @@ def test_interpolation_mixes_all_noise_on_the_circle(name):
     # the variance of the data.
     pipe = gaussian_pipeline(interpolating_scheduler(name), size=(20, 20))
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    row = pipe.interpolate(generators, batch_size=5, num_inference_steps=30, output_type="latent").images
+    row = pipe.interpolate(generators, num_images=5, num_inference_steps=30, output_type="latent").images
     angles = torch.linspace(0, math.pi / 2, 5).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(row, angles.cos() * row[0] + angles.sin() * row[-1], rtol=0, atol=1e-3)
     # 400 pixels: 7 % at one error
@@ -746,18 +747,19 @@ def test_interpolation_mixes_all_noise_on_the_circle(name):
 def test_interpolation_of_a_class():
     pipe = class_pipeline()
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    row = pipe.interpolate(generators, batch_size=6, class_labels=0, guidance_scale=2.0, output_type="latent").images
+    row = pipe.interpolate(generators, num_images=6, class_labels=0, guidance_scale=2.0, output_type="latent").images
     assert (row.flatten(1) - 2 * MEANS[0]).abs().max() < 5 * DEVIATION
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"generator": [torch.Generator()]}, "`generator` must be two different `torch.Generator`s"),
-        ({"generator": torch.Generator()}, "`generator` must be two different `torch.Generator`s"),
-        ({"generator": [torch.Generator()] * 2}, "`generator` must be two different `torch.Generator`s"),
-        ({"generator": [1, 2]}, "`generator` must be two different `torch.Generator`s"),
-        ({"batch_size": 1}, "`batch_size` must be at least 2, the two samples at the ends, not 1"),
+        ({"generators": [torch.Generator()]}, "`generators` must be two different `torch.Generator`s"),
+        ({"generators": torch.Generator()}, "`generators` must be two different `torch.Generator`s"),
+        ({"generators": [torch.Generator()] * 2}, "`generators` must be two different `torch.Generator`s"),
+        ({"generators": [1, 2]}, "`generators` must be two different `torch.Generator`s"),
+        ({"num_images": 1}, "`num_images` must be an int of at least 2, not 1"),
+        ({"num_images": None}, "`num_images` must be an int of at least 2, not None"),
         ({"class_labels": 1}, "`class_labels` are for a class-conditional network"),
     ],
 )
@@ -765,7 +767,29 @@ def test_bad_interpolation_is_refused_before_the_first_evaluation(arguments, mes
     pipe = small_pipeline()
     pipe.unet.forward = None
     with pytest.raises(ValueError, match=message):
-        pipe.interpolate(**{"generator": [torch.Generator(), torch.Generator()], **arguments})
+        pipe.interpolate(**{"generators": [torch.Generator(), torch.Generator()], **arguments})
+
+
+def test_interpolation_takes_the_old_names_with_a_warning():
+    pipe = small_pipeline()
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+    settings = {"num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe.interpolate(generators(), num_images=3, **settings).images
+    with pytest.warns(FutureWarning, match="`batch_size` of `interpolate` is now called `num_images`") as warned:
+        assert torch.equal(pipe.interpolate(generators(), batch_size=3, **settings).images, expected)
+    assert {Path(w.filename).name for w in warned} == {Path(__file__).name}
+    with pytest.warns(FutureWarning, match="`generator` of `interpolate` is now called `generators`"):
+        assert torch.equal(pipe.interpolate(generator=generators(), num_images=3, **settings).images, expected)
+    with pytest.raises(TypeError, match="both `num_images` and its old name, `batch_size`"):
+        pipe.interpolate(generators(), num_images=3, batch_size=3)
+
+
+def test_interpolation_counts_labels_by_its_own_argument():
+    with pytest.raises(ValueError, match="`class_labels` has 2 entries, but num_images=3"):
+        conditional_pipeline().interpolate([torch.Generator(), torch.Generator()], 3, class_labels=[0, 1])
 
 
 def test_noise_that_cannot_be_mixed():

@@ -1037,7 +1037,7 @@ def test_prediction_types_are_conversions_of_one_another(prediction_type):
     output = to_model_output(x0, x, sigma, prediction_type)
     if prediction_type == "v_prediction":
         torch.testing.assert_close(scheduler.get_velocity(x0, noise, timesteps), output, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(scheduler.convert_model_output(output, timesteps, x), x0, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(scheduler.predict_original_sample(output, timesteps, x), x0, rtol=1e-4, atol=2e-4)
     scheduler.set_timesteps(timesteps=[999.0, 400.5, 0.0])
     scheduler.set_begin_index(1)
     denoised = scheduler.step(output[1:2], 400.5, x[1:2]).pred_original_sample
@@ -1323,7 +1323,7 @@ def test_extremes_of_what_is_accepted_stay_finite():
             noised = scheduler.add_noise(torch.zeros_like(x), x, t)
             assert noised.isfinite().all()
             assert scheduler.scale_model_input(noised, t).isfinite().all()
-            assert scheduler.convert_model_output(x, t, noised).isfinite().all()
+            assert scheduler.predict_original_sample(x, t, noised).isfinite().all()
             scheduler.set_begin_index(0)
             assert scheduler.step(x, t, noised).prev_sample.isfinite().all()
 

@@ -42,8 +42,8 @@ def loss_per_level(
 ) -> torch.Tensor:
     """
     The denoising score matching loss ½ ‖sigma score(x, sigma) + z‖²/d of each image at each noise level: see
-    [`score_matching_loss`]. Even the exact score has a loss above 0, but of two networks the one with the lower loss has
-    the better score.
+    [`score_matching_loss`]. Even the exact score has a loss above 0, but of two networks the one with the lower
+    loss has the better score.
 
     Args:
         model, scheduler, class_labels: see [`denoise`].

@@ -99,7 +99,9 @@ def test_samplers_goes_on_where_it_ended(tmp_path, benchmark, folders, monkeypat
     first = rows_of(tmp_path / "all")
     benchmark.samplers(pipeline, digits, num_images=90, **arguments)
     assert drawn == [40, 40, 40, 40, 10, 10]
-    with pytest.raises(SystemExit, match=r"holds annealed Langevin, 1 that were made with another `seed`.*--overwrite"):
+    with pytest.raises(
+        SystemExit, match=r"holds annealed Langevin, 1 that were made with another `seed`.*`overwrite_output_dir`"
+    ):
         benchmark.samplers(pipeline, digits, num_images=80, seed=1, **arguments)
     benchmark.samplers(pipeline, digits, num_images=80, seed=1, overwrite_output_dir=True, **arguments)
     assert len(drawn) == 10

@@ -3,22 +3,21 @@
 import math
 
 import torch
-from diffusers.utils import make_image_grid
 from PIL import Image
 
 from .pipeline_ncsn import find_white, read_image
 
-__all__ = ["find_white", "make_grid", "read_image", "to_model_range", "to_uint8"]
+__all__ = ["find_white", "make_grid", "read_image", "to_model_range", "to_pil", "to_uint8"]
 
 
 def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
-    """Pictures in [0, 255] as float32 in [data_min, 1], the network's units of the data; any shape."""
+    """Images in [0, 255] as float32 in [data_min, 1], in units of the data; any shape."""
     return images.float() / (255 / (1 - data_min)) + data_min
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """
-    Quantise pictures to 8 bits, as writing them to a PNG file would.
+    Quantise images to 8 bits, as writing them to a PNG file would.
 
     Args:
         images (`torch.Tensor` of any shape): floating in [0, 1], or uint8 already.
@@ -27,7 +26,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of the same shape, uint8 in [0, 255].
 
     Raises:
-        ValueError: floating pictures leave [0, 1], as those in the network's range [-1, 1] do, or are not numbers.
+        ValueError: floating images leave [0, 1], as those in the network's range [-1, 1] do, or are not numbers.
     """
     if images.dtype == torch.uint8:
         return images
@@ -38,11 +37,35 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
-def make_grid(images: list[Image.Image], num_columns: int | None = None) -> Image.Image:
-    """Side by side, in the shape nearest to a square unless `num_columns` says otherwise."""
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """uint8 images of shape `(n, 1, 3 or 4, height, width)` as PIL images of mode L, RGB or RGBA."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def make_grid(images: list[Image.Image], num_columns: int | None = None, margin: int = 0) -> Image.Image:
+    """
+    Images side by side, row by row.
+
+    Args:
+        images (`list[Image.Image]`): of one size and one mode, which is the grid's too.
+        num_columns (`int`, *optional*): by default the grid is as close to a square as possible.
+        margin (`int`, defaults to 0):
+            Pixels around each image. With a margin the background is white; without one, unused places are black
+            (transparent where the images are RGBA).
+
+    Raises:
+        ValueError: the images differ in size or mode, or there are none.
+    """
+    if len({(image.mode, image.size) for image in images}) != 1:
+        kinds = sorted({f"{image.mode} {image.width}×{image.height}" for image in images})
+        raise ValueError(f"`images` must be of one mode and size, not {', '.join(kinds) or 'an empty list'}.")
     num_columns = num_columns or math.ceil(math.sqrt(len(images)))
     num_rows = math.ceil(len(images) / num_columns)
-    blank = Image.new(images[0].mode, images[0].size)
-    images = images + [blank] * (num_rows * num_columns - len(images))
-    grid = make_image_grid(images, num_rows, num_columns)
-    return grid.convert(images[0].mode)
+    width, height = images[0].width + margin, images[0].height + margin
+    size = (num_columns * width + margin, num_rows * height + margin)
+    grid = Image.new(images[0].mode, size, "white" if margin else 0)
+    for i, image in enumerate(images):
+        row, column = divmod(i, num_columns)
+        grid.paste(image, (margin + column * width, margin + row * height))
+    return grid

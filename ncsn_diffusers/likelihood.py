@@ -1,13 +1,13 @@
 """
-The score network judged by itself: its loss at each noise level, its distance from a known score, and the likelihood
-that it gives to pictures.
+What a score network is worth without sampling: its loss at each noise level, its distance from a known score, and the
+likelihood it gives to images.
 
 **Likelihood.** Along the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, equation 13), here with the noise
 level itself as time, the noisy data keep their distribution at every sigma:
 
     dx/dsigma = -sigma score(x, sigma) = (x - D(x, sigma))/sigma,
 
-D being the denoised estimate. In u = log sigma and y = x/c, c = √(1 + sigma²), what the network sees, this reads
+with the denoised estimate D. In u = log sigma and y = x/c, c = √(1 + sigma²), what the network sees, this reads
 
     dy/du = (x/(1 + sigma²) - D)/c,                                                                              (1)
 
@@ -19,7 +19,7 @@ where the samplers start from. With d the number of dimensions,
 
 The trace is estimated by vᵀ (∂D/∂x) v with random signs v (Hutchinson), one backward pass each.
 
-p is the density of the data with noise of sigma_min. For 8-bit pictures see [`bits_per_dim`].
+p is the density of the data with noise of sigma_min. For 8-bit images see [`bits_per_dim`].
 """
 
 import math
@@ -41,9 +41,9 @@ def loss_per_level(
     class_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The denoising score matching loss ½ ‖sigma score(x, sigma) + z‖²/d of each picture at each noise level: see
-    [`score_matching_loss`]. Much of it no network can avoid; of two networks the one with the lower loss has the better
-    score.
+    The denoising score matching loss ½ ‖sigma score(x, sigma) + z‖²/d of each image at each noise level: see
+    [`score_matching_loss`]. Even the exact score has a loss above 0, but of two networks the one with the lower
+    loss has the better score.
 
     Args:
         model, scheduler, class_labels: see [`denoise`].
@@ -108,8 +108,8 @@ def log_likelihood(
     class_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    log p(x), equation (2), by the classical Runge-Kutta method: 4 `num_steps` evaluations, and a backward pass of each
-    for every probe.
+    log p(x), equation (2), by the classical Runge-Kutta method: 4 `num_steps` evaluations, and one
+    backward pass per probe for each.
 
     Args:
         model, scheduler, class_labels: see [`denoise`].
@@ -172,17 +172,17 @@ def bits_per_dim(
     data_min: float = -1.0,
 ) -> torch.Tensor:
     """
-    Bits that the model needs for each 8-bit value of a picture, on average an upper bound.
+    Bits that the model needs per 8-bit value of an image: in expectation an upper bound.
 
-    The density p of [`log_likelihood`] gives a picture x the probability ∫ p over the cube about it, of side w, the
-    difference of two values in units of the data. By Jensen's inequality that is at least w^d exp E[log p(x + n)], n
-    uniform in the cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each picture.
+    The density p of [`log_likelihood`] gives an image x the probability ∫ p over the cube around it, whose side w is
+    one 8-bit step in units of the data. By Jensen's inequality that is at least w^d exp E[log p(x + n)], n
+    uniform in the cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each image.
 
     Args:
         model, scheduler, class_labels: see [`denoise`].
         images (`torch.Tensor` of shape `(n, channels, height, width)`): uint8.
         generators (`Sequence[torch.Generator]` of length n):
-            One for each picture, on the CPU: its figure does not depend on the others.
+            One for each image, on the CPU, so that an image's value does not depend on the others.
         num_steps (`int`, defaults to 25): see [`log_likelihood`].
         num_probes (`int`, defaults to 1): vectors that the trace is estimated with.
         data_min (`float`, defaults to -1.0): black in units of the data; white is 1.
@@ -191,12 +191,12 @@ def bits_per_dim(
         `torch.Tensor` of shape `(n,)`: bits per dimension, float64, on the CPU.
 
     Raises:
-        ValueError: the pictures are not uint8, or there is not one generator for each.
+        ValueError: the images are not uint8, or there is not one generator for each.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"`images` must be uint8, not {images.dtype}: the bits are those of 8-bit pictures.")
+        raise ValueError(f"`images` must be uint8, not {images.dtype}: the bits are those of 8-bit images.")
     if len(generators) != len(images):
-        raise ValueError(f"`generators` must be one for each of the {len(images)} pictures, not {len(generators)}.")
+        raise ValueError(f"`generators` must be one for each of the {len(images)} images, not {len(generators)}.")
     if num_probes < 1:
         raise ValueError(f"`num_probes` must be at least 1, not {num_probes}.")
     shape = images.shape[1:]
@@ -209,5 +209,5 @@ def bits_per_dim(
 
 
 def _timesteps_at(scheduler, sigma: float, like: torch.Tensor) -> torch.Tensor:
-    """What a network is told of the level sigma, for each picture of a batch."""
+    """The level sigma as the network is given it, for each image of a batch."""
     return scheduler.sigma_to_t(torch.full((len(like),), sigma, dtype=torch.float32, device=like.device))

@@ -1,10 +1,10 @@
 """
 Noise levels chosen from the data: techniques 1, 2 and 4 of NCSNv2 (Song & Ermon 2020, arXiv:2006.09011).
 
-The largest level must let a chain walk from any picture to any other, so sigma_max is the largest distance between two
-pictures ([`choose_sigma_max`]). In D dimensions noise of level sigma keeps to a shell of radius √D sigma and width
-sigma/√2; neighbouring levels must overlap there, which gives their ratio, and with sigma_max/sigma_min their number L
-([`choose_num_train_timesteps`]). The T steps of a level must then take the noise of the level before down to its own
+The largest level must let a chain move from any image to any other, so sigma_max is the largest distance between two
+images ([`choose_sigma_max`]). In D dimensions, noise of level sigma lies in a shell of radius √D sigma and width
+sigma/√2. The shells of neighbouring levels must overlap, which gives their ratio and, with sigma_max/sigma_min, their
+number L ([`choose_num_train_timesteps`]). The T steps of a level must then reduce the previous level's noise to its own
 ([`choose_step_size`]):
 
     sigma_max = choose_sigma_max(images)
@@ -34,19 +34,18 @@ def choose_sigma_max(
     batch_size: int = 1000,
 ) -> float:
     """
-    Technique 1: the largest Euclidean distance between two pictures.
+    Technique 1: the largest Euclidean distance between two images.
 
-    It is found in blocks of `batch_size` times `batch_size` pairs, from the pictures farthest from the mean inwards.
-    Two pictures are no farther apart than their distances to the mean together, so that most blocks need no look: the
-    result is exact all the same.
+    Pairs are searched in blocks of `batch_size` × `batch_size`, starting with the images farthest from the mean. The
+    distance of two images is at most the sum of their distances to the mean, so most blocks can be skipped and the
+    result is still exact.
 
     Args:
         images (`torch.Tensor` of shape `(n, ...)`):
-            Data points on any device: uint8 pictures, taken to [-1, 1], or floating ones, taken as they are.
+            Data points on any device: uint8 images, which are scaled to [-1, 1], or floating ones, used as they are.
         max_num_images (`int`, *optional*, defaults to 100000):
-            Of more points than these a random subset of this size is taken, and the result is a lower bound. `None`
-            takes all.
-        generator (`torch.Generator`, *optional*): draws that subset; on the CPU.
+            Of more points than this, a random subset is used and the result is a lower bound. `None` uses all.
+        generator (`torch.Generator`, *optional*): draws that subset, on the CPU.
         batch_size (`int`, defaults to 1000): side of a block.
 
     Returns:
@@ -79,7 +78,7 @@ def choose_sigma_max(
 
     largest, pair = 0.0, None
     batches = order.split(batch_size)
-    first_radii = radii[::batch_size].tolist()  # of each block, whose other pictures are nearer to the mean
+    first_radii = radii[::batch_size].tolist()  # of each block: the others are nearer to the mean
     for i, rows in enumerate(tqdm(batches, desc="Largest distance", unit="block", leave=False)):
         if 2 * first_radii[i] <= largest:
             break
@@ -107,7 +106,7 @@ def choose_num_train_timesteps(sigma_min: float, sigma_max: float, dim: int, ove
 
         Phi(√(2D) (gamma - 1) + 3 gamma) - Phi(√(2D) (gamma - 1) - 3 gamma) = overlap,
 
-    the share of level sigma's noise that lies within three deviations of the shell of level gamma sigma.
+    the share of level sigma's noise within three standard deviations of the shell of level gamma sigma.
 
     Args:
         sigma_min (`float`): smallest level, above 0.

@@ -1,13 +1,13 @@
 """
 Denoising score matching (Vincent 2011; Song & Ermon 2019, equations 2, 5 and 6) through the scheduler's conversions.
 
-A level sigma is drawn, the data x0 are perturbed to x = x0 + sigma z with z ~ N(0, I), and the network's score is
-compared with that of the perturbation, -z/sigma. With the weight lambda(sigma) = sigma² the loss is
+Draw a level sigma, perturb the data x0 to x = x0 + sigma z with z ~ N(0, I), and compare the network's score with that
+of the perturbation, -z/sigma. With the weight lambda(sigma) = sigma² the loss is
 
     ½ E ‖sigma score(x, sigma) + z‖²,
 
 and since score = (D - x)/sigma² with the denoised estimate D, sigma score + z = (D - x0)/sigma for every
-`prediction_type`. Nothing here draws a random number: the caller hands in what is random.
+`prediction_type`. Nothing here draws random numbers: the caller passes them in.
 """
 
 import math
@@ -22,7 +22,7 @@ def draw_timesteps(
     scheduler, uniform: torch.Tensor, distribution: str = "lognormal", log_sigma_mean=-0.8, log_sigma_std=1.4
 ) -> torch.Tensor:
     """
-    Levels to train on, by inverting the distribution function.
+    Levels to train on, by inverting their cumulative distribution function.
 
     Args:
         scheduler ([`AnnealedLangevinScheduler`]): whose ladder the levels are on.
@@ -49,14 +49,14 @@ def draw_timesteps(
 
 def normal_quantile(uniform: torch.Tensor) -> torch.Tensor:
     """
-    The inverse of the standard normal distribution function, by operations that Apple's GPUs have too
+    The inverse of the standard normal distribution function, by operations that Apple GPUs support
     (`torch.special.ndtri` has no kernel there). The tails are those of Wichura 1988, algorithm AS 241, PPND7.
 
     Args:
         uniform (`torch.Tensor`): probabilities in [0, 1]; below 1e-11 of either end they count as 1e-11.
 
     Returns:
-        `torch.Tensor` of the same shape: for float32 right to 1e-6, relative to the value where that is above 1.
+        `torch.Tensor` of the same shape: for float32 accurate to 1e-6, relative where the value is above 1.
     """
     # 2u - 1 is exact enough for erfinv in the middle only: it rounds away most digits of a small u.
     middle = math.sqrt(2) * torch.erfinv((2 * uniform - 1).clamp(-0.85, 0.85))
@@ -69,8 +69,8 @@ def normal_quantile(uniform: torch.Tensor) -> torch.Tensor:
 
 def stratified(uniform: torch.Tensor) -> torch.Tensor:
     """
-    Spread uniform draws evenly over a batch, one in each of `batch_size` equal intervals: each is uniform still, and
-    the loss, averaged over the batch, varies less (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    Spread uniform draws evenly over a batch, one in each of `batch_size` equal intervals. Each is still uniform, and
+    the loss averaged over the batch varies less (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
 
     Args:
         uniform (`torch.Tensor` of shape `(batch_size,)`): independent uniform draws from [0, 1).
@@ -91,7 +91,7 @@ def denoise(
         model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
         scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
         x (`torch.Tensor` of shape `(batch_size, ...)`): in units of the data.
-        timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each picture.
+        timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each image.
         class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): for a network that takes them.
 
     Returns:
@@ -112,7 +112,7 @@ def score_matching_loss(
     weighting: str = "sigma_squared",
 ) -> torch.Tensor:
     """
-    ½ ‖sigma score(x, sigma) + z‖² of each picture, divided by its number of dimensions: ½ for a network that returns
+    ½ ‖sigma score(x, sigma) + z‖² of each image, divided by its number of dimensions: ½ for a network that returns
     the score 0.
 
     Args:

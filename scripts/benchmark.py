@@ -1,4 +1,4 @@
-"""Measurements behind the README's figures: `python scripts/benchmark.py --help`."""
+"""Measurements behind the numbers in README.md and docs/results.md: `python scripts/benchmark.py --help`."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ STOCK_SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
 }
 
-# The samplers compared at the same number of evaluations, each at its best setting.
+# Samplers compared at the same number of evaluations, each with its best settings.
 FAST_SAMPLERS = {
     "annealed Langevin": ("AnnealedLangevinScheduler", {}),
     "DDIM": ("DDIMScheduler", {}),
@@ -62,7 +62,7 @@ FAST_SAMPLERS = {
     "UniPC": ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
     "SA-Solver": ("SASolverScheduler", {"use_karras_sigmas": True}),
 }
-# What they are measured against, at 1,160 evaluations: 232 levels of 5 steps, and the final denoising.
+# Their yardstick, with 1,161 evaluations: 232 levels of 5 steps, and the final denoising.
 NCSNV2 = {"NCSNv2": ("AnnealedLangevinScheduler", {"noise_rule": "euler_maruyama", "num_langevin_steps": 5})}
 
 
@@ -76,7 +76,7 @@ def load(pipeline: str | None) -> NCSNPipeline:
 
 
 def check_output(output: str) -> None:
-    """Before any work is lost."""
+    """Refuse an output that cannot be written, before any work is lost."""
     if not Path(output).absolute().parent.is_dir():
         raise SystemExit(f"--output {output} is not in a folder that exists.")
 
@@ -96,15 +96,15 @@ def overhead(
     output: str = "overhead",
 ) -> None:
     """
-    Time of the pipeline over the time of its network calls alone, the two in turn in one run.
+    Time of the pipeline over the time of its network calls alone, measured in turn.
 
     Args:
         pipeline: Folder of the pipeline; the digits that come with the package by default.
-        batch_size: Pictures a call.
-        num_inference_steps: Network evaluations a call.
-        repeats: Pairs of runs; the median of their ratios counts.
-        compile_backend: Compile the network with this backend of torch.compile, such as inductor; else it is eager.
-        output: Path of the figures, without its ending .json.
+        batch_size: Images per call.
+        num_inference_steps: Network evaluations per call.
+        repeats: Pairs of runs, whose median ratio counts.
+        compile_backend: Compile the network with this backend of torch.compile, such as inductor; eager by default.
+        output: Path of the measurements, without its ending .json.
     """
     check_output(output)
     pipe = load(pipeline)
@@ -149,9 +149,9 @@ def memory(
 
     Args:
         pipeline: Folder of the pipeline; the digits that come with the package by default.
-        batch_size: Pictures a call.
+        batch_size: Images per call.
         budgets: Numbers of network evaluations.
-        output: Path of the figures, without its ending .json.
+        output: Path of the measurements, without its ending .json.
     """
     check_output(output)
     pipe = load(pipeline)
@@ -172,7 +172,7 @@ def memory(
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes at a time of what `function` allocates on the device."""
+    """The peak of the bytes that `function` allocates on the device."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -191,12 +191,12 @@ def schedulers(
     pipeline: PipelineName = None, output: str = "schedulers.png", num_images: int = 12, seed: int = 0
 ) -> None:
     """
-    Draw a row of pictures with each scheduler, swapped in by `from_config` alone.
+    Draw a row of images with each scheduler, swapped in by `from_config` alone.
 
     Args:
         pipeline: Folder of the pipeline; the digits that come with the package by default.
-        output: The picture's file.
-        num_images: Pictures a row.
+        output: File of the plot.
+        num_images: Images per row.
         seed: Seed of each row.
     """
     check_output(output)
@@ -247,24 +247,24 @@ def samplers(
     """
     The Fréchet distance of digits to real ones over the number of network evaluations, for each sampler.
 
-    Distances are taken to the data set's `test` split, in the digit classifier's features; the floor is that of as many
-    digits of its `train` split. The kernel distance (which does not depend on their number), class entropy (2.303 for
-    even shares), precision and recall stand beside them. Writes the table to OUTPUT.json, row by row, and the plot to
-    OUTPUT.png; the samples' features are kept in the folder OUTPUT, batch by batch, so that a run which was cut short
-    goes on where it ended, and one with more pictures draws only those. Under `accelerate launch` processes share the
-    work, and the figures do not depend on how many there are.
+    Distances are taken to the data set's `test` split, in the digit classifier's features. The floor is the distance of
+    as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
+    digits), class entropy (2.303 for even shares), precision and recall. It is written to OUTPUT.json row by row, and
+    the plot to OUTPUT.png. The samples' features are kept in the folder OUTPUT, batch by batch: a run that was cut
+    short goes on where it stopped, and one with more images draws only the rest. Under `accelerate launch` processes
+    share the work, and the results do not depend on their number.
 
     Args:
         pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
         dataset_name: The real digits, on the Hub or in a folder, with the splits `train` and `test`.
         budgets: Numbers of network evaluations.
-        names: Which samplers; NCSNv2 is there too, for a budget of 1160.
-        num_images: Pictures for each distance; Fréchet distances from different numbers do not compare.
-        batch_size: Pictures a call.
-        seed: Seed of the first picture of every row, the others' follow: all rows start from the same noise.
+        names: Which samplers; NCSNv2 is available too, for a budget of 1160.
+        num_images: Images for each distance; only Fréchet distances of the same number compare.
+        batch_size: Images per call.
+        seed: Seed of the first image of every row; image i uses seed + i, so all rows start from the same noise.
         dtype: What the network computes in.
         output: Path of the two files, without their endings, and of the folder.
-        overwrite_output_dir: Draw anew where the folder holds samples that were drawn with other settings.
+        overwrite_output_dir: Replace samples in the folder that were drawn with other settings.
     """
     known = FAST_SAMPLERS | NCSNV2
     unknown = set(names) - set(known)
@@ -290,7 +290,7 @@ def samplers(
     kept = KeptBatches(accelerator, Path(output))
     rows = []
 
-    def judge(name, evaluations, features):
+    def compare(name, evaluations, features):
         if not accelerator.is_main_process:
             return
         kernel, kernel_error = kernel_distance(real, features)
@@ -320,7 +320,7 @@ def samplers(
     titles = ("distance", "kernel", "standard error", "class entropy", "precision", "recall")
     accelerator.print(" ".join(f"{title:>14}" for title in titles))
     held_out = torch.randperm(len(dataset["train"]), generator=torch.Generator().manual_seed(seed))[:num_images]
-    judge("real digits", 0, extract_features(decode_images(dataset["train"].select(held_out)), classifier.features))
+    compare("real digits", 0, extract_features(decode_images(dataset["train"].select(held_out)), classifier.features))
     for name, evaluations in itertools.product(names, budgets):
         class_name, settings = known[name]
         num_levels = max(1, evaluations // settings.get("num_langevin_steps", 1))
@@ -336,7 +336,7 @@ def samplers(
             )["features"]
         except (ValueError, FloatingPointError) as error:
             raise SystemExit(f"benchmark.py: {error}") from error
-        judge(name, evaluations, features)
+        compare(name, evaluations, features)
     if accelerator.is_main_process:
         plot_samplers(rows, num_images, output)
     accelerator.end_training()
@@ -362,10 +362,10 @@ def plot_samplers(rows: list[dict[str, Any]], num_images: int, output: str) -> N
 
 def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), output: str = "convergence") -> None:
     """
-    Error of the variance of Gaussian data over the number of evaluations, first order and second, without sampling.
+    Error of the variance of Gaussian data over the number of evaluations, for first and second order, without sampling.
 
-    The largest relative error over eigenvectors whose deviations lie from 0.3 to 3. The score is linear, so a chain's
-    end is linear in its start and in each step's noise: a batch of one impulse for each gives the exact coefficients.
+    The largest relative error over eigenvectors with standard deviations from 0.3 to 3. The score is linear, so the
+    result is linear in the start and in each step's noise: a batch with one impulse for each gives exact coefficients.
 
     Args:
         budgets: Numbers of network evaluations.
@@ -412,18 +412,18 @@ def training(
     output: str = "training",
 ) -> None:
     """
-    Throughput of the training step on the embedded digits over that of a plain loop (eager, float32, as diffusers' own
-    script writes it), and over that of the same step fed one constant batch; the three in turn in one run.
+    Throughput of the training step on the embedded digits, compared with a plain loop (eager, float32, as in diffusers'
+    own script) and with the same step on one constant batch, measured in turn.
 
     Args:
-        train_batch_size: Pictures a step.
+        train_batch_size: Images per step.
         block_out_channels: The network's channels.
-        layers_per_block: The network's layers a level.
+        layers_per_block: The network's layers per level.
         mixed_precision: Of the training step: no, fp16 or bf16; by default what training chooses.
         compile: Compile the network of the training step; by default what training chooses for a long run.
-        num_steps: Steps a round.
-        rounds: Rounds, after one to warm up; the median of their ratios counts.
-        output: Path of the figures, without its ending .json.
+        num_steps: Steps per round.
+        rounds: Rounds, after one to warm up, whose median ratio counts.
+        output: Path of the measurements, without its ending .json.
     """
     check_output(output)
     with tempfile.TemporaryDirectory() as folder:
@@ -478,7 +478,7 @@ def training(
 
 
 def plain_training_step(trainer: Trainer) -> Callable[[], None]:
-    """One step of a plain loop on the trainer's network and pictures: PIL, a DataLoader, float32, no fusing."""
+    """One step of a plain loop on the trainer's network and images: PIL, a DataLoader, float32, no fusing."""
     config, device = trainer.config, trainer.device
     unet = make_unet(config, *trainer.images.shape).to(device)
     scheduler = DDPMScheduler.from_config(trainer.scheduler.config)

@@ -1,4 +1,4 @@
-"""Train the digit classifier whose features `evaluation.py` uses: `python scripts/train_digit_classifier.py --help`."""
+"""Train the digit classifier of ncsn_diffusers.evaluation: `python scripts/train_digit_classifier.py --help`."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def main(
         dataset_name: A data set of 28×28 grayscale digits with labels, on the Hub or in a folder.
         output_path: Where the weights go, as safetensors.
         num_epochs: Passes over the train split.
-        batch_size: Digits a step.
-        learning_rate: AdamW's largest, in the middle of the one-cycle schedule.
+        batch_size: Digits per step.
+        learning_rate: AdamW's peak learning rate, of the one-cycle schedule.
         seed: Of the weights, the order of the digits and their distortions.
     """
     if not Path(output_path).absolute().parent.is_dir():
@@ -79,17 +79,17 @@ def distort(images: torch.Tensor) -> torch.Tensor:
     row_x = torch.stack([scale_x * angle.cos(), scale_x * (shear - angle.sin()), uniform(2.5 * pixel)], 1)
     row_y = torch.stack([scale_y * angle.sin(), scale_y * angle.cos(), uniform(2.5 * pixel)], 1)
     grid = F.affine_grid(torch.stack([row_x, row_y], 1), list(images.shape), align_corners=False)
-    # the padding is 0, so the background must be 0 while the picture is bent
+    # the padding is 0, so the background must be 0 while the image is distorted
     return F.grid_sample(images / 255, grid, align_corners=False) * 2 - 1
 
 
 @torch.no_grad()
 def accuracy(network: DigitClassifier, dataset) -> float:
-    """The share of a data set's digits that the network names rightly."""
+    """The share of a data set's digits that the network classifies correctly."""
     network.eval()
     images, labels = to_model_range(decode_images(dataset)), torch.tensor(dataset["label"][:])
-    named = torch.cat([network(batch).argmax(1) for batch in images.split(500)])
-    return (named == labels).float().mean().item()
+    predicted = torch.cat([network(batch).argmax(1) for batch in images.split(500)])
+    return (predicted == labels).float().mean().item()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The benchmark's figures, and what it refuses."""
+"""What the benchmark measures, and what it refuses."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -98,7 +99,9 @@ def test_samplers_goes_on_where_it_ended(tmp_path, benchmark, folders, monkeypat
     first = rows_of(tmp_path / "all")
     benchmark.samplers(pipeline, digits, num_images=90, **arguments)
     assert drawn == [40, 40, 40, 40, 10, 10]
-    with pytest.raises(SystemExit, match=r"holds annealed Langevin, 1 that were made with another `seed`.*--overwrite"):
+    with pytest.raises(
+        SystemExit, match=r"holds annealed Langevin, 1 that were made with another `seed`.*`overwrite_output_dir`"
+    ):
         benchmark.samplers(pipeline, digits, num_images=80, seed=1, **arguments)
     benchmark.samplers(pipeline, digits, num_images=80, seed=1, overwrite_output_dir=True, **arguments)
     assert len(drawn) == 10
@@ -164,7 +167,10 @@ def test_overhead_of_a_compiled_network(tmp_path, benchmark, folders, capsys):
     benchmark.overhead(str(folders[0]), **arguments, output=str(output))
     (row,) = rows_of(output)
     assert row["ratio"] == row["pipeline_seconds"] / row["bare_seconds"]
-    assert f"{row['ratio']:.3f}" in capsys.readouterr().out
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["pipeline", f"{row['pipeline_seconds']:.3f}", "s"] in printed
+    assert ["bare", "calls", f"{row['bare_seconds']:.3f}", "s"] in printed
+    assert next(words[1] for words in printed if words[0] == "ratio") == f"{row['ratio']:.3f}"
 
 
 def test_memory_is_few_buffers_whatever_the_number_of_steps(tmp_path, benchmark, folders, capsys):
@@ -191,13 +197,55 @@ def test_convergence(tmp_path, benchmark, capsys):
     assert Image.open(tmp_path / "convergence.png").width > 100
 
 
-def test_training(tmp_path, benchmark, capsys):
+def test_training(tmp_path, benchmark, capsys, monkeypatch):
+    # a clock on which a step of each loop takes a known time: 1/2, 1/4 and 2 s, and twice that in the second round
+    now = [0.0]
+    seconds = {"training step": 0.5, "a constant batch": 0.25, "plain loop": 2.0}
+    calls = {name: 0 for name in seconds}
+    constant = []
+
+    def tick(name):
+        calls[name] += 1
+        # 2 steps a round, of which the first warms up
+        now[0] += seconds[name] * (100 if calls[name] <= 2 else 1 if calls[name] <= 4 else 2)
+
+    def training_step(trainer, batches):
+        images, _ = next(batches)
+        assert images.shape == (4, 1, 28, 28)
+        is_constant = isinstance(batches, itertools.repeat)
+        if is_constant:
+            constant.append(images)
+        tick("a constant batch" if is_constant else "training step")
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.Trainer, "training_step", training_step)
+    plain_training_step = benchmark.plain_training_step
+
+    def plain(trainer):
+        step = plain_training_step(trainer)
+
+        def counted():
+            step()
+            tick("plain loop")
+
+        return counted
+
+    monkeypatch.setattr(benchmark, "plain_training_step", plain)
     path = tmp_path / "training"
-    benchmark.training(train_batch_size=4, block_out_channels=(8, 8), num_steps=2, rounds=1, output=str(path))
-    assert [row["loop"] for row in rows_of(path)] == ["training step", "a constant batch", "plain loop"]
-    output = capsys.readouterr().out
-    for loop in ("training step", "a constant batch", "plain loop"):
-        assert f"{loop:20} " in output
-    assert output.count("images a second") == 3
-    assert "throughput over plain loop" in output
-    assert "throughput over a constant batch" in output
+    benchmark.training(train_batch_size=4, block_out_channels=(8, 8), num_steps=2, rounds=2, output=str(path))
+    assert calls == dict.fromkeys(seconds, 6)
+    assert all(torch.equal(images, constant[0]) for images in constant)
+    # 4 images a step: of each round, without the one that warms up
+    assert {row["loop"]: row["images_per_second"] for row in rows_of(path)} == {
+        "training step": [8, 4],
+        "a constant batch": [16, 8],
+        "plain loop": [2, 1],
+    }
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    medians = {" ".join(words[:-4]): float(words[-4]) for words in lines if words[-3:] == ["images", "a", "second"]}
+    assert medians == pytest.approx({"training step": 5.3, "a constant batch": 10.7, "plain loop": 1.3})
+    ratios = {" ".join(words[2:-4]): words[-4:] for words in lines if words[:2] == ["throughput", "over"]}
+    assert ratios == {
+        "plain loop": ["4.000", "(4.000", "to", "4.000)"],
+        "a constant batch": ["0.500", "(0.500", "to", "0.500)"],
+    }

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: what it writes, how it goes on, and what it refuses."""
+"""A whole evaluation: what it writes and returns, how it goes on, and what it refuses."""
 
 import importlib
 import json
@@ -44,8 +44,7 @@ ARGUMENTS |= {"loss_images": 30, "bits_per_dim": 4, "likelihood_steps": 2}
 
 
 def run(pipeline, output_dir, **arguments):
-    evaluate.evaluate(evaluate.EvaluateConfig(str(pipeline), output_dir=str(output_dir), **arguments))
-    return json.loads((Path(output_dir) / "metrics.json").read_text())
+    return evaluate.evaluate(evaluate.EvaluateConfig(str(pipeline), output_dir=str(output_dir), **arguments))
 
 
 def flags(arguments):
@@ -72,7 +71,7 @@ def pipeline(tmp_path_factory):
 def evaluation(tmp_path_factory, pipeline):
     """The output folder of a whole run, in one process."""
     folder = tmp_path_factory.mktemp("evaluation")
-    run(pipeline, folder, **ARGUMENTS)
+    assert run(pipeline, folder, **ARGUMENTS) == read(folder)
     return folder
 
 
@@ -83,7 +82,7 @@ def read(folder):
 # --- What it writes ---
 
 
-def test_figures_are_the_librarys(pipeline, evaluation):
+def test_metrics_are_the_librarys(pipeline, evaluation):
     metrics = read(evaluation)
     pipe = NCSNPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -102,17 +101,17 @@ def test_figures_are_the_librarys(pipeline, evaluation):
         for name, images in (("samples", samples), ("floor", held_out), ("reference", reference))
     }
     for name, images in (("samples", samples), ("floor", held_out)):
-        figures, described = metrics[name], features[name]
-        assert figures["number"] == 66
+        values, described = metrics[name], features[name]
+        assert values["number"] == 66
         distance = frechet_distance(features["reference"], described)
-        assert figures["frechet_distance"] == pytest.approx(distance, rel=1e-4)
+        assert values["frechet_distance"] == pytest.approx(distance, rel=1e-4)
         kernel = kernel_distance(features["reference"], described)
-        given = [figures["kernel_distance"], figures["kernel_distance_standard_error"]]
+        given = [values["kernel_distance"], values["kernel_distance_standard_error"]]
         assert given == pytest.approx(list(kernel), rel=1e-4, abs=1e-4)
         precision = precision_recall(features["reference"][:66], described)
-        assert [figures["precision"], figures["recall"]] == pytest.approx(list(precision), abs=0.02)
+        assert [values["precision"], values["recall"]] == pytest.approx(list(precision), abs=0.02)
         nearest = nearest_neighbours(described, features["reference"])[0].median().item()
-        assert figures["median_distance_to_nearest_reference"] == pytest.approx(nearest, rel=1e-4)
+        assert values["median_distance_to_nearest_reference"] == pytest.approx(nearest, rel=1e-4)
         shares = class_shares(classifier(images).argmax(1), 10).tolist()
         key = {"samples": "samples", "floor": "held-out"}[name]
         assert list(metrics["class_shares"][key].values()) == pytest.approx(shares)
@@ -146,14 +145,29 @@ def test_dtype_is_that_of_the_samples_and_not_of_the_likelihood(tmp_path, pipeli
         assert level["loss"] == pytest.approx(other["loss"], rel=1e-2)
 
 
-def test_the_report_states_what_the_figures_depend_on(evaluation):
+def test_the_report_states_what_the_metrics_depend_on(evaluation):
     metrics, report = read(evaluation), (evaluation / "report.md").read_text()
+    samples, floor, bits = metrics["samples"], metrics["floor"], metrics["bits_per_dim"]
+
+    def row(title, text):
+        return f"| {title} | {text(samples)} | {text(floor)} |"
+
     for fact in (
         "66 samples, 2 network evaluations each: AnnealedLangevinScheduler, num_inference_steps=2, seed 0, float32",
-        "Reference: 134 pictures of `train` of MNIST (the embedded 10,000 digits); held out: 66 others of the same",
+        "Reference: 134 images of `train` of MNIST (the embedded 10,000 digits); held out: 66 others of the same",
         "Features: 64 of the digit classifier",
-        "| Fréchet distance | {samples[frechet_distance]:.4g} | {floor[frechet_distance]:.4g} |".format(**metrics),
-        f"Likelihood: {metrics['bits_per_dim']['mean']:.3f} ±",
+        "| images | 66 | 66 |",
+        row("Fréchet distance", "{0[frechet_distance]:.4g}".format),
+        row(
+            "kernel distance ± standard error",
+            "{0[kernel_distance]:.4g} ± {0[kernel_distance_standard_error]:.2g}".format,
+        ),
+        row("precision", "{0[precision]:.3f}".format),
+        row("recall", "{0[recall]:.3f}".format),
+        row("entropy of the classes (nats)", "{0[class_entropy]:.4f}".format),
+        row("median distance to the nearest reference image", "{0[median_distance_to_nearest_reference]:.4g}".format),
+        f"Likelihood: {bits['mean']:.3f} ± {bits['standard_error']:.2g} bits per dimension, an upper bound, of 4 held",
+        *("| {sigma:.4g} | {loss:.4g} | {standard_error:.2g} |".format(**level) for level in metrics["loss_per_level"]),
     ):
         assert fact in report
     assert metrics["sampling"]["scheduler_config"]["sigma_max"] == 50
@@ -207,7 +221,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
     assert run(pipeline, tmp_path, **ARGUMENTS) == read(evaluation)
     assert drawn == [range(20), range(20, 40), range(20), range(40, 60), range(60, 66)]
 
-    # the same again draws nothing, more pictures only those that are missing
+    # the same again draws nothing, more images only those that are missing
     drawn.clear()
     run(pipeline, tmp_path, **ARGUMENTS)
     run(pipeline, tmp_path, **{**ARGUMENTS, "num_images": 80})
@@ -230,7 +244,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory):
-    """A class-conditional pipeline of 3 × 8 × 8 pictures in [0, 1], and 120 such pictures: 40 are blue and 80 red."""
+    """A class-conditional pipeline of 3 × 8 × 8 images in [0, 1], and 120 such images: 40 are blue and 80 red."""
     folder = tmp_path_factory.mktemp("coloured")
     unet = small_unet(channels=3, out_channels=3, num_class_embeds=3)
     NCSNPipeline(unet, AnnealedLangevinScheduler(), data_min=0).save_pretrained(folder / "pipeline")
@@ -255,7 +269,7 @@ class Means:
         return images.to(self.device).double().mean((2, 3)) / 10
 
 
-def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured):
+def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     monkeypatch.setattr(evaluate, "InceptionFeatures", Means)
     card = ModelCard.from_template(ModelCardData(license="mit"), template_str="---\n{{ card_data }}\n---\n\n# Mine")
     data = {"task_type": "unconditional-image-generation", "dataset_type": "other", "dataset_name": "other"}
@@ -273,12 +287,12 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
     assert "bits_per_dim" not in metrics
     assert metrics["data"]["num_reference"] == 120
     assert abs(metrics["floor"]["kernel_distance"]) < 4 * metrics["floor"]["kernel_distance_standard_error"]
-    # the classes of the nearest reference pictures: the held-out ones' are right
-    assert metrics["classes_by"] == "the nearest picture of the reference"
+    # the classes of the nearest reference images: the held-out ones' are right
+    assert metrics["classes_by"] == "the nearest image of the reference"
     shares = metrics["class_shares"]["held-out"]
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))[:40]
     assert shares == {"blue": (order < 40).sum().item() / 40, "red": (order >= 40).sum().item() / 40}
-    # the network is judged without a class, in units of its data
+    # the network is evaluated without a class, in units of its data
     pipe = NCSNPipeline.from_pretrained(coloured / "pipeline")
     dataset = load_training_data(train_data_dir=arguments["train_data_dir"], split="test")
     images = decode_images(dataset.select(order[:4].tolist())) / 255
@@ -295,16 +309,22 @@ def test_other_pictures_features_and_schedulers(monkeypatch, tmp_path, coloured)
     kept = load_file(tmp_path / "samples" / "00000000-00000040.safetensors")["images"]
     assert torch.equal(kept, to_uint8(images))
 
-    # the card holds the figures, once, beside what was there
+    # the card holds the metrics, once, beside what was there
     metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
     card = ModelCard.load(card_path)
     results = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
     assert len(results) == len(card.data.eval_results) == 5
     assert card.data.license == "mit" and card.text.strip() == "# Mine"
     assert results["other", "fid"].metric_value == 3.0
-    written = results["data", "fid"]
-    assert written.metric_value == round(metrics["samples"]["frechet_distance"], 4)
-    assert "40 samples, 6 evaluations each" in written.metric_name
+    for kind, key, title in (
+        ("fid", "frechet_distance", "FID"),
+        ("kid", "kernel_distance", "KID"),
+        ("improved-precision", "precision", "Precision"),
+        ("improved-recall", "recall", "Recall"),
+    ):
+        written = results["data", kind]
+        assert written.metric_value == round(metrics["samples"][key], 4)
+        assert written.metric_name.startswith(f"{title} (40 samples, 6 evaluations each, features: 2,048 of the Incep")
 
 
 # --- What it refuses ---
@@ -342,11 +362,11 @@ def test_the_statistics_library_is_asked_for_before_anything_is_loaded(monkeypat
     [
         (
             {"num_images": 64},
-            "`num_images`: 64 pictures are too few for 64 features, whose covariance needs at least 65",
+            "`num_images`: 64 images are too few for 64 features, whose covariance needs at least 65",
         ),
-        ({"max_reference_images": 100}, "`reference_split`: 50 pictures are too few"),
-        ({"max_reference_images": 200, "held_out_split": "train[:50]"}, "`held_out_split`: 50 pictures are too few"),
-        ({"train_data_dir": "data"}, r"'train' has pictures of shape \(3, 8, 8\), and the network draws \(1, 28, 28\)"),
+        ({"max_reference_images": 100}, "`reference_split`: 50 images are too few"),
+        ({"max_reference_images": 200, "held_out_split": "train[:50]"}, "`held_out_split`: 50 images are too few"),
+        ({"train_data_dir": "data"}, r"'train' has images of shape \(3, 8, 8\), and the network draws \(1, 28, 28\)"),
         ({"reference_split": "nowhere"}, "nowhere"),
         ({"class_labels": (1,), "max_reference_images": 200, "num_images": 66}, "`class_labels` are for a class-cond"),
     ],
@@ -359,9 +379,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path, pipelin
     assert not list(tmp_path.glob("samples/*.safetensors"))
 
 
-def test_digit_features_of_other_pictures(tmp_path, coloured):
+def test_digit_features_of_other_images(tmp_path, coloured):
     arguments = {"train_data_dir": str(coloured / "data"), "num_images": 40}
-    with pytest.raises(ValueError, match=r"`features`='digits' do not fit the pictures: .* not \(1, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"`features`='digits' do not fit the images: .* not \(1, 3, 8, 8\)"):
         run(coloured / "pipeline", tmp_path, **arguments)
 
 

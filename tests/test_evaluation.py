@@ -26,6 +26,7 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
+from ncsn_diffusers.evaluation.metrics import Metric, compare, mean_and_error
 from ncsn_diffusers.images import to_model_range
 
 feature_extractor_inceptionv3 = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -78,7 +79,7 @@ def test_frechet_distance_of_equal_sets_is_zero():
 def test_kernel_distance_against_its_definition():
     a, b = normal(40, 5), normal(60, 5, seed=1) + 0.5
     blocks = []
-    for i in range(4):  # 10 pictures of each set a block, dealt in turn
+    for i in range(4):  # 10 images of each set a block, dealt in turn
         x, y = a[i::4][:10], b[i::4][:10]
         k_xx, k_yy, k_xy = ((u @ v.T / 5 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
         within = sum((k.sum() - k.diag().sum()) / 90 for k in (k_xx, k_yy))
@@ -157,8 +158,8 @@ def test_nearest_neighbours_against_their_definition():
 @pytest.mark.parametrize(
     ("function", "a", "b", "message"),
     [
-        (frechet_distance, torch.zeros(8, 8), torch.zeros(20, 8), "`features_a` has 8 pictures for 8 features"),
-        (frechet_distance, torch.zeros(20, 8), torch.zeros(7, 8), "`features_b` has 7 pictures for 8 features"),
+        (frechet_distance, torch.zeros(8, 8), torch.zeros(20, 8), "`features_a` has 8 images for 8 features"),
+        (frechet_distance, torch.zeros(20, 8), torch.zeros(7, 8), "`features_b` has 7 images for 8 features"),
         (frechet_distance, torch.zeros(20, 8), torch.zeros(20, 9), "`features_a` has 8 features and `features_b` 9"),
         (kernel_distance, torch.zeros(20, 8), torch.zeros(20, 9), "`features_a` has 8 features and `features_b` 9"),
         (precision_recall, torch.zeros(20, 8), torch.zeros(20, 9), "`real` has 8 features and `fake` 9"),
@@ -167,7 +168,7 @@ def test_nearest_neighbours_against_their_definition():
         (frechet_distance, torch.zeros(20, 8), torch.full((20, 8), math.nan), "`features_b` .* not finite"),
         (nearest_neighbours, torch.zeros(20, 8), torch.zeros(20, 9), "`features` has 8 features and `among` 9"),
         (nearest_neighbours, torch.zeros(20, 8), torch.zeros(0, 8), r"`among` must be of shape .*, not \(0, 8\)"),
-        (kernel_distance, torch.zeros(19, 8), torch.zeros(30, 8), "`num_blocks`=10 blocks of 19 and 30 pictures"),
+        (kernel_distance, torch.zeros(19, 8), torch.zeros(30, 8), "`num_blocks`=10 blocks of 19 and 30 images"),
         (precision_recall, torch.zeros(3, 8), torch.zeros(30, 8), "`k`=3 must be at least 1 and below .* 3 and 30"),
     ],
 )
@@ -194,20 +195,14 @@ def test_wrong_class_shares():
     for labels in (torch.tensor([0, 3]), torch.tensor([-1]), torch.zeros(0, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"`labels` must be from 0 to 2, of shape \(n,\)"):
             class_shares(labels, 3)
-    with pytest.raises(ValueError, match="`k`=5 must be at least 1 and at most the number of pictures in `among`, 4"):
+    with pytest.raises(ValueError, match="`k`=5 must be at least 1 and at most the number of images in `among`, 4"):
         nearest_neighbours(torch.zeros(20, 8), torch.zeros(4, 8), k=5)
 
 
-def test_wrong_pictures():
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not from -1 to 1"):
-        to_uint8(torch.tensor([-1.0, 1.0]))
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], not from nan"):
-        to_uint8(torch.tensor([0.5, math.nan]))
-    with pytest.raises(ValueError, match=r"not torch\.int64"):
-        to_uint8(torch.tensor([0, 255]))
+def test_wrong_images():
     with pytest.raises(ValueError, match=r"`images` must be of shape .*, not \(0, 1, 8, 8\)"):
         extract_features(torch.zeros(0, 1, 8, 8), torch.nn.Flatten())
-    with pytest.raises(ValueError, match=r"`extractor` returned shape \(2, 1, 8, 8\) for 2 pictures"):
+    with pytest.raises(ValueError, match=r"`extractor` returned shape \(2, 1, 8, 8\) for 2 images"):
         extract_features(torch.zeros(2, 1, 8, 8), lambda images: images)
     with pytest.raises(ValueError, match=r"shape \(n, 1, 28, 28\), not \(2, 3, 32, 32\)"):
         extract_features(torch.zeros(2, 3, 32, 32), load_digit_classifier().features)
@@ -226,14 +221,7 @@ def test_statistics_without_their_library(monkeypatch, function):
 # --- Features ---
 
 
-def test_pictures_are_quantised_as_in_a_file():
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(levels), levels)
-    for offset in (-0.49, 0.49):
-        assert torch.equal(to_uint8(((levels + offset) / 255).clamp(0, 1)), levels)
-
-
-def test_features_are_those_of_the_quantised_pictures_in_order():
+def test_features_are_those_of_the_quantised_images_in_order():
     images = torch.rand(7, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     features = extract_features(images, lambda batch: batch.flatten(1), batch_size=3)
     assert features.dtype == torch.float64
@@ -339,3 +327,44 @@ def test_train_digit_classifier(tmp_path):
     accuracy = (load_digit_classifier(tmp_path / "weights.safetensors")(images).argmax(1) == labels).float().mean()
     assert accuracy > 0.7  # chance is 0.1
     assert f"test accuracy {accuracy:.2%}" in result.stdout
+
+
+# --- What is reported ---
+
+
+def test_compared_metrics_are_the_statistics():
+    reference, features = normal(60, 3), normal(40, 3, seed=1) + 0.5
+    metrics = {metric.key: metric for metric in compare(reference, features, torch.tensor([0, 1] * 20))}
+    kernel, kernel_error = kernel_distance(reference, features)
+    precision, recall = precision_recall(reference[:40], features)  # as many of both
+    assert {key: metric.value for key, metric in metrics.items()} == {
+        "number": 40,
+        "frechet_distance": frechet_distance(reference, features),
+        "kernel_distance": kernel,
+        "precision": precision,
+        "recall": recall,
+        "class_entropy": pytest.approx(math.log(2)),
+        "median_distance_to_nearest_reference": nearest_neighbours(features, reference)[0].median().item(),
+    }
+    assert metrics["kernel_distance"].standard_error == kernel_error
+    assert [metric.card_type for metric in compare(reference, features) if metric.card_type] == [
+        "frechet-distance",
+        "kernel-distance",
+        "improved-precision",
+        "improved-recall",
+    ]
+    inception = compare(reference, features, is_inception=True)
+    assert [(m.card_type, m.card_title) for m in inception if m.card_type][:2] == [("fid", "FID"), ("kid", "KID")]
+
+
+def test_a_metric_in_a_file_and_for_people():
+    metric = Metric("kernel_distance", "kernel distance", 0.123456, "{:.4g}", standard_error=0.0456)
+    assert metric.to_dict() == {"kernel_distance": 0.123456, "kernel_distance_standard_error": 0.0456}
+    assert str(metric) == "0.1235 ± 0.046"
+    metric = Metric("number", "images", 1234, "{:,}")
+    assert metric.to_dict() == {"number": 1234}
+    assert str(metric) == "1,234"
+
+
+def test_mean_and_its_standard_error():
+    assert mean_and_error(torch.tensor([1.0, 3.0, 5.0, 7.0])) == pytest.approx((4, math.sqrt(20 / 3) / 2))

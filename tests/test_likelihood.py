@@ -1,6 +1,8 @@
-"""The score network's own figures, against closed forms."""
+"""The loss per level, the score error and the likelihood against closed forms."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_hutchinsons_estimate_is_unbiased():
 
 
 @pytest.mark.parametrize("data_min", [-1.0, 0.0])
-def test_bits_per_dim_of_pictures_whose_probability_is_known(data_min):
+def test_bits_per_dim_of_images_whose_probability_is_known(data_min):
     # the values of a Gaussian, in cells of one 8-bit value, have probabilities from its distribution function
     width = (1 - data_min) / 255
     scheduler = AnnealedLangevinScheduler()
@@ -136,7 +138,7 @@ def test_bits_per_dim_of_pictures_whose_probability_is_known(data_min):
     # within a cell log p varies with the offset, by 0.004 bits
     torch.testing.assert_close(bits, exact, rtol=0, atol=0.02)
     assert bits.mean() == pytest.approx(exact.mean().item(), abs=2e-3)
-    # a picture's figure is its own
+    # an image's value does not depend on the others
     alone = bits_per_dim(model, scheduler, images[7:8], [generator(7)], data_min=data_min)
     torch.testing.assert_close(alone, bits[7:8], rtol=0, atol=1e-6)
 
@@ -187,7 +189,22 @@ def test_wrong_inputs():
         log_likelihood(model, scheduler, images, images[None], num_steps=0)
     with pytest.raises(ValueError, match=r"`images` must be uint8, not torch\.float32"):
         bits_per_dim(model, scheduler, images, [generator()] * 3)
-    with pytest.raises(ValueError, match="`generators` must be one for each of the 3 pictures, not 1"):
+    with pytest.raises(ValueError, match="`generators` must be one for each of the 3 images, not 1"):
         bits_per_dim(model, scheduler, images.byte(), [generator()])
     with pytest.raises(ValueError, match="`num_probes` must be at least 1, not 0"):
         bits_per_dim(model, scheduler, images.byte(), [generator()] * 3, num_probes=0)
+
+
+# --- What it needs ---
+
+
+@pytest.mark.parametrize("module", ["likelihood", "noise_levels", "score_matching"])
+def test_it_imports_no_data_set_and_no_command_line(module):
+    program = f"""
+import sys
+import ncsn_diffusers.{module}
+print([name for name in ("datasets", "tyro", "matplotlib") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

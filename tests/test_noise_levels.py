@@ -1,4 +1,4 @@
-"""Techniques 1, 2 and 4 against brute force and against the figures of arXiv:2006.09011."""
+"""Techniques 1, 2 and 4 against brute force and against the numbers in arXiv:2006.09011."""
 
 import math
 
@@ -10,7 +10,7 @@ from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.noise_levels import choose_num_train_timesteps, choose_sigma_max, choose_step_size
 
-# Each data set's values in a picture, and its sigma_1 and L with sigma_L = 0.01 on [0, 1] data
+# Each data set's values in an image, and its sigma_1 and L with sigma_L = 0.01 on [0, 1] data
 PAPER = {
     "CIFAR-10": (3 * 32**2, 50, 232),
     "CelebA 64×64": (3 * 64**2, 90, 500),

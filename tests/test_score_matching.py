@@ -88,17 +88,32 @@ def test_edm_weighs_the_error_of_a_v_prediction_equally():
         score_matching_loss(model, scheduler, images, noise, timesteps, weighting="flat")
 
 
-def test_loss_takes_pictures_and_passes_gradients():
+def test_loss_takes_images_and_passes_gradients():
     scheduler = AnnealedLangevinScheduler()
     unet = AnalyticUNet(train_sigmas(scheduler).tolist())
-    images = torch.rand(6, 1, 2, 4)
+    images = torch.rand(6, 1, 2, 4, generator=torch.Generator().manual_seed(1))
     scale = torch.ones(1, requires_grad=True)
     model = lambda x, t, return_dict: (unet(x, t, return_dict=return_dict)[0] * scale,)  # noqa: E731
     timesteps = torch.tensor([0.0, 10.5, 300.0, 500.0, 700.25, 999.0])
-    losses = score_matching_loss(model, scheduler, images, torch.randn_like(images), timesteps)
-    assert losses.shape == (6,)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+    def loss():
+        return score_matching_loss(model, scheduler, images, noise, timesteps)
+
+    losses = loss()
+    one_by_one = [
+        score_matching_loss(model, scheduler, images[i : i + 1], noise[i : i + 1], timesteps[i : i + 1])
+        for i in range(6)
+    ]
+    torch.testing.assert_close(losses, torch.cat(one_by_one))
     losses.sum().backward()
-    assert scale.grad.abs() > 0
+    with torch.no_grad():
+        scale += 1e-2
+        above = loss().sum()
+        scale -= 2e-2
+        below = loss().sum()
+    # the loss is quadratic in the scale: its central difference is its derivative, but for rounding
+    torch.testing.assert_close(scale.grad, ((above - below) / 2e-2).reshape(1), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("conditioning", ["timestep", "sigma"])

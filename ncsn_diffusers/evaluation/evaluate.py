@@ -1,11 +1,9 @@
 """
-How good a pipeline's pictures are: `python scripts/evaluate.py PIPELINE`, or with `accelerate launch` on several
-devices.
+How good a pipeline's images are, as a library call, `evaluate(EvaluateConfig(...))`, and as `ncsn-diffusers evaluate`.
 
-Whatever takes long (samples, features, likelihoods) is computed in batches that the processes share, and each batch is
-kept in the output folder: a run that was cut short goes on where it ended, and a second one with more pictures, or with
-other figures, draws only what is missing. The batches are the same whatever the number of processes, and so is every
-figure.
+Samples, features and likelihoods take long. They are computed in batches that the processes share, and each batch is
+kept in the output folder: a run that was cut short goes on where it stopped, and one with more images or other metrics
+computes only what is missing. The batches do not depend on the number of processes, so neither does any metric.
 """
 
 import json
@@ -22,6 +20,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel
 
 from ..data import ImageReader, encode_labels, find_columns, load_training_data, open_images
+from ..dataset_settings import DatasetSettings
 from ..images import to_model_range, to_uint8
 from ..likelihood import bits_per_dim, loss_per_level
 from ..pipeline_ncsn import NCSNPipeline
@@ -30,87 +29,81 @@ from ..settings import SamplingConfig, describe_scheduler
 from .features import InceptionFeatures, extract_features, load_digit_classifier
 from .kept_batches import KeptBatches, fingerprint
 from .metrics import (
-    class_entropy,
+    NUM_BLOCKS,
+    Metric,
     class_shares,
-    frechet_distance,
-    kernel_distance,
+    compare,
+    mean_and_error,
     nearest_neighbours,
-    precision_recall,
     require_torch_fidelity,
 )
-from .report import make_grid, make_report, plot_classes, plot_losses, update_model_card
+from .report import make_image, make_report, plot_classes, plot_losses, update_model_card
 
-_FEATURE_BATCH = 100  # pictures
-_NUM_BLOCKS = 10  # of the kernel distance
+_FEATURE_BATCH = 100  # images
 _NUM_LEVELS = 12  # of the loss
-_NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the pictures of the report
+_NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig):
-    """
-    Judge a trained pipeline by its pictures, and its network by real ones.
+class OutputSettings:
+    """Output"""
 
-    Writes metrics.json and report.md, and keeps the samples and their features, so that a run which was cut short goes
-    on where it ended. With no data set named, the pictures are compared with the embedded digits.
+    output_dir: str = "evaluation"
+    """Folder for the report, the plots and the kept batches; every process must see it."""
+
+    overwrite_output_dir: bool = False
+    """Replace samples in `output_dir` that were drawn with other settings."""
+
+    update_model_card: bool = False
+    """Write the metrics into the metadata of the README.md in the pipeline's folder."""
+
+
+@dataclass
+class ReferenceSettings:
+    """Reference images"""
+
+    reference_split: str = "train"
+    """Split, or slice of one, that the samples are compared with: the training images."""
+
+    held_out_split: str | None = None
+    """Split whose distance from the reference is the floor; by default `num_images` of the reference, at most half."""
+
+    max_reference_images: int | None = None
+    """Use this many images of the reference, drawn at random; all by default."""
+
+
+@dataclass
+class MetricSettings:
+    """Metrics"""
+
+    features: Literal["digits", "inception"] = "digits"
+    """Features to compare images by: a classifier of 28×28 digits, or the FID's Inception network."""
+
+    loss_images: int = 500
+    """Held-out images that the network's loss at each noise level is averaged over; 0 for none."""
+
+    bits_per_dim: int = 0
+    """Held-out images whose likelihood is estimated, with 4 evaluations and backward passes per step; 0 for none."""
+
+    likelihood_steps: int = 25
+    """Integration steps of the likelihood."""
+
+
+# Fields come in the reverse order of the bases: `pipeline`, of SamplingConfig, is the first.
+@dataclass
+class EvaluateConfig(MetricSettings, ReferenceSettings, DatasetSettings, OutputSettings, SamplingConfig):
+    """
+    Evaluate a trained pipeline: its samples against real images, and its network on held-out ones.
+
+    Writes metrics.json and report.md, and keeps the samples and their features, so that a run that was cut short goes
+    on where it stopped. With no data set named, samples are compared with the embedded digits.
     """
 
     num_images: int = 5000
     """Number of samples."""
 
     batch_size: int = 100
-    """Samples that are drawn at a time on each device."""
-
-    output_dir: str = "evaluation"
-    """Folder for the report, the figures and what is kept to go on; all processes must see it."""
-
-    overwrite_output_dir: bool = False
-    """Draw anew where `output_dir` holds samples that were drawn with other settings."""
-
-    dataset_name: str | None = None
-    """Name of a data set on the Hub, or a folder that `datasets.load_dataset` reads."""
-
-    dataset_config_name: str | None = None
-    """Configuration of that data set."""
-
-    train_data_dir: str | None = None
-    """Folder of pictures, of parquet files or of WebDataset archives."""
-
-    reference_split: str = "train"
-    """Split, or slice of one, that the samples are compared with: the training pictures."""
-
-    held_out_split: str | None = None
-    """Split whose distance from the reference is the floor; by default `num_images` of the reference, at most half."""
-
-    max_reference_images: int | None = None
-    """Compare with so many pictures of the reference, drawn at random; all by default."""
-
-    image_column: str | None = None
-    """Column of pictures; the first one by default."""
-
-    label_column: str | None = None
-    """Column of labels; the first column of class labels by default."""
-
-    resolution: int | None = None
-    """Side of the square that real pictures are resized and cropped to; their own size by default."""
-
-    channels: int | None = None
-    """1 (gray), 3 (colour) or 4 (colour and transparency); gray where all pictures are, and colour, by default."""
-
-    features: Literal["digits", "inception"] = "digits"
-    """What the pictures are compared by: a classifier of 28×28 digits, or the Inception network of the FID."""
-
-    loss_images: int = 500
-    """Held-out pictures that the network's loss at each noise level is averaged over; 0 for none."""
-
-    bits_per_dim: int = 0
-    """Held-out pictures whose likelihood is estimated, each at 4 evaluations and backward passes a step; 0 for none."""
-
-    likelihood_steps: int = 25
-    """Steps of the likelihood's integral."""
-
-    update_model_card: bool = False
-    """Put the figures into the metadata of the README.md in the pipeline's folder."""
+    """Samples per batch on each device."""
 
     def __post_init__(self):
         self.check_least(max_reference_images=1, resolution=1, likelihood_steps=1)
@@ -125,12 +118,12 @@ class EvaluateConfig(SamplingConfig):
         require_torch_fidelity()
 
 
-# Pictures and features
+# Images and features
 
 
 @dataclass
-class RealPictures:
-    """uint8 pictures `(n, channels, height, width)` in random order; the reference's classes `(n,)` where known."""
+class RealImages:
+    """uint8 images `(n, channels, height, width)` in random order; the reference's classes `(n,)` where known."""
 
     reference: torch.Tensor
     held_out: torch.Tensor
@@ -138,12 +131,12 @@ class RealPictures:
     class_names: list[str]
 
 
-def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: tuple[int, int, int]) -> RealPictures:
+def load_real_images(config: EvaluateConfig, accelerator: Accelerator, shape: tuple[int, int, int]) -> RealImages:
     """
-    The reference, and the held-out pictures.
+    The reference, and the held-out images.
 
     Raises:
-        ValueError: they are not of the shape that the network draws, or cannot be read.
+        ValueError: they do not have the shape that the network draws, or cannot be read.
     """
 
     def load(split: str, num: int | None, seed: int):
@@ -163,7 +156,7 @@ def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: 
         found = open_images(dataset.select(order.tolist()), reader, accelerator.device, max_cache_gb=math.inf)
         if found.shape != shape:
             raise ValueError(
-                f"{split!r} has pictures of shape {found.shape}, and the network draws {shape} (channels, height, "
+                f"{split!r} has images of shape {found.shape}, and the network draws {shape} (channels, height, "
                 "width): `resolution` and `channels` make them agree."
             )
         if names and (found.labels == num_classes).any():
@@ -173,16 +166,16 @@ def load_real_pictures(config: EvaluateConfig, accelerator: Accelerator, shape: 
 
     images, labels, names = load(config.reference_split, config.max_reference_images, config.seed)
     if config.held_out_split is not None:
-        # another order: in the same one, two splits sorted alike would be paired, and seem nearer than they are
+        # another order: two splits sorted alike would be paired in the same one, and seem nearer than they are
         held_out = load(config.held_out_split, config.num_images, config.seed + 1)[0]
-        return RealPictures(images, held_out, labels, names)
+        return RealImages(images, held_out, labels, names)
     num = min(config.num_images, len(images) // 2)
-    return RealPictures(images[num:], images[:num], None if labels is None else labels[num:], names)
+    return RealImages(images[num:], images[:num], None if labels is None else labels[num:], names)
 
 
 @dataclass
 class Features:
-    """`describe` uint8 pictures: `"features"` of shape `(n, d)` and, by a classifier, `"labels"` of shape `(n,)`."""
+    """`describe` uint8 images: `"features"` of shape `(n, d)` and, by a classifier, `"labels"` of shape `(n,)`."""
 
     name: str
     describe: Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -206,13 +199,13 @@ def load_features(name: str, accelerator: Accelerator) -> Features:
     return Features("64 of the digit classifier of ncsn_diffusers", describe)
 
 
-def check_numbers(config: EvaluateConfig, real: RealPictures, features: Features) -> None:
-    """Refuse too few pictures before any is drawn."""
+def check_numbers(config: EvaluateConfig, real: RealImages, features: Features) -> None:
+    """Refuse too few images before any is drawn."""
     try:
         dim = features.describe(real.reference[:1])["features"].shape[1]
     except ValueError as error:
-        raise ValueError(f"`features`={config.features!r} do not fit the pictures: {error}") from error
-    least = max(dim + 1, 2 * _NUM_BLOCKS)
+        raise ValueError(f"`features`={config.features!r} do not fit the images: {error}") from error
+    least = max(dim + 1, 2 * NUM_BLOCKS)
     numbers = {
         "`num_images`": config.num_images,
         "`reference_split`": len(real.reference),
@@ -221,7 +214,7 @@ def check_numbers(config: EvaluateConfig, real: RealPictures, features: Features
     for name, number in numbers.items():
         if number < least:
             raise ValueError(
-                f"{name}: {number} pictures are too few for {dim} features, whose covariance needs at least {least}."
+                f"{name}: {number} images are too few for {dim} features, whose covariance needs at least {least}."
             )
 
 
@@ -236,32 +229,8 @@ def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str
     return {"images": to_uint8(images).cpu(), "evaluations": torch.full((len(indices),), sum(rows) // len(indices))}
 
 
-# Figures
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean of `(n,)` and its standard error."""
-    values = values.double()
-    return values.mean().item(), values.std().item() / math.sqrt(len(values))
-
-
-def compare(reference: torch.Tensor, features: torch.Tensor) -> dict[str, float]:
-    """The figures of pictures' features `(n, d)` beside those of the reference `(m, d)`."""
-    kernel, kernel_error = kernel_distance(reference, features, _NUM_BLOCKS)
-    precision, recall = precision_recall(reference[: len(features)], features[: len(reference)])
-    return {
-        "number": len(features),
-        "frechet_distance": frechet_distance(reference, features),
-        "kernel_distance": kernel,
-        "kernel_distance_standard_error": kernel_error,
-        "precision": precision,
-        "recall": recall,
-        "median_distance_to_nearest_reference": nearest_neighbours(features, reference)[0].median().item(),
-    }
-
-
 class Evaluation:
-    """One run; [`main`] makes one."""
+    """One run of [`evaluate`]."""
 
     def __init__(self, config: EvaluateConfig):
         self.config, self.folder = config, Path(config.output_dir)
@@ -270,14 +239,14 @@ class Evaluation:
         pipe.unet.requires_grad_(False)
         self.pipe, self.weights = pipe, fingerprint(*pipe.unet.state_dict().values())
         self.features = load_features(config.features, self.accelerator)
-        self.real = load_real_pictures(config, self.accelerator, pipe.image_shape)
+        self.real = load_real_images(config, self.accelerator, pipe.image_shape)
         check_numbers(config, self.real, self.features)
         self.kept = KeptBatches(self.accelerator, self.folder)
         names = ("num_inference_steps", "sigmas", "num_langevin_steps", "class_labels", "guidance_scale", "seed")
         self.sampling = describe_scheduler(pipe.scheduler)
         self.sampling |= {name: getattr(config, name) for name in (*names, "dtype", "batch_size")}
 
-    def run(self) -> None:
+    def run(self) -> dict[str, Any] | None:
         config, real = self.config, self.real
         samples = self.kept.compute(
             "samples",
@@ -290,11 +259,18 @@ class Evaluation:
         self.sampling |= {"num_images": config.num_images, "evaluations": samples["evaluations"].max().item()}
         sets = {"samples": samples["images"], "reference": real.reference, "held-out": real.held_out}
         described = {name: self.describe(name, images) for name, images in sets.items()}
-        network = self.judge_network()
+        network, bits = self.evaluate_network()
+        record = None
         if self.accelerator.is_main_process:
-            metrics = self.judge_pictures(described) | network
-            self.save(metrics, samples["images"], described)
+            images, compared = self.evaluate_images(described)
+            # through JSON, so that what is returned is what the file holds
+            record = json.loads(json.dumps(self.describe_run() | images | network))
+            self.save(record, compared, bits)
+            self.save_samples(samples["images"], described)
+            distance = record["samples"]["frechet_distance"]
+            print(f"Fréchet distance {distance:.4g}; see {self.folder.resolve() / 'report.md'}.")
         self.accelerator.end_training()
+        return record
 
     def describe(self, name: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Features`]."""
@@ -306,8 +282,13 @@ class Evaluation:
             lambda rows: self.features.describe(images[rows.start : rows.stop]),
         )
 
-    def judge_network(self) -> dict[str, Any]:
-        """Its loss at each noise level, and the likelihood, of held-out pictures."""
+    def evaluate_network(self) -> tuple[dict[str, Any], Metric | None]:
+        """
+        The network's loss at each noise level and the likelihood, of held-out images.
+
+        Returns:
+            `tuple`: their entries of metrics.json, and the bits per dimension where they are asked for.
+        """
         config, pipe, held_out = self.config, self.pipe, self.real.held_out
         device = self.accelerator.device
         ladder = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
@@ -316,7 +297,7 @@ class Evaluation:
         unet = pipe.unet.float()  # a likelihood needs more digits than half precision has
 
         def batch(rows: range):
-            """uint8 pictures, their generators, and the class that means none."""
+            """uint8 images, their generators, and the class that means none."""
             images = held_out[rows.start : rows.stop].to(device)
             generators = [torch.Generator().manual_seed(config.seed + i) for i in rows]
             return images, generators, pipe.embedding_indices(None, len(images), device)
@@ -339,29 +320,63 @@ class Evaluation:
             "seed": config.seed,
             "batch_size": config.batch_size,
         }
-        figures = {}
+        entries, bits_metric = {}, None
         if number := min(config.loss_images, len(held_out)):
             table = self.kept.compute("losses", {**depends_on, "sigmas": sigmas}, number, config.batch_size, losses)
             levels = [(sigma, *mean_and_error(column)) for sigma, column in zip(sigmas, table["losses"].T, strict=True)]
             keys = ("sigma", "loss", "standard_error")
-            figures["loss_images"] = number
-            figures["loss_per_level"] = [dict(zip(keys, level, strict=True)) for level in levels]
+            entries["loss_images"] = number
+            entries["loss_per_level"] = [dict(zip(keys, level, strict=True)) for level in levels]
         if number := min(config.bits_per_dim, len(held_out)):
             depends_on |= {"likelihood_steps": config.likelihood_steps}
             values = self.kept.compute("bits-per-dim", depends_on, number, config.batch_size, bits)["bits"]
             mean, error = mean_and_error(values)
-            figures["bits_per_dim"] = {"mean": mean, "standard_error": error}
-            figures["bits_per_dim"] |= {"number": number, "steps": config.likelihood_steps}
-        return figures
+            bits_metric = Metric(
+                "bits_per_dim",
+                "bits per dimension",
+                mean,
+                "{:.3f}",
+                standard_error=error,
+                card_type="bits-per-dim",
+                card_title="Bits per dimension",
+            )
+            entries["bits_per_dim"] = {"mean": mean, "standard_error": error}
+            entries["bits_per_dim"] |= {"number": number, "steps": config.likelihood_steps}
+        return entries, bits_metric
 
-    def judge_pictures(self, described: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """What metrics.json says, but for the network."""
+    def evaluate_images(self, described: dict[str, dict[str, torch.Tensor]]) -> tuple[dict[str, Any], dict[str, list]]:
+        """
+        The samples and the held-out images, compared with the reference.
+
+        Returns:
+            `tuple`: their entries of metrics.json, and for each of the two sets a list of [`Metric`].
+        """
+        real, reference = self.real, described["reference"]["features"]
+        has_classifier = "labels" in described["samples"]
+        entries, compared = {}, {}
+        if has_classifier or real.labels is not None:
+            names = [str(digit) for digit in range(10)] if has_classifier else real.class_names
+            entries["classes_by"] = "the classifier" if has_classifier else "the nearest image of the reference"
+            entries["class_shares"] = {}
+        for name in ("samples", "held-out"):
+            features, labels = described[name]["features"], described[name].get("labels")
+            if labels is None and real.labels is not None:
+                labels = real.labels[nearest_neighbours(features, reference)[1][:, 0]]
+            if labels is not None:
+                shares = class_shares(labels, len(names)).tolist()
+                entries["class_shares"][name] = dict(zip(names, shares, strict=True))
+            compared[name] = compare(reference, features, labels, self.config.features == "inception")
+        for key, name in (("samples", "samples"), ("floor", "held-out")):
+            entries[key] = {key: value for metric in compared[name] for key, value in metric.to_dict().items()}
+        return entries, compared
+
+    def describe_run(self) -> dict[str, Any]:
+        """What the metrics depend on."""
         config, real = self.config, self.real
         source = config.dataset_name or config.train_data_dir
         if source and Path(source).is_dir():
-            source = Path(source).resolve().name  # where the data lie here is of no interest in a published card
-        reference = described["reference"]["features"]
-        metrics = {
+            source = Path(source).resolve().name  # a published card must not show where the data lie on this machine
+        return {
             "pipeline": config.pipeline,
             "sampling": self.sampling,
             "data": {
@@ -373,47 +388,56 @@ class Evaluation:
                 "num_held_out": len(real.held_out),
             },
             "features": self.features.name,
-            "samples": compare(reference, described["samples"]["features"]),
-            "floor": compare(reference, described["held-out"]["features"]),
             "versions": {name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
         }
-        classifier = "labels" in described["samples"]
-        if classifier or real.labels is not None:
-            names = [str(digit) for digit in range(10)] if classifier else real.class_names
-            metrics["classes_by"] = "the classifier" if classifier else "the nearest picture of the reference"
-            metrics["class_shares"] = {}
-            for key, name in (("samples", "samples"), ("floor", "held-out")):
-                labels = described[name].get("labels")
-                if labels is None:
-                    labels = real.labels[nearest_neighbours(described[name]["features"], reference)[1][:, 0]]
-                shares = class_shares(labels, len(names)).tolist()
-                metrics["class_shares"][name] = dict(zip(names, shares, strict=True))
-                metrics[key]["class_entropy"] = class_entropy(labels)
-        return metrics
 
-    def save(self, metrics: dict[str, Any], samples: torch.Tensor, described: dict[str, dict[str, torch.Tensor]]):
-        config, real, folder = self.config, self.real, self.folder
-        make_grid([list(row) for row in samples[:100].split(20)]).save(folder / "samples.png")
+    def save(self, record: dict[str, Any], compared: dict[str, list[Metric]], bits: Metric | None) -> None:
+        """metrics.json, report.md, its plots, and the model card where it is asked for."""
+        if "class_shares" in record:
+            plot_classes(record["class_shares"], self.folder / "classes.png")
+        if "loss_per_level" in record:
+            plot_losses(record["loss_per_level"], self.folder / "losses.png")
+        (self.folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        report = make_report(record, compared["samples"], compared["held-out"], bits)
+        (self.folder / "report.md").write_text(report)
+        if self.config.update_model_card:
+            update_model_card(Path(self.config.pipeline) / "README.md", record, compared["samples"], bits)
 
-        # held-out pictures of the training split may have been trained on, too
-        names = ["reference"] if config.held_out_split else ["reference", "held-out"]
-        training = torch.cat([real.reference] if config.held_out_split else [real.reference, real.held_out])
+    def save_samples(self, samples: torch.Tensor, described: dict[str, dict[str, torch.Tensor]]) -> None:
+        """The report's images: samples, and beside some of them their nearest training images."""
+        real = self.real
+        make_image(list(samples[:100].split(20))).save(self.folder / "samples.png")
+
+        # held-out images of the training split may have been trained on, too
+        names = ["reference"] if self.config.held_out_split else ["reference", "held-out"]
+        training = torch.cat([real.reference] if self.config.held_out_split else [real.reference, real.held_out])
         among = torch.cat([described[name]["features"] for name in names])
         nearest = nearest_neighbours(described["samples"]["features"][:_NUM_SHOWN], among, _NUM_NEIGHBOURS)[1]
-        rows = [[image, *training[found]] for image, found in zip(samples[:_NUM_SHOWN], nearest, strict=True)]
-        make_grid(rows).save(folder / "neighbours.png")
-
-        if "class_shares" in metrics:
-            plot_classes(metrics["class_shares"], folder / "classes.png")
-        if "loss_per_level" in metrics:
-            plot_losses(metrics["loss_per_level"], folder / "losses.png")
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / "report.md").write_text(make_report(metrics))
-        if config.update_model_card:
-            update_model_card(Path(config.pipeline) / "README.md", metrics, config.features == "inception")
-        print(f"Fréchet distance {metrics['samples']['frechet_distance']:.4g}; see {folder.resolve() / 'report.md'}.")
+        rows = [
+            torch.cat([image[None], training[found]])
+            for image, found in zip(samples[:_NUM_SHOWN], nearest, strict=True)
+        ]
+        make_image(rows).save(self.folder / "neighbours.png")
 
 
-def evaluate(config: EvaluateConfig) -> None:
-    """Evaluate as `config` says; [`EvaluateConfig`] says what is written where."""
-    Evaluation(config).run()
+def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
+    """
+    Draw samples with a trained pipeline and measure how far they are from real images.
+
+    Writes metrics.json, report.md, its plots and kept batches into `config.output_dir`, and draws only what is not
+    there yet. Under `accelerate launch` the processes share the work, and each of them makes this call.
+
+    Args:
+        config ([`EvaluateConfig`]): what to evaluate, and how.
+
+    Returns:
+        `dict` or `None`: what metrics.json holds, on the main process; `None` on the others. `"samples"` and `"floor"`
+        hold the distances of the samples and of held-out real images from the reference.
+
+    Raises:
+        ValueError: images, features and pipeline do not fit together, there are too few images, or `output_dir` holds
+            samples that were drawn with other settings.
+        OSError: weights or data cannot be read.
+        FloatingPointError: a sample is not finite.
+    """
+    return Evaluation(config).run()

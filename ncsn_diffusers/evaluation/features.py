@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..images import to_model_range, to_uint8
-from .metrics import _torch_fidelity
+from .metrics import import_torch_fidelity
 
 DIGIT_CLASSIFIER = Path(__file__).parents[1] / "assets" / "digit_classifier.safetensors"
 
@@ -19,20 +19,20 @@ def extract_features(
     images: torch.Tensor, extractor: Callable[[torch.Tensor], torch.Tensor], batch_size: int = 500
 ) -> torch.Tensor:
     """
-    The features of many pictures.
+    The features of a set of images.
 
     Args:
         images (`torch.Tensor` of shape `(n, channels, height, width)`): uint8, or floating in [0, 1], see [`to_uint8`].
         extractor (`Callable`):
-            From uint8 pictures, a batch of `images`, to features of shape `(batch, d)`: [`DigitClassifier.features`],
+            From uint8 images, a batch of `images`, to features of shape `(batch, d)`: [`DigitClassifier.features`],
             say, or the [`DigitClassifier`] itself for its logits.
-        batch_size (`int`, defaults to 500): how many pictures the extractor is given at a time.
+        batch_size (`int`, defaults to 500): how many images the extractor is given at a time.
 
     Returns:
         `torch.Tensor` of shape `(n, d)`: float64, on the CPU.
 
     Raises:
-        ValueError: there are no pictures, they are not four-dimensional, or the extractor does not return `(batch, d)`.
+        ValueError: there are no images, they are not four-dimensional, or the extractor does not return `(batch, d)`.
     """
     if images.ndim != 4 or not len(images):
         raise ValueError(f"`images` must be of shape (n, channels, height, width), not {tuple(images.shape)}.")
@@ -41,7 +41,7 @@ def extract_features(
         features.append(extractor(batch).double().cpu())
         if features[-1].ndim != 2 or len(features[-1]) != len(batch):
             raise ValueError(
-                f"`extractor` returned shape {tuple(features[-1].shape)} for {len(batch)} pictures: ({len(batch)}, d) "
+                f"`extractor` returned shape {tuple(features[-1].shape)} for {len(batch)} images: ({len(batch)}, d) "
                 "is needed."
             )
     return torch.cat(features)
@@ -52,7 +52,7 @@ class DigitClassifier(nn.Module):
     A small residual network for 28×28 grayscale digits (0.18 M parameters). [`load_digit_classifier`] loads the one
     that `scripts/train_digit_classifier.py` trained on MNIST: 99.63 % of the test digits.
 
-    Its 64 features are averages over the picture, in units of their standard deviation over the training digits. In
+    Its 64 features are averages over the image, in units of their standard deviation over the training digits. In
     them the Fréchet distance between MNIST's test and training digits is 0.06 for 10,000 test digits, 0.07 for 5,000
     and 0.43 for 1,000.
     """
@@ -82,7 +82,7 @@ class DigitClassifier(nn.Module):
             `torch.Tensor` of shape `(n, 64)`.
 
         Raises:
-            ValueError: the pictures have another shape.
+            ValueError: the images have another shape.
         """
         if images.shape[1:] != (1, 28, 28):
             raise ValueError(f"`images` must be of shape (n, 1, 28, 28), not {tuple(images.shape)}.")
@@ -118,19 +118,19 @@ def _conv_block(in_channels, out_channels, kernel_size=3, stride=1):
 
 class InceptionFeatures:
     """
-    The 2,048 features of the Inception network of the FID (Heusel et al. 2017, arXiv:1706.08500), as torch-fidelity has
-    it: pictures of any size are resized to 299×299, and gray ones are given three equal channels.
+    The 2,048 features of the FID's Inception network (Heusel et al. 2017, arXiv:1706.08500), from torch-fidelity.
+    Images of any size are resized to 299×299, and gray ones get three equal channels.
 
     Args:
         device (`torch.device`, *optional*): where the network runs; the CPU when not given.
 
     Raises:
         ImportError: torch-fidelity is not installed.
-        OSError: the network's weights (91 MB) are not at hand, and could not be downloaded.
+        OSError: the network's weights (91 MB) are not in torch.hub's cache and cannot be downloaded.
     """
 
     def __init__(self, device: torch.device | None = None):
-        library = _torch_fidelity("feature_extractor_inceptionv3")
+        library = import_torch_fidelity("feature_extractor_inceptionv3")
         try:
             network = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except OSError as error:
@@ -149,7 +149,7 @@ class InceptionFeatures:
             `torch.Tensor` of shape `(n, 2048)`.
 
         Raises:
-            ValueError: the pictures have another number of channels.
+            ValueError: the images have another number of channels.
         """
         if images.shape[1] not in (1, 3):
             raise ValueError(f"`images` must have 1 or 3 channels, not {images.shape[1]}.")

@@ -1,4 +1,4 @@
-"""Tensors that take long to compute, kept batch by batch on the disk."""
+"""Tensors that take long to compute, kept batch by batch on disk."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ from ..settings import make_batches
 
 class KeptBatches:
     """
-    Tensors that are computed in batches, shared out among the processes, each batch kept as a file.
+    Tensors that the processes compute in batches, each batch kept as a file.
 
-    A file is written aside and renamed when it is whole. Beside them stands what they depend on: where that has
-    changed, they are computed anew, or refused.
+    A file is written under another name and renamed when it is complete. What the tensors depend on is kept beside
+    them; when that changes, they are computed again, or refused.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path):
@@ -51,8 +51,8 @@ class KeptBatches:
             changed = [key for key in depends_on if before.get(key) != depends_on[key]]
             raise ValueError(
                 f"The folder {str(self.folder)!r} holds {name} that were made with another "
-                f"{', '.join(f'`{key}`' for key in changed)}: name another folder, or replace them with "
-                "--overwrite_output_dir."
+                f"{', '.join(f'`{key}`' for key in changed)}: use another folder, or replace them with "
+                "`overwrite_output_dir`."
             )
         batches = make_batches(num, batch_size)
         accelerator.wait_for_everyone()  # all have looked before the first one writes
@@ -94,7 +94,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:
-    """By which one knows weights, or pictures, again."""
+    """A hash that identifies tensors by shape, dtype and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: report.md, its plots and grids, and the figures in a model card."""
+"""What an evaluation leaves for people: report.md, its plots and grids, and the metadata of a model card."""
 
 from pathlib import Path
 from typing import Any
@@ -9,101 +9,89 @@ from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..images import make_grid, to_pil
+from .metrics import Metric
 
-def make_grid(rows: list[list[torch.Tensor]], margin: int = 2) -> Image.Image:
-    """uint8 pictures `(channels, height, width)` in rows, on white."""
-    channels, height, width = rows[0][0].shape
-    shape = (channels, len(rows) * (height + margin) + margin, max(map(len, rows)) * (width + margin) + margin)
-    grid = np.full(shape, 255, dtype=np.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            top, left = margin + i * (height + margin), margin + j * (width + margin)
-            grid[:, top : top + height, left : left + width] = picture.numpy()
-    if channels not in (1, 3, 4):
-        grid = grid[:1]
-    image = Image.fromarray(grid[0] if len(grid) == 1 else grid.transpose(1, 2, 0))
-    scale = max(1, round(64 / height))
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+def make_image(rows: list[torch.Tensor]) -> Image.Image:
+    """Rows of uint8 images `(n, channels, height, width)`, the first the longest, large enough to judge by eye."""
+    grid = make_grid([image for row in rows for image in to_pil(row)], num_columns=len(rows[0]), margin=2)
+    scale = max(1, round(64 / rows[0].shape[-2]))
+    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
 def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
+    """The share of each class, from `class_shares` of metrics.json."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     names, width = list(shares["samples"]), 0.8 / len(shares)
     for k, (label, values) in enumerate(shares.items()):
         places = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * width
-        axes.bar(places, list(values.values()), width, label=label.replace("_", "-"))
+        axes.bar(places, list(values.values()), width, label=label)
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share", xlabel="class")
     figure.legend(loc="outside upper center", ncols=len(shares))
     figure.savefig(path, dpi=100)
 
 
 def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
+    """The loss over the noise level, from `loss_per_level` of metrics.json."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     sigmas, losses, errors = ([level[key] for level in levels] for key in ("sigma", "loss", "standard_error"))
     axes.errorbar(sigmas, losses, errors, marker="o", capsize=3)
-    axes.set(xscale="log", yscale="log", xlabel="sigma, in units of the data", ylabel="loss a dimension")
+    axes.set(xscale="log", yscale="log", xlabel="sigma, in units of the data", ylabel="loss per dimension")
     figure.savefig(path, dpi=100)
 
 
-def make_report(metrics: dict[str, Any]) -> str:
-    """report.md, whose pictures lie beside it."""
-    samples, data = metrics["sampling"], metrics["data"]
-    levels = "num_inference_steps" if samples["sigmas"] is None else "sigmas"
-    figures = {"samples": metrics["samples"], "held-out real pictures": metrics["floor"]}
+def make_report(record: dict[str, Any], samples: list[Metric], floor: list[Metric], bits: Metric | None) -> str:
+    """
+    report.md, whose images lie beside it.
+
+    Args:
+        record (`dict`): what metrics.json holds.
+        samples, floor (`list[Metric]`): the metrics of the samples and of held-out real images, in the same order.
+        bits ([`Metric`], *optional*): bits per dimension of held-out images.
+    """
+    sampling, data = record["sampling"], record["data"]
+    levels = "num_inference_steps" if sampling["sigmas"] is None else "sigmas"
     held_out = f"of `{data['held_out_split']}`" if data["held_out_split"] else "others of the same"
     lines = [
-        f"# {metrics['pipeline']}",
+        f"# {record['pipeline']}",
         "",
-        f"{samples['num_images']:,} samples, {samples['evaluations']:,} network evaluations each: "
-        f"{samples['scheduler']}, {levels}={samples[levels]}, seed {samples['seed']}, {samples['dtype']}.",
+        f"{sampling['num_images']:,} samples, {sampling['evaluations']:,} network evaluations each: "
+        f"{sampling['scheduler']}, {levels}={sampling[levels]}, seed {sampling['seed']}, {sampling['dtype']}.",
         "",
-        f"Reference: {data['num_reference']:,} pictures of `{data['reference_split']}` of {data['name']}; held out: "
-        f"{data['num_held_out']:,} {held_out}. Features: {metrics['features']}.",
+        f"Reference: {data['num_reference']:,} images of `{data['reference_split']}` of {data['name']}; held out: "
+        f"{data['num_held_out']:,} {held_out}. Features: {record['features']}.",
         "",
-        "| compared with the reference | " + " | ".join(figures) + " |",
-        "| --- |" + " --- |" * len(figures),
+        "| compared with the reference | samples | held-out real images |",
+        "| --- | --- | --- |",
     ]
-    for key, title, form in (
-        ("number", "pictures", "{:,}"),
-        ("frechet_distance", "Fréchet distance", "{:.4g}"),
-        ("kernel_distance", "kernel distance ± standard error", "{:.4g}"),
-        ("precision", "precision", "{:.3f}"),
-        ("recall", "recall", "{:.3f}"),
-        ("class_entropy", "entropy of the classes (nats)", "{:.4f}"),
-        ("median_distance_to_nearest_reference", "distance to the nearest reference picture, median", "{:.4g}"),
-    ):
-        if key in metrics["samples"]:
-            cells = [form.format(column[key]) for column in figures.values()]
-            if key == "kernel_distance":
-                errors = [column["kernel_distance_standard_error"] for column in figures.values()]
-                cells = [f"{cell} ± {error:.2g}" for cell, error in zip(cells, errors, strict=True)]
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += [f"| {metric.title} | {metric} | {other} |" for metric, other in zip(samples, floor, strict=True)]
     lines += [
         "",
-        "The right column is the floor: what real pictures that the reference does not hold come to. Each distance "
-        "depends on the features and on the number of pictures, and compares only with one of the same. Precision and "
-        "recall (k = 3) take as many pictures of the reference as of the others.",
+        "The right column is the floor: real images that the reference does not contain. Distances depend on the "
+        "features and on the number of images, and compare only where both are the same. Precision and recall (k = 3) "
+        "use as many images of the reference as of the set that is compared.",
         "",
         "![samples](samples.png)",
         "",
-        "## Nearest training pictures",
+        "## Nearest training images",
         "",
-        "Each row: a sample, then the training pictures whose features are nearest. Where samples are learnt by heart, "
-        "their distance to the nearest is well below that of held-out pictures.",
+        "Each row: a sample, then the training images with the nearest features. If samples are memorised, their "
+        "distance to the nearest is well below that of held-out images.",
         "",
         "![samples and their neighbours](neighbours.png)",
     ]
-    if "class_shares" in metrics:
-        lines += ["", "## Classes", "", f"By {metrics['classes_by']}.", "", "![shares of the classes](classes.png)"]
-    if "loss_per_level" in metrics:
+    if "class_shares" in record:
+        lines += ["", "## Classes", "", f"By {record['classes_by']}.", "", "![shares of the classes](classes.png)"]
+    if "loss_per_level" in record:
         lines += [
             "",
             "## The network",
             "",
-            "Denoising score matching loss ½ ‖sigma score + z‖² a dimension, of "
-            f"{metrics['loss_images']:,} held-out pictures:",
+            "Denoising score matching loss ½ ‖sigma score + z‖² per dimension, mean of "
+            f"{record['loss_images']:,} held-out images:",
             "",
             "![loss at each noise level](losses.png)",
             "",
@@ -112,42 +100,45 @@ def make_report(metrics: dict[str, Any]) -> str:
         ]
         lines += [
             f"| {level['sigma']:.4g} | {level['loss']:.4g} | {level['standard_error']:.2g} |"
-            for level in metrics["loss_per_level"]
+            for level in record["loss_per_level"]
         ]
-    if "bits_per_dim" in metrics:
-        bits = metrics["bits_per_dim"]
+    if bits is not None:
+        estimate = record["bits_per_dim"]
         lines += [
             "",
-            f"Likelihood: {bits['mean']:.3f} ± {bits['standard_error']:.2g} bits per dimension, an upper bound, of "
-            f"{bits['number']:,} held-out pictures, uniformly dequantised, by the probability-flow ODE in "
-            f"{bits['steps']} Runge-Kutta steps with one Hutchinson probe.",
+            f"Likelihood: {bits} {bits.title}, an upper bound, of {estimate['number']:,} held-out images, uniformly "
+            f"dequantised, by the probability-flow ODE in {estimate['steps']} Runge-Kutta steps with one Hutchinson "
+            "probe.",
         ]
     return "\n".join(lines) + "\n"
 
 
-def update_model_card(path: Path, metrics: dict[str, Any], is_fid: bool) -> None:
-    """Put the figures into the card's metadata, in place of an earlier evaluation's on the same data."""
+def update_model_card(path: Path, record: dict[str, Any], samples: list[Metric], bits: Metric | None) -> None:
+    """
+    Write the metrics into the card's metadata, in place of an earlier evaluation's on the same data.
+
+    Args:
+        path (`Path`): the card.
+        record, samples, bits: see [`make_report`].
+    """
     card = ModelCard.load(path)
-    number, evaluations = metrics["samples"]["number"], metrics["sampling"]["evaluations"]
-    figures = {
-        "frechet_distance": ("fid" if is_fid else "frechet-distance", "FID" if is_fid else "Fréchet distance"),
-        "kernel_distance": ("kid" if is_fid else "kernel-distance", "KID" if is_fid else "Kernel distance"),
-        "precision": ("improved-precision", "Precision"),
-        "recall": ("improved-recall", "Recall"),
-    }
-    dataset = {"dataset_type": metrics["data"]["id"], "dataset_name": metrics["data"]["name"]}
-    dataset["dataset_split"] = metrics["data"]["reference_split"]
-    task = {"task_type": "unconditional-image-generation"}
-    results = []
-    for key, (kind, title) in figures.items():
-        name = f"{title} ({number:,} samples, {evaluations:,} evaluations each, features: {metrics['features']})"
-        value = round(metrics["samples"][key], 4)
-        results.append(EvalResult(**task, **dataset, metric_type=kind, metric_name=name, metric_value=value))
-    if "bits_per_dim" in metrics:
-        bits = metrics["bits_per_dim"]
-        name = f"Bits per dimension ({bits['number']:,} pictures, upper bound)"
-        value = round(bits["mean"], 4)
-        results.append(EvalResult(**task, **dataset, metric_type="bits-per-dim", metric_name=name, metric_value=value))
+    sampling, data = record["sampling"], record["data"]
+    drawn = f"{sampling['num_images']:,} samples, {sampling['evaluations']:,} evaluations each"
+    entries = [(metric, f"{drawn}, features: {record['features']}") for metric in samples if metric.card_type]
+    if bits is not None:
+        entries.append((bits, f"{record['bits_per_dim']['number']:,} images, upper bound"))
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=data["id"],
+            dataset_name=data["name"],
+            dataset_split=data["reference_split"],
+            metric_type=metric.card_type,
+            metric_name=f"{metric.card_title} ({conditions})",
+            metric_value=round(metric.value, 4),
+        )
+        for metric, conditions in entries
+    ]
     written = {(result.unique_identifier, result.metric_type) for result in results}
     kept = [r for r in card.data.eval_results or [] if (r.unique_identifier, r.metric_type) not in written]
     card.data.eval_results = kept + results

@@ -1,0 +1,88 @@
+"""What training, pipelines and evaluation share: 8 bits, PIL images, the grid."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from ncsn_diffusers.images import make_grid, to_pil, to_uint8
+
+
+def random_images(n, channels=1, height=3, width=5):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def test_images_are_quantised_as_in_a_file():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels), levels)
+    for offset in (-0.49, 0.49):
+        assert torch.equal(to_uint8(((levels + offset) / 255).clamp(0, 1)), levels)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.tensor([-1.0, 1.0]), r"must lie in \[0, 1\], not from -1 to 1"),
+        (torch.tensor([0.5, math.nan]), r"must lie in \[0, 1\], not from nan"),
+        (torch.tensor([0, 255]), r"not torch\.int64"),
+    ],
+)
+def test_images_that_are_not_in_range(images, message):
+    with pytest.raises(ValueError, match=message):
+        to_uint8(images)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_pil_images_hold_the_same_values(channels, mode):
+    images = random_images(2, channels)
+    converted = to_pil(images)
+    assert [image.mode for image in converted] == [mode] * 2
+    arrays = np.stack([np.asarray(image).reshape(3, 5, channels) for image in converted])
+    assert torch.equal(torch.from_numpy(arrays).permute(0, 3, 1, 2), images)
+
+
+# --- The grid ---
+
+
+@pytest.mark.parametrize(("n", "num_columns", "shape"), [(6, None, (2, 3)), (9, None, (3, 3)), (6, 6, (1, 6))])
+def test_full_grid_is_that_of_diffusers(n, num_columns, shape):
+    for channels in (1, 3):
+        images = to_pil(random_images(n, channels))
+        grid = make_grid(images, num_columns)
+        expected = make_image_grid(images, *shape).convert(images[0].mode)
+        assert grid.mode == images[0].mode
+        assert np.array_equal(np.asarray(grid), np.asarray(expected))
+
+
+def test_unused_places_are_black_and_transparency_is_kept():
+    images = random_images(3, 4)
+    grid = torch.from_numpy(np.array(make_grid(to_pil(images)))).permute(2, 0, 1)
+    expected = torch.zeros(4, 6, 10, dtype=torch.uint8)
+    expected[:, :3, :5], expected[:, :3, 5:], expected[:, 3:, :5] = images
+    assert torch.equal(grid, expected)
+
+
+def test_margins_are_white():
+    images = random_images(3)
+    grid = torch.from_numpy(np.array(make_grid(to_pil(images), num_columns=2, margin=2)))
+    expected = torch.full((2 * 3 + 3 * 2, 2 * 5 + 3 * 2), 255, dtype=torch.uint8)
+    expected[2:5, 2:7], expected[2:5, 9:14], expected[7:10, 2:7] = images[:, 0]
+    assert torch.equal(grid, expected)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([Image.new("RGB", (4, 4))], "`images` must be of one mode and size, not L 4×4, RGB 4×4"),
+        ([Image.new("L", (4, 5))], "`images` must be of one mode and size, not L 4×4, L 4×5"),
+    ],
+)
+def test_images_that_do_not_make_a_grid(others, message):
+    with pytest.raises(ValueError, match=message):
+        make_grid([Image.new("L", (4, 4)), *others])
+    with pytest.raises(ValueError, match="not an empty list"):
+        make_grid([])

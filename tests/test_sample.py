@@ -31,7 +31,7 @@ def run(*arguments, cwd, launcher=(sys.executable,), **environment):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """A class-conditional pipeline of 8 × 8 pictures, with the classes 0, 1 and 2."""
+    """A class-conditional pipeline of 8 × 8 images, with the classes 0, 1 and 2."""
     unet = small_unet(num_class_embeds=4)
     torch.nn.init.normal_(unet.class_embedding.weight, std=5.0)
     folder = tmp_path_factory.mktemp("pipeline")
@@ -109,8 +109,8 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
     ).images
     strip = pixels(tmp_path / "filmstrip.png")
     assert strip.shape == (16, 32)
-    for column, picture in enumerate([frames[0], frames[2], frames[3], images[1]]):  # of steps 0 to 5
-        assert np.array_equal(strip[8:, 8 * column : 8 * column + 8], np.asarray(picture))
+    for column, image in enumerate([frames[0], frames[2], frames[3], images[1]]):  # of steps 0 to 5
+        assert np.array_equal(strip[8:, 8 * column : 8 * column + 8], np.asarray(image))
 
 
 def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):

@@ -55,25 +55,18 @@ def test_help_shows_an_example_and_every_setting_once_with_its_default(command, 
     for field in dataclasses.fields(config):
         flag = field.name
         positional = flag.upper() in ("PIPELINE", "FOLDER", "REPO_ID")
-        start = rf"^│ {flag.upper()} " if positional else rf"^│ --{flag}[ ,]"
-        assert len(re.findall(start, boxes, re.MULTILINE)) == 1, flag
+        start = rf"[│|] {flag.upper()} " if positional else rf"[│|] --{flag}[ ,]"
+        assert len(re.findall(start, boxes)) == 1, flag
     assert boxes.count("(default: ") + boxes.count("(required)") >= 0.9 * len(dataclasses.fields(config))
 
 
 @pytest.mark.skipif(not hasattr(tyro, "__version__") or tyro.__version__ < "1", reason="older tyro has one group")
 def test_help_has_the_headings_of_the_base_classes(capsys, monkeypatch):
     text = help_of("sample", capsys, monkeypatch)
-    boxes = dict(re.findall(r"^╭─ (.+?) ─+╮$(.*?)^╰", text, re.MULTILINE | re.DOTALL))
-    assert list(boxes) == [
-        "positional arguments",
-        "options",
-        "Image options",
-        "Noise level and scheduler options",
-        "Class options",
-    ]
-    assert "--seed" in boxes["Image options"]
-    assert "--sigmas" in boxes["Noise level and scheduler options"]
-    assert "--output_dir" in boxes["options"]
+    found = ["options", "--output_dir", "Image options", "--seed"]
+    found += ["Noise level and scheduler options", "--sigmas", "Class options", "--class_labels"]
+    places = [re.search(rf"\W {re.escape(part)} ", text).start() for part in found]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -109,7 +102,7 @@ def test_arguments_give_what_the_config_itself_is_given():
         animation="gif",
         dtype="bfloat16",
     )
-    words = ["--block_out_channels", "16", "32", "--sigma_max", "auto", "--compile", "--no_use_ema"]
+    words = ["--block_out_channels", "16", "32", "--sigma_max", "auto", "--compile", "True", "--no_use_ema"]
     assert cli.parse(TrainingConfig, words, "name", "example") == TrainingConfig(
         block_out_channels=(16, 32), sigma_max="auto", compile=True, use_ema=False
     )

@@ -16,11 +16,12 @@ Config = TypeVar("Config")
 
 def help_texts(config_class: type) -> dict[str, str]:
     """The docstring below each field that the class itself declares."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
     texts = {}
-    for field, text in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            texts[field.target.id] = " ".join(text.value.value.split())
+    for field, text in zip(tree.body[0].body, tree.body[0].body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(value=ast.Constant(str(value))):
+                texts[name] = " ".join(value.split())
     return texts
 
 
@@ -66,7 +67,7 @@ def nest(config_class: type) -> type:
 
 def parse(config_class: type[Config], arguments: Sequence[str] | None, name: str, example: str) -> Config:
     """The config that the arguments give: those of the command line, where they are None."""
-    paragraphs = [" ".join(part.split()) for part in inspect.getdoc(config_class).split("\n\n")]
+    paragraphs = [" ".join(part.split()) for part in (inspect.getdoc(config_class) or "").split("\n\n")]
     nested = tyro.cli(
         tyro.conf.OmitArgPrefixes[nest(config_class)],
         prog=name,

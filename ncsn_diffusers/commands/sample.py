@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..hub.loading import NCSNPipeline
 from ..images import make_grid
-from ..pipeline_ncsn import NCSNPipeline
 from ..settings import SamplingConfig, make_batches
 from .cli import run
 

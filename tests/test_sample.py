@@ -56,7 +56,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
         result = run(*arguments, "--output_dir", f"out{number}", cwd=tmp_path, launcher=launcher)
         assert result.returncode == 0, result.stderr
         assert "image" in result.stderr  # the progress bar
-        assert result.stdout.count("Saved 5 pictures in") == 1
+        assert result.stdout.count("Saved 5 images in") == 1
         files[number] = {path.name: path.read_bytes() for path in (tmp_path / f"out{number}").iterdir()}
     assert set(files[1]) == {"samples.png", "samples.gif", *(f"{i:05d}.png" for i in range(5))}
     assert files[1] == files[2]

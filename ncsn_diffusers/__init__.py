@@ -1,5 +1,7 @@
 """Noise Conditional Score Networks for Hugging Face diffusers."""
 
+from importlib.metadata import version
+
 import diffusers
 
 from .hub.loading import NCSNPipeline
@@ -11,5 +13,7 @@ from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 # swap drops a known scheduler's own keys without a warning; pipelines for `DiffusionPipeline.from_pretrained`.
 for _class in (AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline):
     setattr(diffusers, _class.__name__, _class)
+
+__version__ = version("ncsn_diffusers")
 
 __all__ = ["AnnealedLangevinScheduler", "NCSNInpaintPipeline", "NCSNPipeline", "pretrained"]

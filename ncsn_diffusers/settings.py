@@ -1,4 +1,4 @@
-"""What the scripts that draw pictures share: the settings of a command line, the pipeline, the batches, the grid."""
+"""Drawing from the command line: the settings, the pipeline that they name, and batches that processes share."""
 
 import difflib
 import inspect
@@ -65,7 +65,7 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
 def check_settings(scheduler_class: type[SchedulerMixin], settings: dict[str, Any]) -> None:
     """
     Raises:
-        ValueError: the scheduler has no such setting; `from_config` would drop it without a word.
+        ValueError: the scheduler has no such setting; `from_config` would silently drop it.
     """
     known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
     unknown = sorted(set(settings) - known)
@@ -105,37 +105,28 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def cast(pipe: NCSNPipeline, dtype: DType) -> None:
-    """Have the network compute in `dtype`."""
+    """Run the network in `dtype`."""
     # these and not `to`, of which diffusers 0.42 warns whatever the model
     {"float32": pipe.unet.float, "bfloat16": pipe.unet.bfloat16, "float16": pipe.unet.half}[dtype]()
 
 
 def open_processes() -> Accelerator:
-    """The processes that share the work. One that has done its share waits for the slowest, however long that takes."""
+    """The processes that share the work. The timeout of a week lets a process that is done wait for the slowest."""
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
 
 @dataclass
-class SamplingConfig:
-    """The settings that every script takes which draws pictures with a trained pipeline."""
-
-    pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")] = None
-    """Folder of the pipeline, or its id on the Hub; the digits that come with the package by default."""
-
-    num_images: int = 64
-    """Number of pictures."""
-
-    batch_size: int = 16
-    """Pictures that are drawn at a time on each device."""
+class SamplerSettings:
+    """Noise level and scheduler"""
 
     num_inference_steps: int = 50
     """Number of noise levels."""
 
     sigmas: tuple[float, ...] | None = None
-    """The noise levels themselves, falling, in units of the data; they take the place of num_inference_steps."""
+    """The noise levels themselves, from high to low, in units of the data; replaces num_inference_steps."""
 
     num_langevin_steps: int | None = None
-    """Langevin steps a level, for AnnealedLangevinScheduler; the pipeline's own by default."""
+    """Langevin steps per level, for AnnealedLangevinScheduler; the pipeline's own by default."""
 
     scheduler: str | None = None
     """Class of the scheduler, such as DDIMScheduler; the pipeline's own by default."""
@@ -143,17 +134,46 @@ class SamplingConfig:
     scheduler_config: tuple[str, ...] = ()
     """Settings of the scheduler: `name=value` pairs, or a JSON object."""
 
+
+@dataclass
+class ClassSettings:
+    """Class"""
+
     class_labels: tuple[int, ...] | None = None
-    """Classes of a class-conditional pipeline, which the pictures take in turn."""
+    """Classes for a class-conditional pipeline; the images take them in turn."""
 
     guidance_scale: float = 1.0
     """Classifier-free guidance towards the classes; 1 is none."""
 
+
+@dataclass
+class DrawSettings:
+    """Image"""
+
+    pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")] = None
+    """Folder of the pipeline, or its id on the Hub; the digits that come with the package by default."""
+
+    num_images: int = 64
+    """Number of images."""
+
+    batch_size: int = 16
+    """Images drawn at a time on each device."""
+
     seed: int = 0
-    """Seed of the first picture; the others' follow."""
+    """Image i uses the seed `seed` + i."""
 
     dtype: DType = "float32"
-    """What the network computes in; the chain itself is float32."""
+    """The network's type; the chain itself stays in float32."""
+
+
+@dataclass
+class SamplingConfig(ClassSettings, SamplerSettings, DrawSettings):
+    """
+    The settings of every command that draws images with a trained pipeline.
+
+    Raises:
+        ValueError: a setting is out of its range, or the scheduler or one of its settings is unknown.
+    """
 
     def __post_init__(self):
         self.pipeline = self.pipeline or pretrained("mnist")
@@ -184,7 +204,7 @@ class SamplingConfig:
         return accelerator, pipe
 
     def draw(self, pipe: NCSNPipeline, indices: range, **arguments) -> Any:
-        """The pictures of these numbers, in the type that `arguments` for the pipeline ask for."""
+        """The images with these indices, of the type that the pipeline's `arguments` ask for."""
         if self.num_langevin_steps is not None:
             arguments["num_langevin_steps"] = self.num_langevin_steps
         if self.class_labels is not None:
@@ -200,18 +220,18 @@ class SamplingConfig:
 
 
 def make_generators(seed: int, indices: range) -> list[torch.Generator]:
-    """Picture i takes its randomness from the seed `seed` + i, whatever its batch."""
+    """One generator per image. Image i uses the seed `seed` + i, whatever its batch."""
     return [torch.Generator().manual_seed(seed + i) for i in indices]
 
 
 def make_batches(num: int, batch_size: int) -> list[range]:
-    """The numbers below `num` in batches, the same for any number of processes: so are a network's roundings."""
+    """The indices below `num` in batches, the same for any number of processes, and so is a network's rounding."""
     return [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
 
 
 def describe_scheduler(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Its class and settings, for a record of what drew the samples."""
+    """The scheduler's class and settings, to record what drew the samples."""
     settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if settings.get("trained_betas") is not None and are_exported(settings["trained_betas"], settings):
-        del settings["trained_betas"]  # a thousand numbers, which follow from sigma_min and sigma_max
+        del settings["trained_betas"]  # a thousand numbers that follow from sigma_min and sigma_max
     return {"scheduler": type(scheduler).__name__, "scheduler_config": settings}

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".ci", "docs", "ncsn_diffusers", "scripts", "tests")
-FILES = ("CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
+FILES = ("CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "ncsn_diffusers_cli.py", "pyproject.toml")
 BUILD = """
 from setuptools import build_meta
 
@@ -43,7 +43,8 @@ def test_sdist_and_wheel(tmp_path):
     with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "installed")
-    assert names == {name for name in source if name.startswith("ncsn_diffusers/")}
+    assert names == {name for name in source if name.startswith("ncsn_diffusers/")} | {"ncsn_diffusers_cli.py"}
+    assert "ncsn_diffusers/py.typed" in names
     # and it works without the repository
     code = (
         "from ncsn_diffusers import *; pipe = NCSNPipeline.from_pretrained(pretrained('mnist')); print(pipe.unet.dtype)"

@@ -2,12 +2,14 @@
 
 import ast
 import importlib
+import inspect
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import ncsn_diffusers
+import ncsn_diffusers_cli
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 
 ROOT = Path(__file__).parent.parent
@@ -113,15 +116,12 @@ class _Parsed(BaseException):
     """Leaves a script once its command line has been read; nothing in it catches this."""
 
 
-def parse(monkeypatch, script: Path, arguments: list[str]) -> None:
-    """Have a script read its command line, and no more than that."""
+def parse(monkeypatch, start: Callable[[], object], arguments: list[str]) -> None:
+    """Have a program read its command line, and no more than that."""
     cli = tyro.cli
 
     def only_parse(function, **settings):
-        if isinstance(function, type):
-            # which may look for folders that are not here
-            patch.setattr(function, "__post_init__", lambda self: None, raising=False)
-        else:
+        if inspect.isfunction(function):
             function = wraps(function)(lambda *values, **named: None)
         cli(function, **settings)
         raise _Parsed
@@ -132,37 +132,54 @@ def parse(monkeypatch, script: Path, arguments: list[str]) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(tyro, "cli", only_parse)
         patch.setattr(tyro.extras, "subcommand_cli_from_dict", subcommands)
-        patch.setattr(sys, "argv", [str(script), *arguments])
+        patch.setattr(sys, "argv", ["name", *arguments])
         with pytest.raises(_Parsed):
-            runpy.run_path(str(script), run_name="__main__")
+            start()
+
+
+STARTS = r"ncsn-diffusers |scripts/|ncsn_diffusers\.commands\."
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of each command in the page's bash blocks that starts a Python script, and of those in its text."""
+    """The words of each of our commands in the page's bash blocks, and of those in its text."""
     text = [block.code.replace("\\\n", " ") for block in blocks(page, "bash")]
     code = "\n".join(text).replace("srun bash -c '", "").replace("latest'", "latest")
     lines = [part for line in code.splitlines() for part in line.split("&&")]
     prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    lines += re.findall(r"`((?:python|accelerate launch) scripts/[^`]*)`", prose)
+    pattern = (
+        r"`((?:python scripts/|accelerate launch (?:scripts/|-m )|ncsn-diffusers (?:train|sample|evaluate|push))[^`]*)`"
+    )
+    lines += re.findall(pattern, prose)
     lines = [re.sub(r"\$\(.*?\)|\$\w+", "0", line).replace("…", "") for line in lines]
-    return [shlex.split(line, comments=True) for line in lines if "scripts/" in line and not line.startswith("#")]
+    return [shlex.split(line, comments=True) for line in lines if re.search(STARTS, line) and not line.startswith("#")]
+
+
+def start_and_arguments(words: list[str]) -> tuple[Callable[[], object], list[str]]:
+    """What the command starts, and the arguments that it gives."""
+    while "=" in words[0]:  # settings of the environment
+        words = words[1:]
+    if words[0] == "ncsn-diffusers":
+        return ncsn_diffusers_cli.main, words[1:]
+    if words[:2] == ["accelerate", "launch"] or words[0] == "torchrun":
+        parser, rest = (
+            (get_args_parser(), words[1:]) if words[0] == "torchrun" else (launch_command_parser(), words[2:])
+        )
+        launch = parser.parse_args(rest)
+        program = [*(["-m"] if launch.module else []), launch.training_script]
+        words = ["python", *program, *launch.training_script_args]
+    assert words[0] == "python"
+    if words[1] == "-m":
+        return importlib.import_module(words[2]).main, words[3:]
+    return partial(runpy.run_path, str(ROOT / words[1]), run_name="__main__"), words[2:]
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if commands(page)])
 def test_commands_have_these_flags(page, monkeypatch, capsys):
     for words in commands(page):
-        while "=" in words[0]:  # settings of the environment
-            words = words[1:]
         try:
-            if words[:2] == ["accelerate", "launch"]:
-                launch = launch_command_parser().parse_args(words[2:])
-                words = ["python", launch.training_script, *launch.training_script_args]
-            elif words[0] == "torchrun":
-                launch = get_args_parser().parse_args(words[1:])
-                words = ["python", launch.training_script, *launch.training_script_args]
-            assert words[0] == "python"
-            if words[2:] != ["--help"]:
-                parse(monkeypatch, ROOT / words[1], words[2:])
+            start, arguments = start_and_arguments(words)
+            if "--help" not in arguments:
+                parse(monkeypatch, start, arguments)
         except SystemExit:
             pytest.fail(f"{page.name}: {shlex.join(words)}\n{''.join(capsys.readouterr())}")
 

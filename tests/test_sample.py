@@ -31,7 +31,7 @@ def run(*arguments, cwd, launcher=(sys.executable,), **environment):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """A class-conditional pipeline of 8 × 8 pictures, with the classes 0, 1 and 2."""
+    """A class-conditional pipeline of 8 × 8 images, with the classes 0, 1 and 2."""
     unet = small_unet(num_class_embeds=4)
     torch.nn.init.normal_(unet.class_embedding.weight, std=5.0)
     folder = tmp_path_factory.mktemp("pipeline")
@@ -56,7 +56,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
         result = run(*arguments, "--output_dir", f"out{number}", cwd=tmp_path, launcher=launcher)
         assert result.returncode == 0, result.stderr
         assert "image" in result.stderr  # the progress bar
-        assert result.stdout.count("Saved 5 pictures in") == 1
+        assert result.stdout.count("Saved 5 images in") == 1
         files[number] = {path.name: path.read_bytes() for path in (tmp_path / f"out{number}").iterdir()}
     assert set(files[1]) == {"samples.png", "samples.gif", *(f"{i:05d}.png" for i in range(5))}
     assert files[1] == files[2]
@@ -109,8 +109,8 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
     ).images
     strip = pixels(tmp_path / "filmstrip.png")
     assert strip.shape == (16, 32)
-    for column, picture in enumerate([frames[0], frames[2], frames[3], images[1]]):  # of steps 0 to 5
-        assert np.array_equal(strip[8:, 8 * column : 8 * column + 8], np.asarray(picture))
+    for column, image in enumerate([frames[0], frames[2], frames[3], images[1]]):  # of steps 0 to 5
+        assert np.array_equal(strip[8:, 8 * column : 8 * column + 8], np.asarray(image))
 
 
 def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.evaluation import extract_features, load_digit_classifier
+from ncsn_diffusers.pipeline_ncsn import SCHEDULERS
 
 ROOT = Path(__file__).parent.parent
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -31,8 +32,8 @@ def run(*command, cwd, **environment):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(32):
@@ -50,8 +51,8 @@ SMALL = [
 
 
 @pytest.mark.parametrize("launcher", [[sys.executable], [*ACCELERATE, "--cpu", "--num_processes", "1"]])
-def test_train_from_a_folder(tmp_path, pictures, launcher):
-    result = run(*launcher, ROOT / "scripts/train_ncsn.py", "--train_data_dir", pictures, *SMALL, cwd=tmp_path)
+def test_train_from_a_folder(tmp_path, images, launcher):
+    result = run(*launcher, ROOT / "scripts/train_ncsn.py", "--train_data_dir", images, *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "8/8" in result.stderr  # the progress bar, with the loss
     assert "loss=" in result.stderr
@@ -150,7 +151,7 @@ def test_both_noise_rules_draw_readable_digits(digits_pipeline, classifier, nois
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AnnealedLangevinScheduler._compatibles)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_stock_schedulers_draw_readable_digits(digits_pipeline, classifier, name):
     pipe = NCSNPipeline(digits_pipeline.unet, getattr(diffusers, name).from_config(digits_pipeline.scheduler.config))
     check_readable(pipe, classifier, 50, at_least=0.7, num_inference_steps=50)

@@ -1,5 +1,6 @@
-"""Publish a saved pipeline: `python scripts/push_to_hub.py FOLDER REPO_ID`, after `hf auth login`."""
+"""Publish a saved pipeline: `ncsn-diffusers push FOLDER REPO_ID`, after `hf auth login`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -8,39 +9,41 @@ import tyro
 from ..hub import push_to_hub
 from .cli import run
 
+EXAMPLE = "ncsn-diffusers push my-ncsn user/my-ncsn --variants fp16"
+
 
 @dataclass
 class PushConfig:
     """
     Publish a pipeline on the Hub, with a model card and the code that loads it where ncsn_diffusers is not installed.
 
-    The access token is the one that `hf auth login` or the variable HF_TOKEN holds. Whatever can be wrong is found
-    before the upload begins.
+    The access token comes from `hf auth login` or the variable HF_TOKEN. Everything is checked before the upload
+    begins.
     """
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the pipeline, as training or `save_pretrained` has left it."""
+    """Folder of the pipeline, from training or `save_pretrained`."""
 
     repo_id: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REPO_ID")]
-    """Name on the Hub: USER/NAME, ORGANISATION/NAME, or NAME among your own."""
+    """Name on the Hub: USER/NAME, ORGANISATION/NAME, or NAME for one of your own."""
 
     private: bool = False
     """Make the repository private."""
 
     revision: str | None = None
-    """Branch to upload to, made if there is none of that name; main by default."""
+    """Branch to upload to, created if missing; main by default."""
 
     tag: str | None = None
-    """New tag for what is uploaded, such as v1."""
+    """New tag for this upload, such as v1."""
 
     variants: tuple[str, ...] = ()
-    """Weights beside the usual ones: fp16 (half precision), ema (the averages of a training run)."""
+    """Weights to upload besides the main ones: fp16 (half precision), ema (the averages of a training run)."""
 
     license: str | None = None
-    """Licence of the weights, for the card: apache-2.0, mit, cc-by-sa-4.0 and so on."""
+    """Licence of the weights, for the card, such as apache-2.0, mit or cc-by-sa-4.0."""
 
     dataset: str | None = None
-    """Name on the Hub of the data set, for the card; that of the training's settings by default."""
+    """The data set's name on the Hub, for the card; by default the one in the training settings."""
 
     commit_message: str | None = None
     """Summary of the commit."""
@@ -61,8 +64,8 @@ def push(config: PushConfig) -> None:
     print(f"Uploaded {config.folder}: {info.commit_url}")
 
 
-def main() -> None:
-    run(PushConfig, push)
+def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    run(PushConfig, push, EXAMPLE, arguments, name)
 
 
 if __name__ == "__main__":

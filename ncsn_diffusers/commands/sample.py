@@ -1,5 +1,6 @@
-"""Draw pictures: `python scripts/sample.py PIPELINE`, or with `accelerate launch` on several devices."""
+"""Draw images: `ncsn-diffusers sample PIPELINE`, or with `accelerate launch -m` on several devices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,38 +11,39 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..hub.loading import NCSNPipeline
 from ..images import make_grid
-from ..pipeline_ncsn import NCSNPipeline
 from ..settings import SamplingConfig, make_batches
 from .cli import run
+
+EXAMPLE = "ncsn-diffusers sample my-ncsn --num_images 16 --num_inference_steps 20"
 
 
 @dataclass
 class SampleConfig(SamplingConfig):
     """
-    Draw pictures with a trained pipeline.
+    Draw images with a trained pipeline.
 
-    Picture i takes its randomness from the seed `seed` + i, and shares a batch with the same others however many
-    processes there are: their number does not change it.
+    The images are the same for any number of processes.
     """
 
     output_dir: str = "samples"
-    """Folder for the pictures."""
+    """Folder for the images."""
 
     save_grid: bool = True
-    """Save all pictures as one, `samples.png`."""
+    """Save a grid of all images, `samples.png`."""
 
     save_images: bool = False
-    """Save each picture as a file of its own, `00000.png` and so on."""
+    """Save each image as a file, `00000.png` and so on."""
 
     animation: Literal["gif", "filmstrip"] | None = None
-    """Save the annealing as `samples.gif`, or as `filmstrip.png`, a row for each picture."""
+    """Save the annealing as `samples.gif`, or as `filmstrip.png` with a row per image."""
 
     animation_shows: Literal["denoised", "noisy"] = "denoised"
-    """What the animation shows: the estimate of the picture at each step, or the noisy sample itself."""
+    """What the animation shows: the denoised estimate at each step, or the noisy sample itself."""
 
     num_frames: int = 12
-    """Frames of the animation, evenly spaced over the steps; the picture itself is the last."""
+    """Frames of the animation, evenly spaced over the steps; the last is the image itself."""
 
     def __post_init__(self):
         self.check_least(num_frames=1)
@@ -51,7 +53,7 @@ class SampleConfig(SamplingConfig):
 
 
 def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str, Any]:
-    """The arguments that make the pipeline put what the animation shows into `frames`, a batch for each step."""
+    """Arguments that make the pipeline append to `frames` what the animation shows, a batch per step."""
     if config.animation is None:
         return {}
     name = {"denoised": "denoised", "noisy": "latents"}[config.animation_shows]
@@ -63,7 +65,7 @@ def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str,
 
 
 def draw(pipe: NCSNPipeline, config: SampleConfig, indices: range) -> list[tuple[int, list[Image.Image]]]:
-    """For each picture its index and its frames, the last of which is the picture."""
+    """For each image its index and its frames, the last of which is the image."""
     steps = []
     images = config.draw(pipe, indices, **record_frames(config, steps))
     chosen = np.linspace(0, len(steps) - 1, config.num_frames)[:-1].round().astype(int) if steps else []
@@ -71,18 +73,18 @@ def draw(pipe: NCSNPipeline, config: SampleConfig, indices: range) -> list[tuple
     return list(zip(indices, map(list, zip(*frames, strict=True)), strict=True))
 
 
-def save(config: SampleConfig, pictures: list[list[Image.Image]]) -> None:
-    """Save what the config asks for; `pictures` holds the frames of each."""
+def save(config: SampleConfig, images: list[list[Image.Image]]) -> None:
+    """Save what the config asks for; `images` holds the frames of each image."""
     folder = Path(config.output_dir)
     if config.save_grid:
-        make_grid([frames[-1] for frames in pictures]).save(folder / "samples.png")
+        make_grid([frames[-1] for frames in images]).save(folder / "samples.png")
     if config.save_images:
-        for i, frames in enumerate(pictures):
+        for i, frames in enumerate(images):
             frames[-1].save(folder / f"{i:05d}.png")
     if config.animation == "filmstrip":
-        make_grid([frame for frames in pictures for frame in frames], config.num_frames).save(folder / "filmstrip.png")
+        make_grid([frame for frames in images for frame in frames], config.num_frames).save(folder / "filmstrip.png")
     if config.animation == "gif":
-        first, *others = [make_grid(list(step)) for step in zip(*pictures, strict=True)]
+        first, *others = [make_grid(list(step)) for step in zip(*images, strict=True)]
         durations = [100] * len(others) + [2000]  # milliseconds
         first.save(folder / "samples.gif", save_all=True, append_images=others, duration=durations, loop=0)
 
@@ -92,21 +94,21 @@ def sample(config: SampleConfig) -> None:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     batches = make_batches(config.num_images, config.batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    pictures = []
+    images = []
     with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as bar:
         for indices in mine:
-            pictures += draw(pipe, config, indices)
+            images += draw(pipe, config, indices)
             bar.update(len(indices))
 
-    pictures = sorted(gather_object(pictures), key=lambda picture: picture[0])
+    images = sorted(gather_object(images), key=lambda image: image[0])
     if accelerator.is_main_process:
-        save(config, [frames for _, frames in pictures])
-        print(f"Saved {len(pictures)} pictures in {Path(config.output_dir).resolve()}.")
+        save(config, [frames for _, frames in images])
+        print(f"Saved {len(images)} images in {Path(config.output_dir).resolve()}.")
     accelerator.end_training()
 
 
-def main() -> None:
-    run(SampleConfig, sample)
+def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    run(SampleConfig, sample, EXAMPLE, arguments, name)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Train a noise conditional score network: `ncsn-diffusers train --help`."""
 
+from collections.abc import Sequence
+
 from ..training import TrainingConfig, train
 from .cli import run
 
+EXAMPLE = "accelerate launch -m ncsn_diffusers.commands.train --train_data_dir my_images --resolution 32"
 
-def main() -> None:
-    run(TrainingConfig, train)
+
+def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    run(TrainingConfig, train, EXAMPLE, arguments, name)
 
 
 if __name__ == "__main__":

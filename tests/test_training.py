@@ -26,9 +26,11 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.noise_levels import choose_num_train_timesteps
 from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_unet, processes, train
 from ncsn_diffusers.training import trainer as training
 from ncsn_diffusers.training.config import training_command
+from ncsn_diffusers.training.log import LossPerLevel
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
@@ -95,14 +97,21 @@ def test_learns_to_draw_two_pictures(small, tmp_path):
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample", "score"])
 @pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
 def test_every_convention_trains_and_is_saved(small, tmp_path, prediction_type, conditioning):
-    train(small(prediction_type=prediction_type, conditioning=conditioning, sigma_max=20.0, num_train_timesteps=100))
+    trained = train(
+        small(prediction_type=prediction_type, conditioning=conditioning, sigma_max=20.0, num_train_timesteps=100)
+    )
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     config = pipe.scheduler.config
     assert (config.prediction_type, config.conditioning) == (prediction_type, conditioning)
     assert (config.num_train_timesteps, config.sigma_max) == (100, pytest.approx(20.0))
     assert pipe.unet.config.time_embedding_type == ("fourier" if conditioning == "sigma" else "positional")
-    images = pipe(batch_size=2, num_inference_steps=3, output_type="pt").images
-    assert images.isfinite().all()
+    assert same_weights(trained, pipe)
+    images, expected = (
+        p(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for p in (pipe, trained)
+    )
+    assert torch.equal(images, expected)
+    assert images.std() > 0.01
 
 
 def test_output_folder(small, tmp_path):
@@ -1014,6 +1023,23 @@ def test_log(small, tmp_path):
     assert levels["loss at sigma 17 to 50"] < 0.1 < levels["loss at sigma 0.01 to 0.029"]
 
 
+def test_loss_per_level():
+    scheduler = AnnealedLangevinScheduler(
+        num_train_timesteps=9, sigma_min=0.01, sigma_max=100.0
+    )  # a decade is 2 levels
+    level_losses = LossPerLevel(scheduler, torch.device("cpu"))
+    assert level_losses.names[0] == "0.01 to 0.032"
+    assert level_losses.names[-1] == "32 to 1e+02"
+    sigmas = torch.tensor([0.01, 0.02, 0.2, 0.2, 50.0, 100.0])
+    for losses in ([1.0, 2.0, 3.0, math.nan, 5.0, 6.0], [1.0, 2.0, 3.0, math.inf, 5.0, 9.0]):
+        level_losses.add(scheduler.sigma_to_t(sigmas), torch.tensor(losses))
+    accelerator = Accelerator()
+    means, broken = level_losses.collect(accelerator)
+    assert means == {"0.01 to 0.032": 1.5, "0.1 to 0.32": 3.0, "32 to 1e+02": 6.25}
+    assert broken == ["0.1 to 0.32"]
+    assert level_losses.collect(accelerator) == ({}, [])  # counted once
+
+
 def test_validation_loss(small, tmp_path, monkeypatch):
     def zero_unet(*arguments):
         unet = make_unet(*arguments)
@@ -1069,8 +1095,7 @@ def test_noise_levels_from_the_data(small, tmp_path):
     train(small(sigma_max="auto", num_train_timesteps="auto", sigma_min=0.1))
     config = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
     assert config.sigma_max == pytest.approx(16.0)  # √(64 · 2²): opposite halves differ by 2 in each of 64 dimensions
-    ratio = (config.sigma_max / config.sigma_min) ** (1 / (config.num_train_timesteps - 1))
-    assert 1 < ratio < 1.5
+    assert config.num_train_timesteps == choose_num_train_timesteps(0.1, config.sigma_max, 64)
 
 
 @pytest.mark.slow
@@ -1155,7 +1180,8 @@ def test_heads_of_attention_are_as_wide_as_fits(channels, heads):
 
 def test_default_network_is_small_and_fits_digits():
     unet = make_unet(TrainingConfig(), 1, 28, 28)
-    assert sum(p.numel() for p in unet.parameters()) < 1_500_000
+    assert unet.config.sample_size == 28
+    assert sum(p.numel() for p in unet.parameters()) == 1_191_105
     scheduler = AnnealedLangevinScheduler()
     x = torch.randn(2, 1, 28, 28)
     assert (

@@ -36,9 +36,9 @@ SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """40 gray pictures of 8×8: a bright left or a bright right half, in folders that name them."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    """40 gray images of 8×8: a bright left or a bright right half, in folders that name them."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(40):
         array = np.zeros((8, 8), dtype=np.uint8)
         array[:, 4 * (i % 2) : 4 + 4 * (i % 2)] = 255
@@ -65,13 +65,15 @@ def small_config(**arguments):
 
 
 @pytest.fixture
-def small(pictures, tmp_path):
-    return partial(small_config, train_data_dir=str(pictures), output_dir=str(tmp_path / "out"))
+def small(image_folder, tmp_path):
+    return partial(small_config, train_data_dir=str(image_folder), output_dir=str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")
-def plain_weights(pictures, tmp_path_factory):
-    return trained_weights(small_config(train_data_dir=str(pictures), output_dir=str(tmp_path_factory.mktemp("plain"))))
+def plain_weights(image_folder, tmp_path_factory):
+    return trained_weights(
+        small_config(train_data_dir=str(image_folder), output_dir=str(tmp_path_factory.mktemp("plain")))
+    )
 
 
 def trained_weights(config):
@@ -79,7 +81,7 @@ def trained_weights(config):
     return torch.cat([p.detach().flatten() for p in train(config).unet.parameters()])
 
 
-def test_learns_to_draw_two_pictures(small, tmp_path):
+def test_learns_to_draw_two_images(small, tmp_path):
     train(small(num_epochs=200, learning_rate=5e-3))
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
@@ -225,7 +227,7 @@ def test_ema_averages_the_weights(small):
     torch.testing.assert_close(no_memory, last)
 
 
-def test_colour_and_oblong_pictures(small, tmp_path):
+def test_colour_and_oblong_images(small, tmp_path):
     (tmp_path / "colour").mkdir()
     for i in range(20):
         Image.new("RGB", (12, 8), (i, 100, 200)).save(tmp_path / "colour" / f"{i}.png")
@@ -807,8 +809,8 @@ def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
         for name in ("one", "two")
     )
     torch.testing.assert_close(two, one, rtol=0, atol=2e-6)  # a large epsilon: Adam's first steps blow rounding up
-    pictures = [np.asarray(Image.open(tmp_path / name / "samples-2.png"), dtype=int) for name in ("one", "two")]
-    assert abs(pictures[0] - pictures[1]).max() <= 2  # the same samples, however many draw them
+    grids = [np.asarray(Image.open(tmp_path / name / "samples-2.png"), dtype=int) for name in ("one", "two")]
+    assert abs(grids[0] - grids[1]).max() <= 2  # the same samples, however many draw them
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     for lines in zip(*logs, strict=True):
         first, second = map(json.loads, lines)
@@ -1052,7 +1054,7 @@ def test_validation_loss(small, tmp_path, monkeypatch):
     train(small(eval_steps=2, validation_split="train[:30]", **arguments))
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     losses = [record["validation_loss"] for record in records if "validation_loss" in record]
-    # a score of 0 costs ½ z² a dimension: 30 pictures of 64 dimensions have a standard error of 0.016
+    # a score of 0 costs ½ z² a dimension: 30 images of 64 dimensions have a standard error of 0.016
     assert losses == [pytest.approx(0.5, abs=0.05)] * 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the same noise each time
     assert (tmp_path / "out" / "samples-2.png").exists()
@@ -1065,9 +1067,9 @@ def test_validation_leaves_the_live_weights_alone(small, tmp_path):
     assert_same_state(tmp_path / "plain" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
 
 
-def test_validation_data_must_fit(small, pictures, tmp_path):
+def test_validation_data_must_fit(small, image_folder, tmp_path):
     (tmp_path / "both").mkdir()
-    shutil.copytree(pictures, tmp_path / "both" / "train")
+    shutil.copytree(image_folder, tmp_path / "both" / "train")
     (tmp_path / "both" / "test").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "both" / "test" / "a.png")
     with pytest.raises(ValueError, match=r"`validation_split`='test' has images of shape \(1, 16, 16\)"):

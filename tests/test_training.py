@@ -26,17 +26,19 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.noise_levels import choose_num_train_timesteps
 from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_unet, processes, train
 from ncsn_diffusers.training import trainer as training
 from ncsn_diffusers.training.config import training_command
+from ncsn_diffusers.training.log import LossPerLevel
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """40 gray pictures of 8×8: a bright left or a bright right half, in folders that name them."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    """40 gray images of 8×8: a bright left or a bright right half, in folders that name them."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(40):
         array = np.zeros((8, 8), dtype=np.uint8)
         array[:, 4 * (i % 2) : 4 + 4 * (i % 2)] = 255
@@ -63,13 +65,15 @@ def small_config(**arguments):
 
 
 @pytest.fixture
-def small(pictures, tmp_path):
-    return partial(small_config, train_data_dir=str(pictures), output_dir=str(tmp_path / "out"))
+def small(image_folder, tmp_path):
+    return partial(small_config, train_data_dir=str(image_folder), output_dir=str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")
-def plain_weights(pictures, tmp_path_factory):
-    return trained_weights(small_config(train_data_dir=str(pictures), output_dir=str(tmp_path_factory.mktemp("plain"))))
+def plain_weights(image_folder, tmp_path_factory):
+    return trained_weights(
+        small_config(train_data_dir=str(image_folder), output_dir=str(tmp_path_factory.mktemp("plain")))
+    )
 
 
 def trained_weights(config):
@@ -77,7 +81,7 @@ def trained_weights(config):
     return torch.cat([p.detach().flatten() for p in train(config).unet.parameters()])
 
 
-def test_learns_to_draw_two_pictures(small, tmp_path):
+def test_learns_to_draw_two_images(small, tmp_path):
     train(small(num_epochs=200, learning_rate=5e-3))
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
@@ -95,14 +99,21 @@ def test_learns_to_draw_two_pictures(small, tmp_path):
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample", "score"])
 @pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
 def test_every_convention_trains_and_is_saved(small, tmp_path, prediction_type, conditioning):
-    train(small(prediction_type=prediction_type, conditioning=conditioning, sigma_max=20.0, num_train_timesteps=100))
+    trained = train(
+        small(prediction_type=prediction_type, conditioning=conditioning, sigma_max=20.0, num_train_timesteps=100)
+    )
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     config = pipe.scheduler.config
     assert (config.prediction_type, config.conditioning) == (prediction_type, conditioning)
     assert (config.num_train_timesteps, config.sigma_max) == (100, pytest.approx(20.0))
     assert pipe.unet.config.time_embedding_type == ("fourier" if conditioning == "sigma" else "positional")
-    images = pipe(batch_size=2, num_inference_steps=3, output_type="pt").images
-    assert images.isfinite().all()
+    assert same_weights(trained, pipe)
+    images, expected = (
+        p(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for p in (pipe, trained)
+    )
+    assert torch.equal(images, expected)
+    assert images.std() > 0.01
 
 
 def test_output_folder(small, tmp_path):
@@ -216,7 +227,7 @@ def test_ema_averages_the_weights(small):
     torch.testing.assert_close(no_memory, last)
 
 
-def test_colour_and_oblong_pictures(small, tmp_path):
+def test_colour_and_oblong_images(small, tmp_path):
     (tmp_path / "colour").mkdir()
     for i in range(20):
         Image.new("RGB", (12, 8), (i, 100, 200)).save(tmp_path / "colour" / f"{i}.png")
@@ -798,8 +809,8 @@ def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
         for name in ("one", "two")
     )
     torch.testing.assert_close(two, one, rtol=0, atol=2e-6)  # a large epsilon: Adam's first steps blow rounding up
-    pictures = [np.asarray(Image.open(tmp_path / name / "samples-2.png"), dtype=int) for name in ("one", "two")]
-    assert abs(pictures[0] - pictures[1]).max() <= 2  # the same samples, however many draw them
+    grids = [np.asarray(Image.open(tmp_path / name / "samples-2.png"), dtype=int) for name in ("one", "two")]
+    assert abs(grids[0] - grids[1]).max() <= 2  # the same samples, however many draw them
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     for lines in zip(*logs, strict=True):
         first, second = map(json.loads, lines)
@@ -1014,6 +1025,23 @@ def test_log(small, tmp_path):
     assert levels["loss at sigma 17 to 50"] < 0.1 < levels["loss at sigma 0.01 to 0.029"]
 
 
+def test_loss_per_level():
+    scheduler = AnnealedLangevinScheduler(
+        num_train_timesteps=9, sigma_min=0.01, sigma_max=100.0
+    )  # a decade is 2 levels
+    level_losses = LossPerLevel(scheduler, torch.device("cpu"))
+    assert level_losses.names[0] == "0.01 to 0.032"
+    assert level_losses.names[-1] == "32 to 1e+02"
+    sigmas = torch.tensor([0.01, 0.02, 0.2, 0.2, 50.0, 100.0])
+    for losses in ([1.0, 2.0, 3.0, math.nan, 5.0, 6.0], [1.0, 2.0, 3.0, math.inf, 5.0, 9.0]):
+        level_losses.add(scheduler.sigma_to_t(sigmas), torch.tensor(losses))
+    accelerator = Accelerator()
+    means, broken = level_losses.collect(accelerator)
+    assert means == {"0.01 to 0.032": 1.5, "0.1 to 0.32": 3.0, "32 to 1e+02": 6.25}
+    assert broken == ["0.1 to 0.32"]
+    assert level_losses.collect(accelerator) == ({}, [])  # counted once
+
+
 def test_validation_loss(small, tmp_path, monkeypatch):
     def zero_unet(*arguments):
         unet = make_unet(*arguments)
@@ -1026,7 +1054,7 @@ def test_validation_loss(small, tmp_path, monkeypatch):
     train(small(eval_steps=2, validation_split="train[:30]", **arguments))
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     losses = [record["validation_loss"] for record in records if "validation_loss" in record]
-    # a score of 0 costs ½ z² a dimension: 30 pictures of 64 dimensions have a standard error of 0.016
+    # a score of 0 costs ½ z² a dimension: 30 images of 64 dimensions have a standard error of 0.016
     assert losses == [pytest.approx(0.5, abs=0.05)] * 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the same noise each time
     assert (tmp_path / "out" / "samples-2.png").exists()
@@ -1039,9 +1067,9 @@ def test_validation_leaves_the_live_weights_alone(small, tmp_path):
     assert_same_state(tmp_path / "plain" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
 
 
-def test_validation_data_must_fit(small, pictures, tmp_path):
+def test_validation_data_must_fit(small, image_folder, tmp_path):
     (tmp_path / "both").mkdir()
-    shutil.copytree(pictures, tmp_path / "both" / "train")
+    shutil.copytree(image_folder, tmp_path / "both" / "train")
     (tmp_path / "both" / "test").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "both" / "test" / "a.png")
     with pytest.raises(ValueError, match=r"`validation_split`='test' has images of shape \(1, 16, 16\)"):
@@ -1069,8 +1097,7 @@ def test_noise_levels_from_the_data(small, tmp_path):
     train(small(sigma_max="auto", num_train_timesteps="auto", sigma_min=0.1))
     config = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
     assert config.sigma_max == pytest.approx(16.0)  # √(64 · 2²): opposite halves differ by 2 in each of 64 dimensions
-    ratio = (config.sigma_max / config.sigma_min) ** (1 / (config.num_train_timesteps - 1))
-    assert 1 < ratio < 1.5
+    assert config.num_train_timesteps == choose_num_train_timesteps(0.1, config.sigma_max, 64)
 
 
 @pytest.mark.slow
@@ -1155,7 +1182,8 @@ def test_heads_of_attention_are_as_wide_as_fits(channels, heads):
 
 def test_default_network_is_small_and_fits_digits():
     unet = make_unet(TrainingConfig(), 1, 28, 28)
-    assert sum(p.numel() for p in unet.parameters()) < 1_500_000
+    assert unet.config.sample_size == 28
+    assert sum(p.numel() for p in unet.parameters()) == 1_191_105
     scheduler = AnnealedLangevinScheduler()
     x = torch.randn(2, 1, 28, 28)
     assert (

@@ -404,20 +404,6 @@ def test_embedding_indices_put_no_label_last():
 @pytest.mark.parametrize(
     ("channels", "sample_size", "shape"), [(1, 8, (1, 8, 8)), (3, (4, 8), (3, 4, 8)), (4, [8, 4], (4, 8, 4))]
 )
-def test_image_shape_is_that_of_the_images(channels, sample_size, shape):
-    pipe = small_pipeline(channels=channels, out_channels=channels, sample_size=sample_size)
-    assert pipe.image_shape == shape
-    assert pipe(batch_size=2, num_inference_steps=1, output_type="pt").images.shape == (2, *shape)
-
-
-def test_embedding_indices_put_no_label_last():
-    pipe, device = conditional_pipeline(), torch.device("cpu")
-    assert pipe.embedding_indices(None, 2, device).tolist() == [3, 3]
-    assert pipe.embedding_indices(torch.tensor(1), 3, device).tolist() == [1, 1, 1, 3, 3, 3]
-    assert pipe.embedding_indices(torch.tensor([2, 0]), 2, device).tolist() == [2, 0, 3, 3]
-    assert small_pipeline().embedding_indices(None, 2, device) is None
-
-
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("scheduler_class", [AnnealedLangevinScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 def test_guided_samples_follow_the_guided_gaussian(scheduler_class, guidance_scale):

@@ -16,7 +16,7 @@ LAYERS = (
     ("scheduling_annealed_langevin", "pretrained"),
     ("pipeline_ncsn",),
     ("images", "score_matching"),
-    ("data", "likelihood", "noise_levels"),
+    ("data", "dataset_settings", "likelihood", "noise_levels"),
     ("hub",),
     ("pipeline_ncsn_inpaint",),
     ("",),  # the public names, in the package's own __init__.py

@@ -1,4 +1,8 @@
-"""Measurements behind the numbers in README.md and docs/results.md: `python scripts/benchmark.py --help`."""
+"""
+Measurements behind the numbers in README.md and docs/results.md: `python scripts/benchmark.py --help`.
+
+One file, because it is one command: each function below is a subcommand, and they share how they load and save.
+"""
 
 import itertools
 import json

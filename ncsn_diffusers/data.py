@@ -11,6 +11,8 @@ The order of the first two is a function of the seed and the step alone, the sam
 has to be saved for a run to go on exactly where it stopped. A stream's position is saved with the checkpoint.
 """
 
+import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -18,11 +20,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from glob import escape
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
@@ -38,12 +43,16 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets import __version__ as datasets_version
+from datasets.data_files import DataFilesList
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
+from PIL import ImageFile
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .checked_files import CheckedFiles
 from .images import find_white, read_image
 
 EMBEDDED_DIGITS = Path(__file__).parent / "assets" / "mnist_train_10k.parquet"
@@ -122,9 +131,9 @@ def _load_folder(folder: str, config_name: str | None, split: str, streaming: bo
 
     paths = _list_files(folder)
     metadata = [path for path in paths if os.path.basename(path) in _METADATA]
-    tables = [path for path in paths if Path(path).suffix.lower() in _TABLES and path not in metadata]
+    tables = [path for path in paths if _suffix(path) in _TABLES and path not in metadata]
     suffixes = _readable_suffixes()
-    used = tables or [path for path in paths if Path(path).suffix.lower() in suffixes]
+    used = tables or [path for path in paths if _suffix(path) in suffixes]
     if not used:
         return load_dataset(folder, split=split, streaming=streaming)
     splits, depth = _find_splits(folder, used, names_count=bool(tables))
@@ -137,15 +146,11 @@ def _load_folder(folder: str, config_name: str | None, split: str, streaming: bo
         files = {name: [escape(os.path.join(folder, path)) for path in paths] for name, paths in splits.items()}
         return load_dataset(folder, data_files=files, split=split, streaming=streaming)
     if metadata:
-        files = {
-            name: sorted({escape(os.path.dirname(os.path.join(folder, path))) + "/*" for path in paths})
-            + [escape(os.path.join(folder, p)) for p in metadata if name in _splits_below(os.path.dirname(p), splits)]
-            for name, paths in splits.items()
-        }
-        dataset = load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
-        if split in splits and not streaming and len(dataset) < len(splits[split]):
-            _say(f"{len(splits[split]) - len(dataset)} images of {folder!r} are left out: {metadata} do not name them.")
-        return dataset
+        datasets = _folder_with_metadata(folder, splits, metadata)
+        if split in splits and len(datasets[split]) < len(splits[split]):
+            missing = len(splits[split]) - len(datasets[split])
+            _say(f"{missing} images of {folder!r} are left out: {metadata} do not name them.")
+        return _select_split(folder, datasets, split, streaming)
     return _select_split(folder, _image_folder(folder, splits, depth), split, streaming)
 
 
@@ -161,8 +166,18 @@ def _list_files(folder: str) -> list[str]:
             and name not in ("__MACOSX", "__pycache__")
             and not here.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)  # a link to what holds it
         ]
-        paths += [os.path.relpath(os.path.join(root, name), folder) for name in names if not name.startswith(".")]
+        start = os.path.join(os.path.relpath(root, folder), "") if root != folder else ""
+        paths += [start + name for name in names if not name.startswith(".")]
     return sorted(paths)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+@lru_cache(maxsize=1 << 16)  # millions of images lie in few folders
+def _parts(folder: str) -> tuple[str, ...]:
+    return Path(folder).parts
 
 
 def _readable_suffixes() -> set[str]:
@@ -178,7 +193,7 @@ def _say(message: str) -> None:
 def _say_left_out(folder: str, paths: list[str]) -> None:
     if not paths:
         return
-    counts = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
+    counts = Counter(_suffix(path) or "without a suffix" for path in paths)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
     examples = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
     _say(f"Left out {len(paths)} file(s) of {folder!r}, which are not read: {kinds} ({examples}).")
@@ -192,7 +207,9 @@ def _find_splits(folder: str, paths: list[str], names_count: bool) -> tuple[dict
     would take `train.png` for a split, or a class of trains. Where some paths remain outside, all are of the split
     "train", unless two splits are named: then mixing them might train on test images.
     """
-    parts = [Path(path).parts[:-1] + ((Path(path).stem,) if names_count else ()) for path in paths]
+    parts = [_parts(os.path.dirname(path)) for path in paths]
+    if names_count:
+        parts = [(*part, Path(path).stem) for part, path in zip(parts, paths, strict=True)]
     seen, best, best_depth = {}, [], None
     for depth in range(max(map(len, parts))):
         names = [_split_of(part[depth]) if depth < len(part) else None for part in parts]
@@ -215,6 +232,7 @@ def _find_splits(folder: str, paths: list[str], names_count: bool) -> tuple[dict
     return {"train": paths}, None
 
 
+@lru_cache(maxsize=1 << 16)
 def _split_of(part: str) -> str | None:
     return next((name for name, pattern in _SPLIT_PATTERNS.items() if pattern.search(part)), None)
 
@@ -222,6 +240,42 @@ def _split_of(part: str) -> str | None:
 def _splits_below(folder: str, splits: dict[str, list[str]]) -> list[str]:
     start = os.path.join(folder, "")
     return [name for name, paths in splits.items() if any(path.startswith(start) for path in paths)]
+
+
+def _folder_with_metadata(folder: str, splits: dict[str, list[str]], metadata: list[str]) -> dict[str, Dataset]:
+    """
+    Data sets by split, as `datasets` makes them of the images that metadata files name.
+
+    It gets the list of files, and with it what makes it read them anew: looking each image up, as it would at every
+    start, takes longer than all else. The images' contents are not part of what it keeps.
+    """
+    files = {}
+    for name, paths in splits.items():
+        named = [os.path.join(folder, p) for p in metadata if name in _splits_below(os.path.dirname(p), splits)]
+        states = [os.stat(path) for path in named]
+        stamps = [(f"{state.st_size} {state.st_mtime_ns}", str(state.st_ctime_ns)) for state in states]
+        files[name] = DataFilesList([os.path.join(folder, path) for path in paths] + named, stamps)
+    datasets = load_dataset("imagefolder", data_files=files)
+    if len(metadata) > 1:  # whose order is that of a set of strings, another in each process
+        for name, dataset in datasets.items():
+            image_column = next((column for column, kind in dataset.features.items() if isinstance(kind, Image)), None)
+            if image_column is not None:
+                paths = [path or "" for path in _file_paths(dataset, image_column)]
+                datasets[name] = dataset.select(sorted(range(len(paths)), key=paths.__getitem__))
+    return datasets
+
+
+def _file_paths(dataset: Dataset, image_column: str) -> list[str | None]:
+    """Where the images' files are: `None` for images that are part of the data set itself."""
+    if not isinstance(dataset.features[image_column], Image):
+        return [None] * len(dataset)
+    dataset, paths = dataset.select_columns([image_column]).with_format("arrow"), []
+    for start in range(0, len(dataset), 10_000):
+        files = dataset[start : start + 10_000][image_column].combine_chunks()
+        paths += pc.if_else(files.field("bytes").is_null(), files.field("path"), None).to_pylist()
+        if start == 0 and not any(paths):  # spares reading a large table of images
+            return [None] * len(dataset)
+    return paths
 
 
 def _image_folder(folder: str, splits: dict[str, list[str]], depth: int | None) -> dict[str, Dataset]:
@@ -232,7 +286,7 @@ def _image_folder(folder: str, splits: dict[str, list[str]], depth: int | None) 
     """
 
     def folders(path):
-        parts = Path(path).parts[:-1]
+        parts = _parts(os.path.dirname(path))
         return parts if depth is None else parts[:depth] + parts[depth + 1 :]
 
     parts = {folders(path) for paths in splits.values() for path in paths}
@@ -329,20 +383,32 @@ class ImageReader:
         value = value if isinstance(value, dict) else {"bytes": value}
         return {"bytes": value.get("bytes"), "path": value.get("path")}
 
+    def takes_labels(self, dataset: Dataset) -> bool:
+        """Whether every row's label is a class, or is missing and may be."""
+        if self.label_column is None:
+            return True
+        if not isinstance(dataset.features[self.label_column], ClassLabel | Value):
+            return False
+        labels = dataset.unique(self.label_column)
+        return all(isinstance(label, int | float | None) and self._takes(label) for label in labels)
+
+    def _takes(self, label) -> bool:
+        if _is_missing(label):
+            return self.num_classes is not None
+        return self.num_classes is None or 0 <= label < self.num_classes
+
     def _label(self, row: dict, place: tuple[int, int]) -> int:
         if self.label_column is None:
             return 0
         label = row[self.label_column]
+        if self._takes(label):
+            return self.num_classes if _is_missing(label) else int(label)
         if _is_missing(label):
-            if self.num_classes is None:
-                raise ValueError(f"{self.name(row, place)} has no label in `label_column`={self.label_column!r}.")
-            return self.num_classes
-        if self.num_classes is not None and not 0 <= label < self.num_classes:
-            raise ValueError(
-                f"{self.name(row, place)} has {label} in `label_column`={self.label_column!r}; the classes are "
-                f"numbered from 0 to {self.num_classes - 1}, and a missing label is empty."
-            )
-        return int(label)
+            raise ValueError(f"{self.name(row, place)} has no label in `label_column`={self.label_column!r}.")
+        raise ValueError(
+            f"{self.name(row, place)} has {label} in `label_column`={self.label_column!r}; the classes are "
+            f"numbered from 0 to {self.num_classes - 1}, and a missing label is empty."
+        )
 
     def _resize_and_crop(self, image: PILImage.Image, place: tuple[int, int]) -> PILImage.Image:
         resolution = self.resolution
@@ -754,24 +820,34 @@ def open_images(
 
     process = PartialState()
     rows = np.array_split(np.arange(len(dataset)), process.num_processes)[process.process_index]
+    checked = _checked_files(dataset, rows, reader)
+    known, findings = checked.find()
+    findings = {(tuple(shape), guess and tuple(guess)): number for number, (shape, guess) in enumerate(findings)}
+    if not reader.takes_labels(dataset):
+        known[:] = -1  # every row is read, so that the error names the one with a wrong label
+    sizes = np.array([math.prod(shape) for shape, _ in findings], dtype=np.int64)
+    num_bytes, max_bytes = int(sizes[known[known >= 0]].sum()), max_cache_gb * 1e9 / process.num_processes
+    keep = not reader.random_crop and num_bytes <= max_bytes
+    to_read = rows if keep else rows[known < 0]
     loader = DataLoader(
         _RowsAtFirst(dataset, reader),
-        batch_sampler=[[(0, int(row)) for row in part] for part in np.split(rows, range(_CHUNK, len(rows), _CHUNK))],
+        batch_sampler=[
+            [(0, int(row)) for row in part] for part in np.split(to_read, range(_CHUNK, len(to_read), _CHUNK))
+        ],
         num_workers=num_workers,
         collate_fn=list,
     )
-    progress = tqdm(total=len(rows), desc="Decoding", unit="image", leave=False, disable=not process.is_main_process)
-    keep, arrays, labels, shapes, errors, num_bytes = not reader.random_crop, [], [], set(), {}, 0
-    guesses = {}
-    for row, (array, label, guess) in zip(rows.tolist(), itertools.chain.from_iterable(loader), strict=True):
+    progress = tqdm(total=len(to_read), desc="Decoding", unit="image", leave=False, disable=not process.is_main_process)
+    arrays, labels, errors, numbers = [], [], {}, known.copy()
+    for row, (array, label, guess) in zip(to_read.tolist(), itertools.chain.from_iterable(loader), strict=True):
         progress.update()
+        place = row - rows[0]
         if isinstance(array, UnreadableImageError):
-            errors[row] = str(array)
+            errors[row], numbers[place] = str(array), -1
             continue
-        shapes.add(array.shape)
-        guesses.setdefault(guess, row)
-        num_bytes += array.nbytes
-        keep = keep and num_bytes * process.num_processes <= max_cache_gb * 1e9
+        numbers[place] = findings.setdefault((array.shape, guess), len(findings))
+        num_bytes += array.nbytes if known[place] < 0 else 0
+        keep = keep and num_bytes <= max_bytes
         if keep:
             arrays.append(array)
             labels.append(label)
@@ -780,8 +856,14 @@ def open_images(
     progress.close()
 
     # What one process has found out all must know, so that all go on, or end, together.
-    found = gather_object([(shapes, errors, keep, guesses)])
-    shapes, errors = set().union(*(f[0] for f in found)), {k: v for f in found for k, v in f[1].items()}
+    row_of = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
+    examples = {finding: row_of[number] for finding, number in findings.items() if number in row_of}
+    new = checked.records(np.where(numbers == known, -1, numbers), list(findings))
+    found = gather_object([(examples, errors, keep, new, len(rows) - len(to_read))])
+    examples, errors = ({key: value for f in found for key, value in f[i].items()} for i in (0, 1))
+    _remember(checked, [f[3] for f in found])
+    if process.is_main_process and (num_known := sum(f[4] for f in found)):
+        tqdm.write(f"{num_known:,} of {len(dataset):,} images have passed the check before and are unchanged.")
     if errors:
         message = "\n".join(list(errors.values())[:20] + ["…"] * (len(errors) > 20))
         if corrupt_images == "error":
@@ -791,9 +873,8 @@ def open_images(
             )
         if process.is_main_process:
             tqdm.write(f"Left out {len(errors)} of {len(dataset)} pictures, which cannot be read:\n{message}")
-    guesses = {guess: row for f in found for guess, row in f[3].items()}
-    _check_guesses({guess: reader.name(dataset[row], (0, row)) for guess, row in guesses.items()})
-    shape = _common_shape(shapes)
+    _check_guesses({guess: reader.name(dataset[row], (0, row)) for (_, guess), row in examples.items()})
+    shape = _common_shape({shape for shape, _ in examples})
     if all(f[2] for f in found):
         images = np.stack([np.broadcast_to(array, shape) for array in arrays]) if arrays else np.empty((0, *shape))
         images = torch.from_numpy(images.astype(np.uint8, copy=False)).to(device)
@@ -801,6 +882,30 @@ def open_images(
         return CachedImages(_gather_rows(images), _gather_rows(labels))
     dataset = dataset.select([row for row in range(len(dataset)) if row not in errors]) if errors else dataset
     return LoadedImages(dataset, replace(reader, channels=shape[0]), shape, num_workers, device)
+
+
+def _checked_files(dataset: Dataset, rows: np.ndarray, reader: ImageReader) -> CheckedFiles:
+    """What is known of the images of these rows from earlier starts, if they are files."""
+    paths = _file_paths(dataset, reader.image_column)
+    absolute = [path for path in paths if path and os.path.isabs(path)]
+    folder = os.path.commonpath([min(absolute), max(absolute)]) if absolute else ""
+    code = b"".join(Path(file).read_bytes() for file in (__file__, inspect.getfile(read_image)))
+    PILImage.init()  # its plug-ins are part of what is known
+    settings = [
+        *(reader.channels, reader.resolution),
+        *(datasets_version, PILImage.__version__, sorted(PILImage.OPEN)),
+        *(PILImage.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        hashlib.sha256(code).hexdigest(),
+    ]
+    return CheckedFiles([paths[row] for row in rows], folder, settings)
+
+
+def _remember(checked: CheckedFiles, records: list[pa.Table]) -> None:
+    if any(map(len, records)) and PartialState().is_local_main_process:
+        try:
+            checked.save(records)
+        except OSError as error:
+            tqdm.write(f"Which images can be read is not kept, and is found out anew at the next start: {error}")
 
 
 def _channels_of_stream(dataset: IterableDataset, reader: ImageReader, corrupt_images: str) -> int:

@@ -91,7 +91,7 @@ def test_files_that_have_passed_are_not_decoded_again(folder, start, capsys):
     second = start(folder)
     assert start.read == []
     assert isinstance(second, LoadedImages)
-    assert "6 of 6 images have passed the check before" in capsys.readouterr().out
+    assert "6 of 6 images passed the check at an earlier start" in capsys.readouterr().out
     assert first.shape == second.shape == (1, 4, 4)
     assert contents(first) == contents(second) == {0: 0, 10: 1, 20: 0, 30: 1, 40: 0, 50: 1}
 

@@ -1,16 +1,21 @@
 """
-Pictures for training: a data set of the Hub, a local folder or the embedded digits, as batches of uint8 tensors.
+Images for training: a data set on the Hub, a local folder or the embedded digits, as batches of uint8 tensors.
 
 Three sources share one interface, `shape`, `sample` and `batches`:
 
-* [`CachedImages`]: decoded once and kept on the device, where they fit;
-* [`LoadedImages`]: decoded anew each time by the workers of a `DataLoader`;
-* [`StreamedImages`]: read in the order in which a streamed data set delivers them, never all at hand.
+* [`CachedImages`]: decoded once and kept on the device, if they fit;
+* [`LoadedImages`]: decoded each time by the workers of a `DataLoader`;
+* [`StreamedImages`]: read in the order in which a streamed data set delivers them, never all in memory.
 
-The order of the first two is a function of the seed and the step alone, the same for any number of processes: nothing
-has to be saved for a run to go on exactly where it stopped. A stream's position is saved with the checkpoint.
+The order of the first two depends only on the seed and the step and is the same for any number of processes, so
+nothing has to be saved for a run to resume exactly where it stopped. A stream's position is saved with the checkpoint.
+
+All of this is one file because each part assumes what the one before it settled: the loader which files are images, the
+columns how rows hold them, the reader what becomes of them, and the sources that every image can be read.
 """
 
+import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -18,11 +23,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from glob import escape
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
@@ -38,12 +46,16 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets import __version__ as datasets_version
+from datasets.data_files import DataFilesList
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
+from PIL import ImageFile
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .checked_files import CheckedFiles
 from .images import find_white, read_image
 
 EMBEDDED_DIGITS = Path(__file__).parent / "assets" / "mnist_train_10k.parquet"
@@ -81,7 +93,7 @@ def load_training_data(
     Args:
         dataset_name (`str`, *optional*): the name of a data set on the Hub, or a folder that `load_dataset` reads.
         dataset_config_name (`str`, *optional*): the configuration of that data set.
-        train_data_dir (`str`, *optional*): a folder of pictures, of parquet files or of WebDataset archives.
+        train_data_dir (`str`, *optional*): a folder of images, of parquet files or of WebDataset archives.
         split (`str`, defaults to `"train"`): the split, or a slice of one in the manner of `datasets`: `"train[:90%]"`.
         streaming (`bool`, defaults to `False`): read the data set as it is used, without a copy on the disk.
 
@@ -122,9 +134,9 @@ def _load_folder(folder: str, config_name: str | None, split: str, streaming: bo
 
     paths = _list_files(folder)
     metadata = [path for path in paths if os.path.basename(path) in _METADATA]
-    tables = [path for path in paths if Path(path).suffix.lower() in _TABLES and path not in metadata]
+    tables = [path for path in paths if _suffix(path) in _TABLES and path not in metadata]
     suffixes = _readable_suffixes()
-    used = tables or [path for path in paths if Path(path).suffix.lower() in suffixes]
+    used = tables or [path for path in paths if _suffix(path) in suffixes]
     if not used:
         return load_dataset(folder, split=split, streaming=streaming)
     splits, depth = _find_splits(folder, used, names_count=bool(tables))
@@ -137,15 +149,11 @@ def _load_folder(folder: str, config_name: str | None, split: str, streaming: bo
         files = {name: [escape(os.path.join(folder, path)) for path in paths] for name, paths in splits.items()}
         return load_dataset(folder, data_files=files, split=split, streaming=streaming)
     if metadata:
-        files = {
-            name: sorted({escape(os.path.dirname(os.path.join(folder, path))) + "/*" for path in paths})
-            + [escape(os.path.join(folder, p)) for p in metadata if name in _splits_below(os.path.dirname(p), splits)]
-            for name, paths in splits.items()
-        }
-        dataset = load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
-        if split in splits and not streaming and len(dataset) < len(splits[split]):
-            _say(f"{len(splits[split]) - len(dataset)} images of {folder!r} are left out: {metadata} do not name them.")
-        return dataset
+        datasets = _folder_with_metadata(folder, splits, metadata)
+        if split in splits and len(datasets[split]) < len(splits[split]):
+            missing = len(splits[split]) - len(datasets[split])
+            _say(f"{missing} images of {folder!r} are left out: {metadata} do not name them.")
+        return _select_split(folder, datasets, split, streaming)
     return _select_split(folder, _image_folder(folder, splits, depth), split, streaming)
 
 
@@ -161,8 +169,18 @@ def _list_files(folder: str) -> list[str]:
             and name not in ("__MACOSX", "__pycache__")
             and not here.startswith(os.path.realpath(os.path.join(root, name)) + os.sep)  # a link to what holds it
         ]
-        paths += [os.path.relpath(os.path.join(root, name), folder) for name in names if not name.startswith(".")]
+        start = os.path.join(os.path.relpath(root, folder), "") if root != folder else ""
+        paths += [start + name for name in names if not name.startswith(".")]
     return sorted(paths)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+@lru_cache(maxsize=1 << 16)  # few folders hold millions of images
+def _parts(folder: str) -> tuple[str, ...]:
+    return Path(folder).parts
 
 
 def _readable_suffixes() -> set[str]:
@@ -178,7 +196,7 @@ def _say(message: str) -> None:
 def _say_left_out(folder: str, paths: list[str]) -> None:
     if not paths:
         return
-    counts = Counter(Path(path).suffix.lower() or "without a suffix" for path in paths)
+    counts = Counter(_suffix(path) or "without a suffix" for path in paths)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
     examples = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
     _say(f"Left out {len(paths)} file(s) of {folder!r}, which are not read: {kinds} ({examples}).")
@@ -192,7 +210,9 @@ def _find_splits(folder: str, paths: list[str], names_count: bool) -> tuple[dict
     would take `train.png` for a split, or a class of trains. Where some paths remain outside, all are of the split
     "train", unless two splits are named: then mixing them might train on test images.
     """
-    parts = [Path(path).parts[:-1] + ((Path(path).stem,) if names_count else ()) for path in paths]
+    parts = [_parts(os.path.dirname(path)) for path in paths]
+    if names_count:
+        parts = [(*part, Path(path).stem) for part, path in zip(parts, paths, strict=True)]
     seen, best, best_depth = {}, [], None
     for depth in range(max(map(len, parts))):
         names = [_split_of(part[depth]) if depth < len(part) else None for part in parts]
@@ -215,6 +235,7 @@ def _find_splits(folder: str, paths: list[str], names_count: bool) -> tuple[dict
     return {"train": paths}, None
 
 
+@lru_cache(maxsize=1 << 16)
 def _split_of(part: str) -> str | None:
     return next((name for name, pattern in _SPLIT_PATTERNS.items() if pattern.search(part)), None)
 
@@ -222,6 +243,43 @@ def _split_of(part: str) -> str | None:
 def _splits_below(folder: str, splits: dict[str, list[str]]) -> list[str]:
     start = os.path.join(folder, "")
     return [name for name, paths in splits.items() if any(path.startswith(start) for path in paths)]
+
+
+def _folder_with_metadata(folder: str, splits: dict[str, list[str]], metadata: list[str]) -> dict[str, Dataset]:
+    """
+    Data sets by split, as `datasets` makes them of the images that metadata files name.
+
+    `datasets` caches what it makes. Left to itself it looks up every image at each start to see whether its cache is
+    still valid, which takes most of the time. What it caches are the images' paths and their metadata, so it is given
+    the list of paths and the metadata files' sizes and times instead.
+    """
+    files = {}
+    for name, paths in splits.items():
+        named = [os.path.join(folder, p) for p in metadata if name in _splits_below(os.path.dirname(p), splits)]
+        states = [os.stat(path) for path in named]
+        stamps = [(f"{state.st_size} {state.st_mtime_ns}", str(state.st_ctime_ns)) for state in states]
+        files[name] = DataFilesList([os.path.join(folder, path) for path in paths] + named, stamps)
+    datasets = load_dataset("imagefolder", data_files=files)
+    if len(metadata) > 1:  # `datasets` reads them in the order of a set, which differs between processes
+        for name, dataset in datasets.items():
+            image_column = next((column for column, kind in dataset.features.items() if isinstance(kind, Image)), None)
+            if image_column is not None:
+                paths = [path or "" for path in _file_paths(dataset, image_column)]
+                datasets[name] = dataset.select(sorted(range(len(paths)), key=paths.__getitem__))
+    return datasets
+
+
+def _file_paths(dataset: Dataset, image_column: str) -> list[str | None]:
+    """Each image's file, or `None` if the data set itself holds its bytes."""
+    if not isinstance(dataset.features[image_column], Image):
+        return [None] * len(dataset)
+    dataset, paths = dataset.select_columns([image_column]).with_format("arrow"), []
+    for start in range(0, len(dataset), 10_000):
+        files = dataset[start : start + 10_000][image_column].combine_chunks()
+        paths += pc.if_else(files.field("bytes").is_null(), files.field("path"), None).to_pylist()
+        if start == 0 and not any(paths):  # no need to read a large table of images
+            return [None] * len(dataset)
+    return paths
 
 
 def _image_folder(folder: str, splits: dict[str, list[str]], depth: int | None) -> dict[str, Dataset]:
@@ -232,7 +290,7 @@ def _image_folder(folder: str, splits: dict[str, list[str]], depth: int | None) 
     """
 
     def folders(path):
-        parts = Path(path).parts[:-1]
+        parts = _parts(os.path.dirname(path))
         return parts if depth is None else parts[:depth] + parts[depth + 1 :]
 
     parts = {folders(path) for paths in splits.values() for path in paths}
@@ -263,7 +321,7 @@ def _select_split(folder: str, splits: dict[str, Dataset], split: str, streaming
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be decoded, or not with certainty; the message names it and says why."""
+    """An image that cannot be decoded, or not with certainty; the message names it and says why."""
 
 
 @dataclass(frozen=True)
@@ -275,11 +333,11 @@ class ImageReader:
     label.
 
     Args:
-        image_column (`str`): the column of pictures.
+        image_column (`str`): the column of images.
         label_column (`str`, *optional*): the column of labels.
         resolution (`int`, *optional*):
-            Side of the square that each picture is resized (its shorter side) and cropped to; its own size otherwise.
-        channels (`int`, *optional*): 1, 3 or 4; each picture's own, 1 or 3, when not given.
+            Side of the square that each image is resized (its shorter side) and cropped to; its own size otherwise.
+        channels (`int`, *optional*): 1, 3 or 4; each image's own, 1 or 3, when not given.
         random_crop (`bool`, defaults to `False`): crop at a random place instead of the centre.
         seed (`int`, defaults to 0): of the random places.
         num_classes (`int`, *optional*): the number of classes; without it each row must have a label.
@@ -329,20 +387,32 @@ class ImageReader:
         value = value if isinstance(value, dict) else {"bytes": value}
         return {"bytes": value.get("bytes"), "path": value.get("path")}
 
+    def takes_labels(self, dataset: Dataset) -> bool:
+        """Whether every row's label is a class, or is missing and may be."""
+        if self.label_column is None:
+            return True
+        if not isinstance(dataset.features[self.label_column], ClassLabel | Value):
+            return False
+        labels = dataset.unique(self.label_column)
+        return all(isinstance(label, int | float | None) and self._takes(label) for label in labels)
+
+    def _takes(self, label) -> bool:
+        if _is_missing(label):
+            return self.num_classes is not None
+        return self.num_classes is None or 0 <= label < self.num_classes
+
     def _label(self, row: dict, place: tuple[int, int]) -> int:
         if self.label_column is None:
             return 0
         label = row[self.label_column]
+        if self._takes(label):
+            return self.num_classes if _is_missing(label) else int(label)
         if _is_missing(label):
-            if self.num_classes is None:
-                raise ValueError(f"{self.name(row, place)} has no label in `label_column`={self.label_column!r}.")
-            return self.num_classes
-        if self.num_classes is not None and not 0 <= label < self.num_classes:
-            raise ValueError(
-                f"{self.name(row, place)} has {label} in `label_column`={self.label_column!r}; the classes are "
-                f"numbered from 0 to {self.num_classes - 1}, and a missing label is empty."
-            )
-        return int(label)
+            raise ValueError(f"{self.name(row, place)} has no label in `label_column`={self.label_column!r}.")
+        raise ValueError(
+            f"{self.name(row, place)} has {label} in `label_column`={self.label_column!r}; the classes are "
+            f"numbered from 0 to {self.num_classes - 1}, and a missing label is empty."
+        )
 
     def _resize_and_crop(self, image: PILImage.Image, place: tuple[int, int]) -> PILImage.Image:
         resolution = self.resolution
@@ -360,11 +430,11 @@ def find_columns(
     dataset: Dataset | IterableDataset, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[Dataset | IterableDataset, str, str | None]:
     """
-    The columns of pictures and labels, and the data set with these alone, its pictures not decoded.
+    The columns of images and labels, and the data set with these alone, its images not decoded.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): with its features known.
-        image_column (`str`, *optional*): the first column of pictures when not given.
+        image_column (`str`, *optional*): the first column of images when not given.
         label_column (`str`, *optional*):
             The first column of class labels when not given, or else the one named `label` or `cls`.
 
@@ -464,18 +534,18 @@ def _is_missing(label) -> bool:
 
 def decode_images(dataset: Dataset, resolution: int | None = None, channels: int | None = None) -> torch.Tensor:
     """
-    Every picture of a data set, decoded once: [`open_images`] where nothing but the pictures is of interest.
+    Every image of a data set, decoded once: [`open_images`] where nothing but the images is of interest.
 
     Args:
-        dataset (`datasets.Dataset`): with a column of pictures.
+        dataset (`datasets.Dataset`): with a column of images.
         resolution (`int`, *optional*): see [`ImageReader`].
-        channels (`int`, *optional*): 1, 3 or 4; 1 if all pictures are gray and 3 otherwise when not given.
+        channels (`int`, *optional*): 1, 3 or 4; 1 if all images are gray and 3 otherwise when not given.
 
     Returns:
         `torch.Tensor` of shape `(num_images, channels, height, width)`, uint8.
 
     Raises:
-        ValueError: there are no pictures, or one is corrupt, or they have several sizes and no `resolution` is given.
+        ValueError: there are no images, or one is corrupt, or they have several sizes and no `resolution` is given.
     """
     dataset, image_column, _ = find_columns(dataset)
     reader = ImageReader(image_column, resolution=resolution, channels=channels)
@@ -485,11 +555,11 @@ def decode_images(dataset: Dataset, resolution: int | None = None, channels: int
 @dataclass(frozen=True)
 class BatchOrder:
     """
-    Which pictures make up a process's batches: each epoch has an order of its own, in which the processes take turns.
+    Which images make up a process's batches: each epoch has an order of its own, in which the processes take turns.
 
     Args:
         num_images (`int`): at least `batch_size * num_processes`; what remains of an epoch is left out.
-        batch_size (`int`): pictures a batch.
+        batch_size (`int`): images a batch.
         seed (`int`): of the orders.
     """
 
@@ -498,7 +568,7 @@ class BatchOrder:
     seed: int
 
     def order(self, epoch: int) -> torch.Tensor:
-        """The epoch's permutation of the pictures, of shape `(num_images,)`, int64."""
+        """The epoch's permutation of the images, of shape `(num_images,)`, int64."""
         entropy = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
         return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(int(entropy[0])))
 
@@ -514,7 +584,7 @@ class BatchOrder:
 
 class CachedImages:
     """
-    Pictures decoded once and kept on the device.
+    Images decoded once and kept on the device.
 
     Args:
         images (`torch.Tensor` of shape `(num_images, channels, height, width)`): uint8, on the device.
@@ -529,7 +599,7 @@ class CachedImages:
         return len(self.images)
 
     def sample(self, num_images: int) -> torch.Tensor:
-        """At most `num_images` pictures, spread over the data set: uint8 of shape `(n, channels, height, width)`."""
+        """At most `num_images` images, spread over the data set: uint8 of shape `(n, channels, height, width)`."""
         return self.images[_spread(len(self), num_images)]
 
     def batches(self, batch_size: int, seed: int, first_batch: int = 0):
@@ -543,10 +613,10 @@ class CachedImages:
 
 class LoadedImages:
     """
-    Pictures that are decoded each time they are used, by the workers of a `DataLoader`.
+    Images that are decoded each time they are used, by the workers of a `DataLoader`.
 
     Args:
-        dataset (`datasets.Dataset`): its pictures not decoded, none of them corrupt.
+        dataset (`datasets.Dataset`): its images not decoded, none of them corrupt.
         reader ([`ImageReader`]): which makes them all of one shape.
         shape (`tuple` of three ints): that shape.
         num_workers (`int`): processes that decode.
@@ -590,13 +660,13 @@ def _places(orders: BatchOrder, first_batch: int) -> Iterator[list[tuple[int, in
 
 class StreamedImages:
     """
-    Pictures read as a streamed data set delivers them, shuffled among the 10,000 that lie ahead.
+    Images read as a streamed data set delivers them, shuffled among the 10,000 that lie ahead.
 
     Where the data set has a multiple of `num_processes` files, each process reads its own; otherwise each reads all and
     keeps its share.
 
     Args:
-        dataset (`datasets.IterableDataset`): its pictures not decoded.
+        dataset (`datasets.IterableDataset`): its images not decoded.
         reader ([`ImageReader`]): with a resolution and a number of channels.
         num_workers (`int`): threads that decode, beside the training; with 0 it decodes itself.
         device (`torch.device`): where the batches go.
@@ -614,7 +684,7 @@ class StreamedImages:
         self.shape = tuple(self.sample(1).shape[1:])
 
     def sample(self, num_images: int) -> torch.Tensor:
-        """The first `num_images` pictures: uint8 of shape `(n, channels, height, width)`."""
+        """The first `num_images` images: uint8 of shape `(n, channels, height, width)`."""
         arrays = []
         for i, row in enumerate(tqdm(self.dataset, desc="Reading", unit="image", total=num_images, leave=False)):
             try:
@@ -625,7 +695,7 @@ class StreamedImages:
             if len(arrays) == num_images:
                 break
         if not arrays:
-            raise ValueError("The data set has no readable picture.")
+            raise ValueError("The data set has no readable image.")
         return torch.from_numpy(np.stack(arrays))
 
     def batches(self, batch_size: int, seed: int, first_batch: int = 0):
@@ -667,7 +737,7 @@ class _StreamedRows(torch.utils.data.IterableDataset):
                             _check_guesses(guesses)
                             yield item[:2], (epoch, row)
                 if not readable:
-                    raise ValueError("The data set has no readable picture for this process.")
+                    raise ValueError("The data set has no readable image for this process.")
                 epoch, row = epoch + 1, 0
 
     def _read(self, row, place):
@@ -676,12 +746,12 @@ class _StreamedRows(torch.utils.data.IterableDataset):
         except UnreadableImageError as error:
             if self.corrupt_images == "error":
                 raise
-            tqdm.write(f"Left out a picture that cannot be read: {error}")
+            tqdm.write(f"Left out an image that cannot be read: {error}")
             return None
 
 
 class _Rows(torch.utils.data.Dataset):
-    """The pictures of a data set by (epoch, row)."""
+    """The images of a data set by (epoch, row)."""
 
     def __init__(self, dataset: Dataset, reader: ImageReader):
         self.dataset, self.reader = dataset, reader
@@ -691,7 +761,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 class _RowsAtFirst(_Rows):
-    """The same with what [`ImageReader.read`] finds, and an error in place of a picture that cannot be read."""
+    """The same with what [`ImageReader.read`] finds, and an error in place of an image that cannot be read."""
 
     def __getitem__(self, place: tuple[int, int]):
         try:
@@ -718,8 +788,8 @@ def _collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.T
 
 
 def _collate_stream(items):
-    pictures, positions = zip(*items, strict=True)
-    return *_collate(pictures), positions[-1]
+    images, positions = zip(*items, strict=True)
+    return *_collate(images), positions[-1]
 
 
 def open_images(
@@ -731,47 +801,60 @@ def open_images(
     num_workers: int = 0,
 ) -> CachedImages | LoadedImages | StreamedImages:
     """
-    Make a data set ready for training: every picture of one that is not streamed is decoded once, so that a corrupt one
-    is found before the training begins. The processes share the work; each gets all pictures.
+    Make a data set ready for training.
+
+    Unless it is streamed, every image is decoded once, so that a corrupt one is found before training starts. Image
+    files that passed at an earlier start, under the same settings, and have not changed since are not decoded again,
+    unless all images fit in the cache and their pixels are needed. The processes share the work; each gets all images.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): its pictures not decoded: see [`find_columns`].
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): its images not decoded: see [`find_columns`].
         reader ([`ImageReader`]): for its rows.
         device (`torch.device`): where the batches go.
-        corrupt_images (`str`, defaults to `"error"`): or `"skip"`, to report pictures that cannot be read and go on.
+        corrupt_images (`str`, defaults to `"error"`): or `"skip"`, to report images that cannot be read and go on.
         max_cache_gb (`float`, defaults to 4.0): the largest cache, in units of 10⁹ bytes; see [`CachedImages`].
         num_workers (`int`, defaults to 0): processes that decode.
 
     Raises:
-        ValueError: pictures are corrupt, or there are none, or several sizes and no `resolution`.
+        ValueError: images are corrupt, or there are none, or several sizes and no `resolution`.
     """
     if isinstance(dataset, IterableDataset):
         if reader.resolution is None:
-            raise ValueError("`streaming` needs `resolution`: the sizes of the pictures are not known beforehand.")
+            raise ValueError("`streaming` needs `resolution`: the sizes of the images are not known beforehand.")
         if reader.channels is None:
             reader = replace(reader, channels=_channels_of_stream(dataset, reader, corrupt_images))
         return StreamedImages(dataset, reader, num_workers, device, reader.seed, corrupt_images)
 
     process = PartialState()
     rows = np.array_split(np.arange(len(dataset)), process.num_processes)[process.process_index]
+    checked = _checked_files(dataset, rows, reader)
+    known, findings = checked.find()
+    findings = {(tuple(shape), guess and tuple(guess)): number for number, (shape, guess) in enumerate(findings)}
+    if not reader.takes_labels(dataset):
+        known[:] = -1  # read every row, so that the error names the one whose label is wrong
+    sizes = np.array([math.prod(shape) for shape, _ in findings], dtype=np.int64)
+    num_bytes, max_bytes = int(sizes[known[known >= 0]].sum()), max_cache_gb * 1e9 / process.num_processes
+    keep = not reader.random_crop and num_bytes <= max_bytes
+    to_read = rows if keep else rows[known < 0]
     loader = DataLoader(
         _RowsAtFirst(dataset, reader),
-        batch_sampler=[[(0, int(row)) for row in part] for part in np.split(rows, range(_CHUNK, len(rows), _CHUNK))],
+        batch_sampler=[
+            [(0, int(row)) for row in part] for part in np.split(to_read, range(_CHUNK, len(to_read), _CHUNK))
+        ],
         num_workers=num_workers,
         collate_fn=list,
     )
-    progress = tqdm(total=len(rows), desc="Decoding", unit="image", leave=False, disable=not process.is_main_process)
-    keep, arrays, labels, shapes, errors, num_bytes = not reader.random_crop, [], [], set(), {}, 0
-    guesses = {}
-    for row, (array, label, guess) in zip(rows.tolist(), itertools.chain.from_iterable(loader), strict=True):
+    progress = tqdm(total=len(to_read), desc="Decoding", unit="image", leave=False, disable=not process.is_main_process)
+    arrays, labels, errors, numbers = [], [], {}, known.copy()
+    for row, (array, label, guess) in zip(to_read.tolist(), itertools.chain.from_iterable(loader), strict=True):
         progress.update()
+        place = row - rows[0]
         if isinstance(array, UnreadableImageError):
-            errors[row] = str(array)
+            errors[row], numbers[place] = str(array), -1
             continue
-        shapes.add(array.shape)
-        guesses.setdefault(guess, row)
-        num_bytes += array.nbytes
-        keep = keep and num_bytes * process.num_processes <= max_cache_gb * 1e9
+        numbers[place] = findings.setdefault((array.shape, guess), len(findings))
+        num_bytes += array.nbytes if known[place] < 0 else 0
+        keep = keep and num_bytes <= max_bytes
         if keep:
             arrays.append(array)
             labels.append(label)
@@ -779,21 +862,26 @@ def open_images(
             arrays.clear()
     progress.close()
 
-    # What one process has found out all must know, so that all go on, or end, together.
-    found = gather_object([(shapes, errors, keep, guesses)])
-    shapes, errors = set().union(*(f[0] for f in found)), {k: v for f in found for k, v in f[1].items()}
+    # Every process must know what the others found, so that all continue or stop together.
+    row_of = dict(zip(numbers.tolist(), rows.tolist(), strict=True))
+    examples = {finding: row_of[number] for finding, number in findings.items() if number in row_of}
+    new = checked.records(np.where(numbers == known, -1, numbers), list(findings))
+    found = gather_object([(examples, errors, keep, new, len(rows) - len(to_read))])
+    examples, errors = ({key: value for f in found for key, value in f[i].items()} for i in (0, 1))
+    _remember(checked, [f[3] for f in found])
+    if process.is_main_process and (num_known := sum(f[4] for f in found)):
+        tqdm.write(f"{num_known:,} of {len(dataset):,} images passed the check at an earlier start and are unchanged.")
     if errors:
         message = "\n".join(list(errors.values())[:20] + ["…"] * (len(errors) > 20))
         if corrupt_images == "error":
             raise ValueError(
-                f"{len(errors)} of {len(dataset)} pictures cannot be read. Mend or remove them, or leave them out with "
+                f"{len(errors)} of {len(dataset)} images cannot be read. Repair or remove them, or leave them out with "
                 f"`corrupt_images`='skip':\n{message}"
             )
         if process.is_main_process:
-            tqdm.write(f"Left out {len(errors)} of {len(dataset)} pictures, which cannot be read:\n{message}")
-    guesses = {guess: row for f in found for guess, row in f[3].items()}
-    _check_guesses({guess: reader.name(dataset[row], (0, row)) for guess, row in guesses.items()})
-    shape = _common_shape(shapes)
+            tqdm.write(f"Left out {len(errors)} of {len(dataset)} images, which cannot be read:\n{message}")
+    _check_guesses({guess: reader.name(dataset[row], (0, row)) for (_, guess), row in examples.items()})
+    shape = _common_shape({shape for shape, _ in examples})
     if all(f[2] for f in found):
         images = np.stack([np.broadcast_to(array, shape) for array in arrays]) if arrays else np.empty((0, *shape))
         images = torch.from_numpy(images.astype(np.uint8, copy=False)).to(device)
@@ -801,6 +889,32 @@ def open_images(
         return CachedImages(_gather_rows(images), _gather_rows(labels))
     dataset = dataset.select([row for row in range(len(dataset)) if row not in errors]) if errors else dataset
     return LoadedImages(dataset, replace(reader, channels=shape[0]), shape, num_workers, device)
+
+
+def _checked_files(dataset: Dataset, rows: np.ndarray, reader: ImageReader) -> CheckedFiles:
+    """What earlier starts found in the files of these rows."""
+    paths = _file_paths(dataset, reader.image_column)
+    absolute = [path for path in paths if path and os.path.isabs(path)]
+    folder = os.path.commonpath([min(absolute), max(absolute)]) if absolute else ""
+    code = b"".join(Path(file).read_bytes() for file in (__file__, inspect.getfile(read_image)))
+    PILImage.init()  # registers the formats that Pillow reads
+    settings = [
+        *(reader.channels, reader.resolution),
+        *(datasets_version, PILImage.__version__, sorted(PILImage.OPEN)),
+        *(PILImage.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+        hashlib.sha256(code).hexdigest(),
+    ]
+    return CheckedFiles([paths[row] for row in rows], folder, settings)
+
+
+def _remember(checked: CheckedFiles, records: list[pa.Table]) -> None:
+    if any(map(len, records)) and PartialState().is_local_main_process:
+        try:
+            checked.save(records)
+        except OSError as error:
+            tqdm.write(
+                f"All images will be checked again at the next start, because the cache cannot be written: {error}"
+            )
 
 
 def _channels_of_stream(dataset: IterableDataset, reader: ImageReader, corrupt_images: str) -> int:
@@ -818,7 +932,7 @@ def _channels_of_stream(dataset: IterableDataset, reader: ImageReader, corrupt_i
                 "beforehand."
             )
         return channels
-    raise ValueError("The data set has no readable picture.")
+    raise ValueError("The data set has no readable image.")
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -832,13 +946,13 @@ def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _common_shape(shapes: set[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """Channels, height and width of pictures that may be gray or coloured, but must be of one size."""
+    """Channels, height and width of images that may be gray or coloured, but must be of one size."""
     if not shapes:
-        raise ValueError("The data set has no picture.")
+        raise ValueError("The data set has no image.")
     sizes = {shape[1:] for shape in shapes}
     if len(sizes) > 1:
         raise ValueError(
-            f"`resolution` must be given: the pictures have {len(sizes)} sizes (height, width), among them "
+            f"`resolution` must be given: the images have {len(sizes)} sizes (height, width), among them "
             f"{sorted(sizes)[:3]}."
         )
     return max(shapes)

@@ -8,6 +8,7 @@ COMMANDS = {
     "sample": "draw images",
     "evaluate": "compare drawn images with real ones",
     "push": "publish a pipeline on the Hub",
+    "convert": "turn a checkpoint of others into a pipeline",
 }
 
 

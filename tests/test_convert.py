@@ -1,0 +1,329 @@
+"""Checkpoints of others become pipelines that return what the originals' code returned (tests/convert_reference.py)."""
+
+import collections
+import json
+import math
+import subprocess
+import sys
+
+import convert_reference as reference
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+
+from ncsn_diffusers import NCSNPipeline
+from ncsn_diffusers.convert import convert
+from ncsn_diffusers.networks_ncsn import LevelUNet2DModel, RefineNet2DModel
+
+LADDER = reference.geometric(50, 0.01, 9)
+NCSNV2 = reference.geometric(50, 0.01, 232)
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+
+
+@pytest.fixture
+def said(caplog):
+    diffusers_logging.enable_propagation()
+    yield caplog
+    diffusers_logging.disable_propagation()
+
+
+def weights(name, ladder=None, seed=0):
+    """The weights of a reference as the originals store them, in DataParallel."""
+    state = reference.make_state(reference.read(name)[0], seed, ladder)
+    return collections.OrderedDict((f"module.{key}", tensor) for key, tensor in state.items())
+
+
+def converted(tmp_path, parts, **given):
+    torch.save(parts, tmp_path / "checkpoint.pth")
+    return convert(tmp_path / "checkpoint.pth", **given)
+
+
+def assert_same(output, expected, tolerance):
+    """Within `tolerance` of the largest value, for each image."""
+    error = (output - expected).abs().amax((1, 2, 3)) / expected.abs().amax((1, 2, 3))
+    assert error.max() < tolerance
+
+
+# The networks give what the originals give
+
+
+@torch.no_grad()
+def test_ncsn(tmp_path, said):
+    _, x, sigmas, expected = reference.read("ncsn")
+    torch.save([weights("ncsn"), OPTIMIZER], tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # as in 2019
+    pipe = convert(tmp_path / "old.pth")
+    assert_same(pipe.unet(x, sigmas).sample, expected, 1e-5)
+    assert pipe.config.data_min == 0
+    assert (pipe.unet.config.sample_size, pipe.unet.config.in_channels) == (28, 1)
+    assert "the optimizer's state (1 tensors)" in said.text
+    assert "10 are taken, from 1 to 0.01" in said.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ncsnv2", "ncsnv2deeper", "ncsnv2deepest"])
+def test_ncsnv2(tmp_path, said, name):
+    _, x, sigmas, expected = reference.read(name)
+    average = {key.removeprefix("module."): tensor for key, tensor in weights(name, LADDER).items()}
+    del average["sigmas"]  # a buffer
+    parts = [weights(name, LADDER, seed=7), OPTIMIZER, 12, 3000, average]
+    pipe = converted(tmp_path, parts, sample_size=16)
+    assert_same(pipe.unet(x, sigmas).sample, expected, 1e-5)
+    assert "the weights' moving average" in said.text
+    assert f"the weights themselves ({len(average)} tensors)" in said.text
+    assert pipe.scheduler.config.sigma_max == 50
+    assert pipe.scheduler.config.num_train_timesteps == 9
+    without = converted(tmp_path, [*parts[:1], *parts[1:4]], sample_size=16)
+    assert not torch.equal(without.unet.conv_in.weight, pipe.unet.conv_in.weight)
+
+
+@torch.no_grad()
+def test_adversarial(tmp_path):
+    _, x, sigmas, expected = reference.read("adversarial")
+    parts = [weights("adversarial"), OPTIMIZER, 12, 3000, None]
+    pipe = converted(tmp_path, parts, sample_size=16, sigma_max=50, num_train_timesteps=9)
+    assert_same(pipe.unet(x, sigmas).sample * sigmas.reshape(-1, 1, 1, 1), expected, 1e-5)  # it returns sigma · score
+
+
+@torch.no_grad()
+def test_ncsnpp(tmp_path, said):
+    _, x, sigmas, expected = reference.read("ncsnpp")
+    ladder = reference.geometric(348, 0.01, 20)
+    average = [t for k, t in weights("ncsnpp", ladder).items() if k not in ("module.sigmas", "module.all_modules.0.W")]
+    model = {
+        **weights("ncsnpp", ladder, seed=7),
+        "module.all_modules.0.W": weights("ncsnpp", ladder)["module.all_modules.0.W"],
+    }
+    model["module.sigmas"] = torch.tensor(ladder, dtype=torch.float64)
+    ema = {"decay": 0.999, "num_updates": 3, "shadow_params": average}
+    pipe = converted(tmp_path, {"optimizer": OPTIMIZER, "model": model, "ema": ema, "step": 3})
+    assert isinstance(pipe.unet, UNet2DModel)
+    assert_same(pipe.unet(x, sigmas).sample, expected, 1e-6)
+    config = pipe.scheduler.config
+    assert (config.sigma_min, config.sigma_max, config.num_train_timesteps) == (0.01, 348, 20)
+    assert pipe.unet.config.sample_size == 32
+    assert "`optimizer` (1 tensors)" in said.text
+    assert f"the weights themselves ({len(average)} tensors)" in said.text
+
+
+@torch.no_grad()
+def test_diffusers_ncsn(tmp_path):
+    torch.manual_seed(0)
+    sigmas = reference.geometric(10, 0.005, 10)
+    levels = {"sigma_min": 0.005, "sigma_max": 10, "num_train_timesteps": 10}
+    blocks = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+    }
+    unet = UNet2DModel(sample_size=16, in_channels=1, out_channels=1, norm_num_groups=4, **blocks)
+    unet.register_buffer("sigmas", torch.tensor(sigmas))
+    unet.save_pretrained(tmp_path / "unet")
+    write(tmp_path / "unet" / "config.json", {**dict(unet.config), **levels, "_class_name": "UNet2DModelForNCSN"})
+    index = {
+        "_class_name": ["pipeline_ncsn", "NCSNPipeline"],
+        "unet": ["unet_2d_ncsn", "UNet2DModelForNCSN"],
+        "scheduler": ["scheduling_ncsn", "AnnealedLangevinDynamicsScheduler"],
+    }
+    write(tmp_path / "model_index.json", index)
+    sampler = {**levels, "num_annealed_steps": 100, "sampling_eps": 1e-5}
+    write(tmp_path / "scheduler" / "scheduler_config.json", sampler)
+    pipe = convert(tmp_path)
+    assert isinstance(pipe.unet, LevelUNet2DModel)
+    x = torch.rand(10, 1, 16, 16)
+    torch.testing.assert_close(pipe.unet(x, torch.tensor(sigmas)).sample, unet(x, torch.arange(10)).sample)
+    # x + ε/2 (sigma/sigma_L)² score, with ε = 1e-5
+    config = pipe.scheduler.config
+    assert (config.step_size, config.num_langevin_steps, config.denoise_final) == (0.2, 100, False)
+    assert pipe.config.data_min == 0
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"unet/diffusion_pytorch_model.safetensors is missing"):
+        convert(tmp_path)
+
+
+def write(path, config):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(config))
+
+
+# The samplers
+
+
+def parameters(pipe):
+    """What (1) of the scheduler's docstring is at the first and the last step: sigma, kappa and c."""
+    pipe.scheduler.set_timesteps(len(pipe.scheduler))
+    rows = pipe.scheduler._table
+    return len(rows), [(row.sigma, row.kappa, row.c) for row in (rows[0], rows[-1])]
+
+
+def test_ncsns_sampler(tmp_path):
+    pipe = converted(tmp_path, [weights("ncsn"), OPTIMIZER])
+    number, (first, last) = parameters(pipe)
+    # step_lr (sigma/sigma_L)² = 2e-5 · 1e4 at sigma = 1, and no denoising
+    assert number == 10 * 100
+    assert first == pytest.approx((1.0, 1 - 0.2, math.sqrt(2 * 0.2)))
+    assert last == pytest.approx((0.01, 1 - 0.2, math.sqrt(2 * 2e-5)))
+
+
+def test_ncsnv2s_sampler(tmp_path, said):
+    average = {key.removeprefix("module."): t for key, t in weights("ncsnv2", LADDER).items()}
+    del average["sigmas"]
+    model = {**weights("ncsnv2", LADDER), "module.sigmas": torch.tensor(NCSNV2)}
+    pipe = converted(tmp_path, [model, OPTIMIZER, 1, 2, average])
+    number, (first, last) = parameters(pipe)
+    assert number == 232 * 5 + 1
+    assert first == pytest.approx((50.0, 1 - 0.062, 50 * math.sqrt(2 * 0.062)))
+    assert last == (pytest.approx(0.01), 0.0, 0.0)
+    assert pipe.unet.config.sample_size == 32
+    assert "NCSNv2, CIFAR-10" in said.text
+    assert "step_lr=6.2e-06" in said.text
+    given = converted(
+        tmp_path, [model, OPTIMIZER], sample_size=64, step_lr=3.1e-6, num_langevin_steps=2, denoise_final=False
+    )
+    assert given.unet.config.sample_size == 64
+    number, (first, last) = parameters(given)
+    assert number == 232 * 2
+    assert last == pytest.approx((0.01, 1 - 0.031, 0.01 * math.sqrt(2 * 0.031)))
+
+
+def test_adversarials_sampler(tmp_path):
+    pipe = converted(tmp_path, [weights("adversarial"), OPTIMIZER], sigma_max=50, num_train_timesteps=232)
+    assert pipe.scheduler.config.noise_rule == "consistent"
+    number, (first, last) = parameters(pipe)
+    assert number == 232
+    ratio = (50 / 0.01) ** (-1 / 231)
+    beta = math.sqrt(1 - ((1 - 0.056) / ratio) ** 2)
+    assert first == pytest.approx((50.0, 1 - 0.056, 50 * ratio * beta))
+    assert last == (pytest.approx(0.01), 0.0, 0.0)
+
+
+def test_levels_that_are_not_geometric_are_kept(tmp_path):
+    levels = [3.0, 2.0, 1.0, 0.5, 0.1, 0.05, 0.04, 0.03, 0.02]
+    pipe = converted(tmp_path, [weights("ncsnv2", levels), OPTIMIZER], sample_size=16)
+    sigmas = pipe.scheduler.index_to_sigma(torch.arange(9, dtype=torch.float64))
+    assert sigmas.tolist() == pytest.approx(levels[::-1])
+
+
+# A converted pipeline is one of ours
+
+
+def test_a_pipeline_of_ours(tmp_path):
+    pipe = converted(tmp_path, [weights("ncsnv2", LADDER), OPTIMIZER], sample_size=16)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    assert isinstance(loaded.unet, RefineNet2DModel)
+    draw = {"num_inference_steps": 5, "output_type": "np"}
+    images = [p(generator=torch.Generator().manual_seed(0), **draw).images for p in (pipe, loaded)]
+    assert images[0].shape == (1, 16, 16, 3)
+    assert (images[0] == images[1]).all()
+
+
+# What cannot be right is refused
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return print, ("run",)
+
+    with pytest.raises(OSError, match="might run code"):
+        converted(tmp_path, [weights("ncsn"), Harmful()])
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    with pytest.raises(OSError, match="cannot be read"):
+        convert(tmp_path / "text.pth")
+    with pytest.raises(OSError, match="neither a file nor a folder"):
+        convert(tmp_path / "missing.pth")
+
+
+def without(state, *names):
+    return {key: tensor for key, tensor in state.items() if key.removeprefix("module.") not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: without(s, "res2.0.conv1.bias"), "lacks `res2.0.conv1.bias`"),
+        (lambda s: {**s, "module.extra": torch.zeros(1)}, "has `extra`"),
+        (lambda s: {**s, "module.end_conv.bias": torch.zeros(5)}, r"`end_conv.bias` has shape \[5\], and \[1\]"),
+        (lambda s: {**s, "module.end_conv.bias": torch.tensor([math.nan])}, "`end_conv.bias` holds NaN"),
+        (lambda s: {**s, "module.normalizer.embed.weight": torch.zeros(10, 16)}, r"not InstanceNorm\+\+"),
+        (lambda s: {"module.down1.weight": torch.zeros(1)}, "no RefineNet of the NCSN papers but `down1.weight`"),
+        (lambda s: {**s, "module.end_conv.bias": 3}, "must be a dictionary of tensors"),
+    ],
+)
+def test_tensors_are_named(tmp_path, change, named):
+    with pytest.raises(OSError, match=named):
+        converted(tmp_path, [change(weights("ncsn")), OPTIMIZER])
+
+
+def test_an_average_of_other_weights_is_refused(tmp_path):
+    model = weights("ncsnv2", LADDER)
+    average = {
+        key.removeprefix("module."): t for key, t in model.items() if not key.endswith(("sigmas", "end_conv.bias"))
+    }
+    with pytest.raises(OSError, match=r"differ in `end_conv.bias`"):
+        converted(tmp_path, [model, OPTIMIZER, 1, 2, average], sample_size=16)
+
+
+@pytest.mark.parametrize("parts", [3, {"a": 1}, [], [torch.zeros(1)]])
+def test_something_else_is_refused(tmp_path, parts):
+    with pytest.raises(OSError, match="no checkpoint of a kind that is known"):
+        converted(tmp_path, parts)
+
+
+def test_ncsnpp_that_diffusers_has_not_is_refused(tmp_path):
+    model = weights("ncsnpp", reference.geometric(348, 0.01, 20))
+    residual = {**without(model), "module.all_modules.6.Conv2d_0.weight": torch.zeros(32, 3, 3, 3)}
+    with pytest.raises(OSError, match="progressive_input='residual'"):
+        converted(tmp_path, {"model": residual, "ema": None})
+    with pytest.raises(OSError, match="embedding_type='fourier'"):
+        converted(tmp_path, {"model": without(model, "all_modules.0.W"), "ema": None})
+    other = {key: t for key, t in model.items() if not key.startswith("module.all_modules.13.")}
+    with pytest.raises(OSError, match="in another order"):
+        converted(tmp_path, {"model": other, "ema": None})
+    with pytest.raises(OSError, match="`shadow_params` of its `ema` do not have the shapes"):
+        converted(tmp_path, {"model": model, "ema": {"shadow_params": [torch.zeros(3)]}})
+    with pytest.raises(OSError, match="another network of score_sde"):
+        converted(tmp_path, {"model": {"module.begin_conv.weight": torch.zeros(1)}, "ema": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "named"),
+    [
+        ("ncsnv2", {}, "`sample_size` must be given"),
+        ("ncsnv2", {"sample_size": 16, "sigma_max": 3}, "`sigma_max`=3: the file has the noise levels"),
+        ("ncsnv2", {"sample_size": 16, "num_langevin_steps": 3}, "needs `step_lr`"),
+        ("ncsnv2", {"sample_size": 16, "step_lr": 2e-4}, "`step_lr`=0.0002 must be at most"),
+        ("ncsnv2", {"sample_size": 0}, "`sample_size` must be above 0"),
+        ("ncsnv2", {"sample_size": 16, "data_min": 0.5}, "`data_min` must be -1 or 0"),
+        ("ncsn", {"num_train_timesteps": 12}, "the network has embeddings for 10 levels"),
+        ("adversarial", {"sample_size": 16}, "`sigma_max` and `num_train_timesteps` must be given"),
+        ("adversarial", {"sigma_max": 50, "num_train_timesteps": 1}, "at least 2 levels"),
+    ],
+)
+def test_arguments_are_checked(tmp_path, name, given, named):
+    with pytest.raises(ValueError, match=named):
+        converted(tmp_path, [weights(name, LADDER), OPTIMIZER], **given)
+
+
+# The command
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "ncsn_diffusers.commands", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command(tmp_path):
+    torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
+    result = run(tmp_path / "checkpoint.pth", tmp_path / "pipeline", "--sample_size", 16, "--data_min", -1)
+    assert result.returncode == 0, result.stderr
+    assert "Saved a RefineNet2DModel of 117,323 parameters" in result.stdout
+    assert "the optimizer's state (1 tensors)" in result.stderr
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.config.data_min == -1
+    assert not pipe.unet.config.center_input_sample
+    result = run(tmp_path / "checkpoint.pth", tmp_path / "pipeline")
+    assert result.returncode == 1
+    assert "exists: give a new folder" in result.stderr
+    assert "Traceback" not in result.stderr

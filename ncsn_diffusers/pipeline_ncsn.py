@@ -182,7 +182,8 @@ class NCSNPipeline(DiffusionPipeline):
     A class-conditional network has `num_class_embeds` = number of classes + 1: the last embedding means "no label".
 
     Args:
-        unet ([`UNet2DModel`]): The network, conditioned on the noise level as the scheduler's config says.
+        unet ([`UNet2DModel`] or another network called like it):
+            The network, conditioned on the noise level as the scheduler's config says.
         scheduler ([`SchedulerMixin`]): The sampler.
         data_min (`float`, defaults to -1.0):
             Black in the data that the network was trained on, -1 or 0; white is 1. Public NCSN++ networks have 0.

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 
 import convert_reference as reference
 import pytest
@@ -13,7 +14,9 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
 from ncsn_diffusers import NCSNPipeline
+from ncsn_diffusers.commands.convert import ConvertConfig, convert_checkpoint
 from ncsn_diffusers.convert import convert
+from ncsn_diffusers.hub import collect_files
 from ncsn_diffusers.networks_ncsn import LevelUNet2DModel, RefineNet2DModel
 
 LADDER = reference.geometric(50, 0.01, 9)
@@ -136,6 +139,9 @@ def test_diffusers_ncsn(tmp_path):
     config = pipe.scheduler.config
     assert (config.step_size, config.num_langevin_steps, config.denoise_final) == (0.2, 100, False)
     assert pipe.config.data_min == 0
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    assert torch.equal(loaded.unet(x, 0.5).sample, pipe.unet(x, 0.5).sample)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match=r"unet/diffusion_pytorch_model.safetensors is missing"):
         convert(tmp_path)
@@ -216,6 +222,78 @@ def test_a_pipeline_of_ours(tmp_path):
     images = [p(generator=torch.Generator().manual_seed(0), **draw).images for p in (pipe, loaded)]
     assert images[0].shape == (1, 16, 16, 3)
     assert (images[0] == images[1]).all()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pipe = converted(tmp_path, [weights("ncsnv2", LADDER), OPTIMIZER], sample_size=16)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_the_uploaded_pipeline_stands_alone(saved, tmp_path):
+    files = collect_files(saved, "ann/faces", variants=["fp16"])
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
+    for name, content in files.items():
+        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    script = """
+        import importlib.abc, sys
+        class Hidden(importlib.abc.MetaPathFinder):  # as if it were not installed
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "ncsn_diffusers":
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Hidden())
+        import torch
+        from diffusers import DiffusionPipeline
+        pipe = DiffusionPipeline.from_pretrained(
+            sys.argv[1], custom_pipeline=sys.argv[1] + "/pipeline_ncsn.py", trust_remote_code=True
+        )
+        assert type(pipe.unet).__name__ == "RefineNet2DModel"
+        images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+        torch.save(images, sys.argv[2])
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), tmp_path / "repository", tmp_path / "images.pt"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    ours = NCSNPipeline.from_pretrained(saved)
+    images = ours(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(torch.load(tmp_path / "images.pt", weights_only=True), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_out_channels", [8] * 17),
+        ("dilations", [1, 1, 2, 10**9]),
+        ("dilations", "12"),
+        ("sigmas", [1.0]),
+        ("sigmas", [1.0, -1.0]),
+        ("sigmas", [0.1, 1.0]),
+        ("sample_size", None),
+        ("_class_name", "UNet2DModel"),
+    ],
+)
+def test_hostile_configs_are_refused(saved, key, value):
+    path = saved / "unet" / "config.json"
+    write(path, {**json.loads(path.read_text()), key: value})
+    with pytest.raises(OSError, match=f"unet/config.json of '{saved}' cannot be used: .*{key}"):
+        NCSNPipeline.from_pretrained(saved)
+
+
+def test_weights_of_another_network_are_refused(saved):
+    path = saved / "unet" / "config.json"
+    write(path, {**json.loads(path.read_text()), "sigmas": [1.0, 0.1]})
+    with pytest.raises(OSError, match=r"lacks \d+ tensors of the network: `.*embedding`"):
+        NCSNPipeline.from_pretrained(saved)
+
+
+def test_ncsnpp_is_loaded_again(tmp_path):
+    model = weights("ncsnpp", reference.geometric(348, 0.01, 20))
+    pipe = converted(tmp_path, {"model": model, "ema": None})
+    pipe.save_pretrained(tmp_path / "pipeline")
+    unet = NCSNPipeline.from_pretrained(tmp_path / "pipeline").unet
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), pipe.unet.parameters(), strict=True))
 
 
 # What cannot be right is refused
@@ -309,21 +387,16 @@ def test_arguments_are_checked(tmp_path, name, given, named):
 # The command
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "ncsn_diffusers.commands", "convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_command(tmp_path):
     torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
-    result = run(tmp_path / "checkpoint.pth", tmp_path / "pipeline", "--sample_size", 16, "--data_min", -1)
+    command = [sys.executable, "-m", "ncsn_diffusers.commands", "convert", "checkpoint.pth", "pipeline"]
+    command += ["--sample_size", "16", "--data_min", "-1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Saved a RefineNet2DModel of 117,323 parameters" in result.stdout
     assert "the optimizer's state (1 tensors)" in result.stderr
     pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.config.data_min == -1
     assert not pipe.unet.config.center_input_sample
-    result = run(tmp_path / "checkpoint.pth", tmp_path / "pipeline")
-    assert result.returncode == 1
-    assert "exists: give a new folder" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(FileExistsError, match="exists: give a new folder"):
+        convert_checkpoint(ConvertConfig(str(tmp_path / "checkpoint.pth"), str(tmp_path / "pipeline")))

@@ -170,6 +170,7 @@ _INDEX_RULES = {
     "_class_name": _either(TEXT, _CLASS),
     "_saved_format": _whole(1, 10**6),
     "data_min": (lambda value: not isinstance(value, bool) and value in (-1, 0), "-1 or 0"),
+    "num_inference_steps": _whole(1, 100_000),
 }
 # Limits far above what anyone trains: they are there so that a config cannot fill the memory or hang.
 _UNET_RULES = {
@@ -309,7 +310,7 @@ def translate_index(index: dict, class_name: str) -> dict:
     A model_index.json as it would be if `class_name`, our scheduler and our networks were diffusers' own, where the
     package makes them known: code that is in the repository is not asked for.
     """
-    keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", *CONFIGS)
+    keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", "num_inference_steps", *CONFIGS)
     found, index = pipeline_class_name(index), {key: index[key] for key in keys if key in index}
     index["_class_name"] = class_name
     for network in OWN_NETWORKS:

@@ -10,12 +10,14 @@ import textwrap
 import convert_reference as reference
 import pytest
 import torch
+from analytic import MIXTURE, AnalyticUNet, GaussianMixture
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
-from ncsn_diffusers import NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.commands.convert import ConvertConfig, convert_checkpoint
 from ncsn_diffusers.convert import convert
+from ncsn_diffusers.convert.checkpoints import make_pipeline, make_scheduler
 from ncsn_diffusers.hub import collect_files
 from ncsn_diffusers.networks_ncsn import LevelUNet2DModel, RefineNet2DModel
 
@@ -208,6 +210,92 @@ def test_levels_that_are_not_geometric_are_kept(tmp_path):
     pipe = converted(tmp_path, [weights("ncsnv2", levels), OPTIMIZER], sample_size=16)
     sigmas = pipe.scheduler.index_to_sigma(torch.arange(9, dtype=torch.float64))
     assert sigmas.tolist() == pytest.approx(levels[::-1])
+
+
+HALVED = GaussianMixture(MIXTURE.weights, 0.5 + MIXTURE.means / 2, MIXTURE.deviations / 2)  # data in [0, 1]
+
+
+class HalvedUNet(AnalyticUNet):
+    def denoised(self, x, sigma, class_labels):
+        return HALVED.denoised(x, sigma)
+
+
+NCSN_LEVELS = reference.geometric(1, 0.01, 10)
+NCSN = {"sigmas": NCSN_LEVELS, "step_lr": 2e-5, "num_langevin_steps": 100, "denoise_final": False}
+PAPERS = {
+    "NCSN": {**NCSN, "knows_levels_only": True},
+    "NCSNv2": {"sigmas": NCSNV2, "step_lr": 6.2e-6, "num_langevin_steps": 5},
+    "adversarial": {"sigmas": NCSNV2, "step_lr": 5.6e-6, "is_consistent": True},
+}
+CONSISTENT = {"noise_rule": "consistent"}
+
+
+# Shares of the mixture's components, which are 0.6, 0.3 and 0.1 in truth, and the components' deviation over its truth
+@pytest.mark.parametrize(
+    ("paper", "swap", "call", "evaluations", "shares", "deviation"),
+    [
+        ("NCSN", None, {}, 1000, (0.59, 0.31, 0.10), 1.02),
+        ("NCSN", CONSISTENT, {"num_inference_steps": 10, "num_langevin_steps": 2}, 20, (0.55, 0.33, 0.12), 1.0),
+        ("NCSNv2", None, {}, 1161, (0.57, 0.31, 0.12), 1.06),
+        ("NCSNv2", CONSISTENT, {"num_inference_steps": 20}, 20, (0.62, 0.29, 0.09), 0.91),
+        ("adversarial", None, {}, 232, (0.59, 0.31, 0.10), 0.98),
+    ],
+)
+def test_samplers_on_a_perfect_network(paper, swap, call, evaluations, shares, deviation):
+    scheduler = make_scheduler(**PAPERS[paper])
+    unet = HalvedUNet(PAPERS[paper]["sigmas"], "score", "sigma")
+    pipe = make_pipeline(unet, scheduler, 0)
+    pipe.set_progress_bar_config(disable=True)
+    if swap is not None:
+        pipe.scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config, **swap)
+    generator = torch.Generator().manual_seed(0)
+    x = pipe(batch_size=3000, output_type="latent", generator=generator, **call).images.flatten(1).double()
+    component = HALVED.responsibilities(x, 0.0).argmax(-1)
+    spread = (x - HALVED.means[component]).square().mean().sqrt() / HALVED.deviations[0]
+    assert unet.evaluations == evaluations
+    assert HALVED.shares(x) == pytest.approx(shares, abs=0.03)  # standard error 0.009
+    assert spread.item() == pytest.approx(deviation, abs=0.015)
+
+
+def test_another_noise_rule_leaves_the_papers_steps():
+    config = make_scheduler(**PAPERS["NCSN"]).config
+    swapped = AnnealedLangevinScheduler.from_config(config, noise_rule="consistent").config
+    assert (swapped.step_size, swapped.num_langevin_steps, swapped.denoise_final) == (None, 1, True)
+    assert (swapped.rho, swapped.conditioning, swapped.sigma_max) == (None, "sigma", 1.0)
+    given = AnnealedLangevinScheduler.from_config(config, noise_rule="consistent", step_size=0.3, num_langevin_steps=2)
+    assert (given.config.step_size, given.config.num_langevin_steps) == (0.3, 2)
+    same = AnnealedLangevinScheduler.from_config(config, noise_rule="euler_maruyama").config
+    assert (same.step_size, same.num_langevin_steps, same.denoise_final) == (0.2, 100, False)
+
+
+def test_the_number_of_levels_is_saved(tmp_path):
+    pipe = converted(tmp_path, [weights("ncsn"), OPTIMIZER], num_langevin_steps=2)
+    assert pipe.config.num_inference_steps == 10
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    images = [p(generator=torch.Generator().manual_seed(0), output_type="np").images for p in (pipe, loaded)]
+    assert loaded.num_timesteps == 20
+    assert (images[0] == images[1]).all()
+    assert loaded.components["num_inference_steps"] == 10
+    with pytest.raises(ValueError, match="`num_inference_steps` must be an int of at least 1"):
+        NCSNPipeline(pipe.unet, pipe.scheduler, num_inference_steps=0)
+    index = tmp_path / "pipeline" / "model_index.json"
+    write(index, {**json.loads(index.read_text()), "num_inference_steps": "10"})
+    with pytest.raises(OSError, match="`num_inference_steps` must be a whole number"):
+        NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+
+
+def test_a_chain_starts_around_the_middle_of_the_data():
+    class Zero(HalvedUNet):
+        def denoised(self, x, sigma, class_labels):
+            self.started = x.mean().item()
+            return x
+
+    for data_min, middle in ((0, 0.5), (-1, 0.0)):
+        unet = Zero([1.0, 0.5], "score", "sigma")
+        pipe = make_pipeline(unet, make_scheduler([1.0, 0.5]), data_min)
+        pipe(batch_size=20_000, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="latent")
+        assert unet.started == pytest.approx(middle, abs=0.02)
 
 
 # A converted pipeline is one of ours

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import logging
 
+from ..hub.loading import NCSNPipeline
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 logger = logging.get_logger(__name__)
@@ -215,6 +217,13 @@ def make_scheduler(
     if knows_levels_only or (is_consistent and step_lr is not None):
         settings["rho"] = None
     return AnnealedLangevinScheduler(**settings)
+
+
+def make_pipeline(network: ModelMixin, scheduler: AnnealedLangevinScheduler, data_min: float) -> NCSNPipeline:
+    """A pipeline that takes all levels of the ladder where the original's step size was chosen for them."""
+    if scheduler.config.step_size is None:
+        return NCSNPipeline(network, scheduler, data_min)
+    return NCSNPipeline(network, scheduler, data_min, num_inference_steps=len(scheduler))
 
 
 def first(value: Any, otherwise: Any) -> Any:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from ..hub.loading import NCSNPipeline
 from ..networks_ncsn import LevelUNet2DModel
-from .checkpoints import Given, fill, first, make_scheduler
+from .checkpoints import Given, fill, first, make_pipeline, make_scheduler
 
 
 def convert_diffusers_ncsn(folder: Path, given: Given) -> NCSNPipeline:
@@ -52,7 +52,7 @@ def convert_diffusers_ncsn(folder: Path, given: Given) -> NCSNPipeline:
         denoise_final=first(given.denoise_final, False),
         knows_levels_only=True,
     )
-    return NCSNPipeline(network, scheduler, data_min=first(given.data_min, 0))
+    return make_pipeline(network, scheduler, first(given.data_min, 0))
 
 
 def _read_config(path: Path) -> dict:

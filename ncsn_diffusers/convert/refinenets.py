@@ -16,6 +16,7 @@ from .checkpoints import (
     first,
     get_state,
     list_names,
+    make_pipeline,
     make_scheduler,
 )
 
@@ -95,7 +96,7 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
     scheduler = make_scheduler(
         sigmas, **settings, is_consistent=published is ADVERSARIAL, knows_levels_only=num_rows is not None
     )
-    return NCSNPipeline(network, scheduler, data_min=data_min)
+    return make_pipeline(network, scheduler, data_min)
 
 
 def _published(num_rows: int | None, in_channels: int, has_ladder: bool) -> list[Published]:

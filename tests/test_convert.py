@@ -124,7 +124,10 @@ def test_diffusers_ncsn(tmp_path):
     unet = UNet2DModel(sample_size=16, in_channels=1, out_channels=1, norm_num_groups=4, **blocks)
     unet.register_buffer("sigmas", torch.tensor(sigmas))
     unet.save_pretrained(tmp_path / "unet")
-    write(tmp_path / "unet" / "config.json", {**dict(unet.config), **levels, "_class_name": "UNet2DModelForNCSN"})
+    write(
+        tmp_path / "unet" / "config.json",
+        {**dict(unet.config), **levels, "num_train_timesteps": None, "_class_name": "UNet2DModelForNCSN"},
+    )
     index = {
         "_class_name": ["pipeline_ncsn", "NCSNPipeline"],
         "unet": ["unet_2d_ncsn", "UNet2DModelForNCSN"],
@@ -144,6 +147,13 @@ def test_diffusers_ncsn(tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     loaded = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
     assert torch.equal(loaded.unet(x, 0.5).sample, pipe.unet(x, 0.5).sample)
+    write(tmp_path / "scheduler" / "scheduler_config.json", {**sampler, "sigma_max": 20})
+    with pytest.raises(OSError, match="must have `sigma_max`, and its unet must have the same"):
+        convert(tmp_path)
+    write(tmp_path / "scheduler" / "scheduler_config.json", {**sampler, "num_train_timesteps": 12})
+    with pytest.raises(OSError, match="are not those of the scheduler's config"):
+        convert(tmp_path)
+    write(tmp_path / "scheduler" / "scheduler_config.json", sampler)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match=r"unet/diffusion_pytorch_model.safetensors is missing"):
         convert(tmp_path)

@@ -26,9 +26,10 @@ def convert_diffusers_ncsn(folder: Path, given: Given) -> NCSNPipeline:
     unet = {key: value for key, value in _read_config(folder / "unet" / "config.json").items() if key[0] != "_"}
     sampler = _read_config(folder / "scheduler" / "scheduler_config.json")
     keys = ("sigma_min", "sigma_max", "num_train_timesteps")
-    smallest, largest, num = (unet.pop(key, None) for key in keys)
-    if [smallest, largest, num] != [sampler.get(key) for key in keys] or None in (smallest, largest, num):
-        raise OSError(f"{source!r}: its unet and its scheduler must have the same {', '.join(keys)}.")
+    for key in keys:  # with newer versions of diffusers the network's config has no number of levels
+        if sampler.get(key) is None or unet.pop(key, None) not in (None, sampler[key]):
+            raise OSError(f"{source!r}: its scheduler must have `{key}`, and its unet must have the same.")
+    smallest, largest, num = (sampler[key] for key in keys)
     if unet.get("time_embedding_type", "positional") != "positional":
         raise OSError(
             f"{source!r}: its `time_embedding_type` must be 'positional', not {unet['time_embedding_type']!r}."
@@ -42,7 +43,9 @@ def convert_diffusers_ncsn(folder: Path, given: Given) -> NCSNPipeline:
     if not weights.is_file():
         raise OSError(f"{source!r}: unet/{weights.name} is missing.")
     state = load_file(weights)
-    state.pop("sigmas", None)
+    trained = state.pop("sigmas", None)
+    if trained is not None and (len(trained) != num or not np.allclose(trained, sigmas, rtol=1e-4, atol=0)):
+        raise OSError(f"{source!r}: the noise levels in unet/{weights.name} are not those of the scheduler's config.")
     fill(network, state, lambda name: name.removeprefix("model."), source)
     # its sampler is the text of the 2019 paper: half the step of the originals' code
     scheduler = make_scheduler(

@@ -10,9 +10,9 @@ import textwrap
 import convert_reference as reference
 import pytest
 import torch
-from analytic import MIXTURE, AnalyticUNet, GaussianMixture
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from networks import MIXTURE, AnalyticUNet, GaussianMixture
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.commands.convert import ConvertConfig, convert_checkpoint

@@ -108,7 +108,7 @@ def _ncsnpp_name(name: str, layout: Sequence[tuple[str, str]]) -> str:
 
 
 def _ncsnpp_kind(names: Collection[str]) -> str:
-    """What a module is, from the names of its tensors, or their number where all are called the same."""
+    """What a module is, from the names of its tensors; "other" is a layer, whose tensors are a weight and a bias."""
     for name, kind in (("W", "fourier"), ("NIN_0.W", "attention"), ("GroupNorm_0.weight", "resnet")):
         if name in names:
             return kind

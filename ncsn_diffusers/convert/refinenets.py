@@ -9,6 +9,7 @@ from ..networks_ncsn import RefineNet2DModel
 from .checkpoints import (
     Given,
     Published,
+    State,
     count_tensors,
     fill,
     find_ladder,
@@ -34,33 +35,14 @@ ADVERSARIAL = [
     Published("adversarial score matching, LSUN church_outdoor", 140.0, 788, 64, 1, 2.8e-6),
     Published("adversarial score matching, Stacked MNIST", 50.0, 200, 28, 1, 5e-6),
 ]
-# From the first stage to the last; 31, the stage that the deepest network has more, lies between 3 and 4.
+# The originals' numbers in the order of use; the deepest network alone has a 31.
 _STAGES = ("1", "2", "3", "31", "4", "5")
+_REFINE_BLOCKS = ("1", "2", "31", "3", "4", "5")
+_ENDS = {"conv_in": "begin_conv", "conv_out": "end_conv", "norm_out": "normalizer"}
 
 
 def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipeline:
-    state = get_state(parts[0], "its first part, the model,", source)
-    used, unused = "the weights", []
-    if len(parts) > 1:
-        unused.append(f"the optimizer's state ({count_tensors(parts[1])} tensors)")
-    if len(parts) > 4 and parts[4] is not None:
-        average = get_state(parts[4], "its fifth part, the moving average,", source)
-        used = "the weights' moving average"
-        unused.append(f"the weights themselves ({len(average)} tensors)")
-        unknown = average.keys() - state.keys()
-        lacks = state.keys() - average.keys() - {"sigmas"}
-        if unknown or lacks:
-            raise OSError(
-                f"{source!r}: the moving average and the weights differ in {list_names(sorted(unknown | lacks))}."
-            )
-        state = {**state, **average}
-    if len(parts) > 5:
-        unused.append(f"what follows the moving average ({count_tensors(parts[5:])} tensors)")
-    if "begin_conv.weight" not in state or "res1.1.conv1.weight" not in state:
-        raise OSError(
-            f"{source!r} holds no RefineNet of the NCSN papers but {list_names(state)}: other networks, such as the "
-            "U-Nets of adversarial score matching, are not known."
-        )
+    state, used, unused = _read_parts(parts, source)
     ladder = state.pop("sigmas", None)
     in_channels, num_rows = state["begin_conv.weight"].shape[1], None
     if "normalizer.embed.weight" in state:
@@ -71,17 +53,14 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
     sigmas = find_ladder(ladder, given, source, published)
     if num_rows not in (None, len(sigmas)):
         raise ValueError(f"`num_train_timesteps`={len(sigmas)}: the network has embeddings for {num_rows} levels.")
-    found = find_publication(sigmas, published)
-    settings = _settings(sigmas, given, found, source)
+    settings = _settings(sigmas, given, find_publication(sigmas, published), source)
 
     stages = [n for n in _STAGES if f"res{n}.1.conv1.weight" in state]
-    dilations, dilation = [1], 1
+    dilations = [1]
     for n in stages[1:]:
-        if f"res{n}.0.shortcut.weight" in state:  # the stage keeps its size; the shapes do not tell the dilation
-            dilation *= 2
-            dilations.append(dilation)
-        else:
-            dilations.append(1)
+        # A stage that keeps its size doubles the dilation of the one before it; the shapes do not tell.
+        keeps_size = f"res{n}.0.shortcut.weight" in state
+        dilations.append(2 * dilations[-1] if keeps_size else 1)
     data_min = first(given.data_min, 0)
     network = RefineNet2DModel(
         sample_size=settings.pop("sample_size"),
@@ -97,6 +76,30 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
         sigmas, **settings, is_consistent=published is ADVERSARIAL, knows_levels_only=num_rows is not None
     )
     return make_pipeline(network, scheduler, data_min)
+
+
+def _read_parts(parts: Sequence, source: str) -> tuple[State, str, list[str]]:
+    """The weights, or their moving average; what they are; and what of the file is not used."""
+    state = get_state(parts[0], "its first part, the model,", source)
+    used, unused = "the weights", []
+    if len(parts) > 1:
+        unused.append(f"the optimizer's state ({count_tensors(parts[1])} tensors)")
+    if len(parts) > 4 and parts[4] is not None:
+        average = get_state(parts[4], "its fifth part, the moving average,", source)
+        differ = (average.keys() ^ state.keys()) - {"sigmas"}
+        if differ:
+            raise OSError(f"{source!r}: the moving average and the weights differ in {list_names(sorted(differ))}.")
+        used = "the weights' moving average"
+        unused.append(f"the weights themselves ({len(average)} tensors)")
+        state |= average
+    if len(parts) > 5:
+        unused.append(f"what follows the moving average ({count_tensors(parts[5:])} tensors)")
+    if "begin_conv.weight" not in state or "res1.1.conv1.weight" not in state:
+        raise OSError(
+            f"{source!r} holds no RefineNet of the NCSN papers but {list_names(state)}: other networks, such as the "
+            "U-Nets of adversarial score matching, are not known."
+        )
+    return state, used, unused
 
 
 def _published(num_rows: int | None, in_channels: int, has_ladder: bool) -> list[Published]:
@@ -134,21 +137,20 @@ def _settings(sigmas: list[float], given: Given, found: Published | None, source
 def _refinenet_name(name: str, stages: Sequence[str], dilations: Sequence[int]) -> str:
     """The originals' name of a tensor of [`RefineNet2DModel`]."""
     name = name.replace("embedding", "embed.weight")
-    first, *path = name.split(".")
-    if first in ("conv_in", "conv_out", "norm_out"):
-        return ".".join([{"conv_in": "begin_conv", "conv_out": "end_conv", "norm_out": "normalizer"}[first], *path])
-    if first == "stages":
+    part, *path = name.split(".")
+    if part in _ENDS:
+        return ".".join([_ENDS[part], *path])
+    if part == "stages":
         stage, block, layer, *rest = path
         pools = layer in ("conv2", "shortcut") and block == "0" and stage != "0" and dilations[int(stage)] == 1
         layer = layer.replace("norm", "normalize") + ".conv" * pools
         return ".".join([f"res{stages[int(stage)]}", block, layer, *rest])
-    # named in the order of use, but for the one that the deepest network has more
-    numbers = [n for n in ("1", "2", "31", "3", "4", "5") if n in stages]
+    numbers = [n for n in _REFINE_BLOCKS if n in stages]
     block, layer, *rest = path
     prefix = f"refine{numbers[int(block)]}"
     if layer in ("inputs", "output"):
         which = f"adapt_convs.{rest.pop(0)}" if layer == "inputs" else "output_convs"
         kind, unit, conv, *rest = rest
         return ".".join([prefix, which, f"{int(unit) + 1}_{int(conv) + 1}_{kind[:-1]}", *rest])
-    part, kind = layer.split("_")
-    return ".".join([prefix, {"fuse": "msf", "pool": "crp"}[part], kind, *rest])
+    which, kind = layer.split("_")
+    return ".".join([prefix, {"fuse": "msf", "pool": "crp"}[which], kind, *rest])

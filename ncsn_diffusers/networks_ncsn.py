@@ -127,10 +127,7 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
         if class_labels is not None:
             raise ValueError("`class_labels` are for a class-conditional network, and a RefineNet2DModel is none.")
         sigma = _per_image(timestep, sample)
-        level, scale = None, 1 / sigma
-        if self._ladder is not None:
-            level, typical = self._ladder.find(sigma)
-            scale = scale / typical
+        level = None if self._ladder is None else self._ladder.find(sigma)
 
         x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
         outputs = []
@@ -142,7 +139,8 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
         for block, output in zip(self.refine_blocks[1:], reversed(outputs[:-1]), strict=True):
             x = block([output, x], level)
         x = self.conv_out(functional.elu(self.norm_out(x, level)))
-        x = x * scale.reshape(-1, 1, 1, 1)
+        if level is None:
+            x = x / sigma.reshape(-1, 1, 1, 1)
         return ScoreNetworkOutput(sample=x) if return_dict else (x,)
 
 
@@ -185,7 +183,7 @@ class LevelUNet2DModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> ScoreNetworkOutput | tuple:
         """As [`RefineNet2DModel.forward`]; class labels are the [`UNet2DModel`]'s."""
-        level, _ = self._ladder.find(_per_image(timestep, sample))
+        level = self._ladder.find(_per_image(timestep, sample))
         x = self.model(sample, level, class_labels, return_dict=False)[0]
         return ScoreNetworkOutput(sample=x) if return_dict else (x,)
 
@@ -202,19 +200,15 @@ class _Ladder:
             raise ValueError(f"`sigmas` must be at least two positive numbers that fall, not {sigmas}.")
         self.sigmas, self.copies = list(sigmas), {}
 
-    def find(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The (fractional) index of each sigma, and the size 1/sigma of the score at the levels around it, interpolated as
-        the index is: what an embedding that is interpolated so makes of the output's size.
-        """
+    def find(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The (fractional) index of each sigma, interpolated in log sigma; beyond the ends, that of the end."""
         if sigma.device not in self.copies:
             self.copies[sigma.device] = torch.tensor(self.sigmas, dtype=torch.float32, device=sigma.device)
         sigmas = self.copies[sigma.device]
         inside = sigma.clamp(sigmas[-1], sigmas[0])
         upper = torch.searchsorted(-sigmas, -inside).clamp(1, len(sigmas) - 1)
         above, below = sigmas[upper - 1], sigmas[upper]
-        weight = (above / inside).log() / (above / below).log()
-        return upper - 1 + weight, torch.lerp(1 / above, 1 / below, weight)
+        return upper - 1 + (above / inside).log() / (above / below).log()
 
 
 class InstanceNorm2dPlus(nn.Module):
@@ -260,12 +254,11 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.halves = is_transition and dilation == 1
-        hidden = in_channels if is_transition else out_channels
         spread = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
         self.norm1 = InstanceNorm2dPlus(in_channels, num_levels)
-        self.conv1 = nn.Conv2d(in_channels, hidden, **spread)
-        self.norm2 = InstanceNorm2dPlus(hidden, num_levels)
-        self.conv2 = nn.Conv2d(hidden, out_channels, **spread)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, **spread)
+        self.norm2 = InstanceNorm2dPlus(in_channels, num_levels)
+        self.conv2 = nn.Conv2d(in_channels, out_channels, **spread)
         self.shortcut = None
         if is_transition:
             self.shortcut = nn.Conv2d(in_channels, out_channels, **(spread if dilation > 1 else {"kernel_size": 1}))

@@ -5,15 +5,30 @@ from importlib.metadata import version
 import diffusers
 
 from .hub.loading import NCSNPipeline
+from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 # diffusers looks classes up by name in its own module: schedulers for `scheduler.compatibles`, and for the rule that a
-# swap drops a known scheduler's own keys without a warning; pipelines for `DiffusionPipeline.from_pretrained`.
-for _class in (AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline):
+# swap drops a known scheduler's own keys without a warning; pipelines and networks for
+# `DiffusionPipeline.from_pretrained`.
+for _class in (
+    AnnealedLangevinScheduler,
+    LevelUNet2DModel,
+    NCSNInpaintPipeline,
+    NCSNPipeline,
+    RefineNet2DModel,
+):
     setattr(diffusers, _class.__name__, _class)
 
 __version__ = version("ncsn_diffusers")
 
-__all__ = ["AnnealedLangevinScheduler", "NCSNInpaintPipeline", "NCSNPipeline", "pretrained"]
+__all__ = [
+    "AnnealedLangevinScheduler",
+    "LevelUNet2DModel",
+    "NCSNInpaintPipeline",
+    "NCSNPipeline",
+    "RefineNet2DModel",
+    "pretrained",
+]

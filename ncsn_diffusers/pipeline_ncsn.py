@@ -182,13 +182,18 @@ class NCSNPipeline(DiffusionPipeline):
     A class-conditional network has `num_class_embeds` = number of classes + 1: the last embedding means "no label".
 
     Args:
-        unet ([`UNet2DModel`]): The network, conditioned on the noise level as the scheduler's config says.
+        unet ([`UNet2DModel`] or another network called like it):
+            The network, conditioned on the noise level as the scheduler's config says.
         scheduler ([`SchedulerMixin`]): The sampler.
         data_min (`float`, defaults to -1.0):
             Black in the data that the network was trained on, -1 or 0; white is 1. Public NCSN++ networks have 0.
+        num_inference_steps (`int`, defaults to 50):
+            The number of noise levels of a call that does not give it. A step size that was chosen for a whole ladder,
+            as the papers' were, needs all of its levels.
 
     Raises:
-        ValueError: `data_min` is neither -1 nor 0, or a component is no network or of the package diffusers-ncsn.
+        ValueError: `data_min` is neither -1 nor 0, `num_inference_steps` is no int of at least 1, or a component is no
+            network or of the package diffusers-ncsn.
     """
 
     model_cpu_offload_seq = "unet"
@@ -196,15 +201,20 @@ class NCSNPipeline(DiffusionPipeline):
     _num_timesteps = None
     _guidance_scale = 1.0
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, data_min: float = -1.0):
+    def __init__(
+        self, unet: UNet2DModel, scheduler: SchedulerMixin, data_min: float = -1.0, num_inference_steps: int = 50
+    ):
         super().__init__()
+        self._check_count("num_inference_steps", num_inference_steps)
         if data_min not in (-1, 0):
             raise ValueError(f"`data_min` must be -1 or 0, black in the data, not {data_min!r}.")
         for component in (unet, scheduler):
             check_not_of_diffusers_ncsn(type(component).__name__, "This pipeline")
         unet = _without_wrapper(unet)
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(data_min=float(data_min), _saved_format=SAVED_FORMAT)
+        self.register_to_config(
+            data_min=float(data_min), num_inference_steps=int(num_inference_steps), _saved_format=SAVED_FORMAT
+        )
         self._interrupt = False
         # The image is the latent: nothing is scaled down, and no number of channels marks a VAE's latents.
         pixels = {"vae_scale_factor": 1, "vae_latent_channels": 0, "do_resize": False, "do_normalize": data_min == -1}
@@ -245,11 +255,13 @@ class NCSNPipeline(DiffusionPipeline):
     def components(self) -> dict:
         """
         As [`~DiffusionPipeline.components`], for `NCSNInpaintPipeline(**pipe.components)` and the like. A `data_min`
-        other than -1 is among them, because the network's data keep their range.
+        other than -1 is among them, because the network's data keep their range, and so is a `num_inference_steps`
+        other than 50.
         """
         components = super().components
-        if self.config.data_min != -1:
-            components["data_min"] = self.config.data_min
+        for name, default in (("data_min", -1), ("num_inference_steps", 50)):
+            if self.config[name] != default:
+                components[name] = self.config[name]
         return components
 
     @property
@@ -311,7 +323,7 @@ class NCSNPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
@@ -331,8 +343,9 @@ class NCSNPipeline(DiffusionPipeline):
         Args:
             batch_size (`int`, *optional*):
                 The number of images; that of `class_labels` or `image`, or else 1, when not given.
-            num_inference_steps (`int`, defaults to 50):
-                The number of noise levels, each of which takes one network evaluation for each Langevin step.
+            num_inference_steps (`int`, *optional*):
+                The number of noise levels, each of which takes one network evaluation for each Langevin step; the
+                pipeline's own when not given, which is 50 unless it was made with another.
             num_langevin_steps (`int`, *optional*):
                 Langevin steps a level, for `AnnealedLangevinScheduler`; its config's when not given.
             sigmas (`list[float]`, *optional*):
@@ -414,7 +427,7 @@ class NCSNPipeline(DiffusionPipeline):
         self,
         generators: Sequence[torch.Generator],
         num_images: int = 8,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         num_langevin_steps: int | None = None,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
@@ -477,7 +490,7 @@ class NCSNPipeline(DiffusionPipeline):
             return cos * first + sin * second
 
         images = self._sample(
-            mixed_noise() * self.scheduler.init_noise_sigma,
+            self._scale_start(mixed_noise()),
             timesteps,
             self.embedding_indices(class_labels, num_images, device),
             guidance_scale,
@@ -492,12 +505,14 @@ class NCSNPipeline(DiffusionPipeline):
     def _set_timesteps(
         self,
         scheduler: SchedulerMixin,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float | None = None,
     ) -> torch.Tensor:
         """The timesteps of the last `strength` of the chain, or of one from noise, which `scheduler` is set to."""
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         name = type(scheduler).__name__
         settings = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": sigmas}
         if num_langevin_steps is not None:
@@ -570,8 +585,13 @@ class NCSNPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         if image is None:
-            return latents * self.scheduler.init_noise_sigma
+            return self._scale_start(latents)
         return self.scheduler.add_noise(image.to(device).expand(shape), latents, timesteps[:1])
+
+    def _scale_start(self, noise: torch.Tensor) -> torch.Tensor:
+        """The first sample of a chain from noise: around the middle of the data, where sigma_1 is not much larger."""
+        middle = (1 + self.config.data_min) / 2 if _is_langevin(self.scheduler) else 0.0  # the others scale the data
+        return middle + noise * self.scheduler.init_noise_sigma
 
     def _sample(
         self,

@@ -70,7 +70,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
         image: PipelineImageInput,
         mask_image: PipelineImageInput,
         batch_size: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         num_resamplings: int = 3,
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -96,7 +96,7 @@ class NCSNInpaintPipeline(NCSNPipeline):
                 White, 1 or True where the image is to be drawn, black where it is known; one half counts as white.
                 One mask serves the whole batch. Integers may be 0 and 1, or 0 to 255.
             batch_size (`int`, *optional*): The number of images; that of `image`, masks or labels by default.
-            num_inference_steps (`int`, defaults to 50): The number of noise levels.
+            num_inference_steps (`int`, *optional*): The number of noise levels; the pipeline's own when not given.
             num_resamplings (`int`, defaults to 3):
                 Passes (1) at each level, or each step where a level has several; each takes one network evaluation
                 more. 0 is plain replacement. A multistep scheduler restarts after them.

@@ -137,6 +137,8 @@ NETWORK_KEYS = (
 )
 # Known to this class alone, so that another class may drop them silently where they hold their default.
 SAMPLER_KEYS = ("num_langevin_steps", "step_size", "noise_rule", "denoise_final", "rho")
+# What is chosen for one noise rule and does not fit the other.
+RULE_KEYS = ("step_size", "num_langevin_steps", "denoise_final")
 
 # Keys that tell a config of this class from others where it does not name its class.
 OWN_KEYS = ("conditioning", "num_langevin_steps", "step_size", "noise_rule", "denoise_final")
@@ -362,6 +364,10 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         - A class whose time or scaling is another (EDM, flow matching, consistency models, IPNDM, ...) is refused, as
           are stock configs that ask for the like.
 
+        A `noise_rule` among `kwargs` that is not the config's begins with its own defaults of `step_size`,
+        `num_langevin_steps` and `denoise_final`, where `kwargs` do not give them: the config's were chosen for the
+        other rule.
+
         A ladder given by `sigma_min`, `sigma_max` or `num_train_timesteps` among `kwargs` replaces the one that this
         class exported as `trained_betas`; a `trained_betas` that a user gave stays.
 
@@ -377,7 +383,11 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         # Here and not in `from_config`, which a config passes by when it is given as a path.
-        return super().extract_init_dict(_translate_config(config_dict, cls), **kwargs)
+        config = _translate_config(config_dict, cls)
+        noise_rule = config.get("noise_rule", "consistent")
+        if kwargs.get("noise_rule", noise_rule) != noise_rule:
+            config = {key: value for key, value in config.items() if key not in RULE_KEYS}
+        return super().extract_init_dict(config, **kwargs)
 
     def __repr__(self) -> str:
         """The config, without the betas that follow from `sigma_min` and `sigma_max`; a user's are counted."""

@@ -13,18 +13,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "ncsn_diffusers"
 # Modules and packages, from low to high. A module imports from lower layers and from its own entry, and nothing else.
 LAYERS = (
-    ("scheduling_annealed_langevin", "pretrained"),
+    ("scheduling_annealed_langevin", "networks_ncsn", "pretrained"),
     ("pipeline_ncsn",),
     ("images", "score_matching"),
     ("data", "dataset_settings", "likelihood", "noise_levels"),
     ("hub",),
-    ("pipeline_ncsn_inpaint",),
+    ("pipeline_ncsn_inpaint", "convert"),
     ("",),  # the public names, in the package's own __init__.py
     ("settings",),
     ("evaluation", "training"),
     ("commands",),
 )
-UPLOADED = ("pipeline_ncsn", "scheduling_annealed_langevin")
+UPLOADED = ("networks_ncsn", "pipeline_ncsn", "scheduling_annealed_langevin")
 
 
 def find_modules(root: Path) -> dict[str, Path]:

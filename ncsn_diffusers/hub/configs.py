@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import pipeline_ncsn
+from ..networks_ncsn import LevelUNet2DModel, RefineNet2DModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline")
@@ -29,6 +31,8 @@ INDEX = "model_index.json"
 CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
 
 OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
+OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel)}
+NETWORKS = {"UNet2DModel": UNet2DModel, **OWN_NETWORKS}
 _LARGEST_CONFIG = 10_000_000  # bytes; a ladder of 100,000 betas takes 2.5 million
 
 
@@ -56,7 +60,7 @@ def read_configs(
     index = read_json(Path(folder, INDEX), INDEX, source)
     _check_index(index, source, given)
     if "unet" not in given:
-        _check_unet_config(*read_config(folder, source, "unet"), source)
+        _check_unet_config(*read_config(folder, source, "unet"), source, index["unet"][1])
     if "scheduler" in given:
         return index, None
     return index, _read_scheduler(*read_config(folder, source, "scheduler"), source, index)
@@ -166,6 +170,7 @@ _INDEX_RULES = {
     "_class_name": _either(TEXT, _CLASS),
     "_saved_format": _whole(1, 10**6),
     "data_min": (lambda value: not isinstance(value, bool) and value in (-1, 0), "-1 or 0"),
+    "num_inference_steps": _whole(1, 100_000),
 }
 # Limits far above what anyone trains: they are there so that a config cannot fill the memory or hang.
 _UNET_RULES = {
@@ -189,7 +194,7 @@ _UNET_RULES = {
     "dropout": _number(0, 1),
     "act_fn": TEXT,
     "attention_head_dim": _either(_NULL, _whole(1, 16_384)),
-    "norm_num_groups": _whole(1, 16_384),
+    "norm_num_groups": _either(_NULL, _whole(1, 16_384)),
     "attn_norm_num_groups": _either(_NULL, _whole(1, 16_384)),
     "norm_eps": _number(0, 1),
     "resnet_time_scale_shift": TEXT,
@@ -197,6 +202,21 @@ _UNET_RULES = {
     "class_embed_type": _either(_NULL, TEXT),
     "num_class_embeds": _either(_NULL, _whole(1, 1_000_000)),
     "num_train_timesteps": _either(_NULL, _whole(1, 1_000_000)),
+}
+_SIGMAS = _list_of(_number(1e-10, 1e10), 2, 100_000)
+_NETWORK_RULES = {
+    "UNet2DModel": _UNET_RULES,
+    "RefineNet2DModel": {
+        **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
+        **{key: _UNET_RULES[key] for key in ("center_input_sample", "block_out_channels")},
+        "dilations": _list_of(_whole(1, 64), 1, 16),
+        "sigmas": _either(_NULL, _SIGMAS),
+    },
+    "LevelUNet2DModel": {
+        **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
+        "sigmas": _SIGMAS,
+        "unet": _either(_NULL, (lambda value: isinstance(value, dict), "a JSON object")),
+    },
 }
 
 
@@ -229,13 +249,15 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
             raise OSError(unusable(INDEX, source, f"it has no `{part}`"))
         check_values({part: index[part]}, {part: _CLASS}, INDEX, source)
         pipeline_ncsn.check_not_of_diffusers_ncsn(index[part][1], source)
-    if "unet" not in given and index["unet"] != ["diffusers", "UNet2DModel"]:
+    # ours come from this package, wherever the index says that their code is
+    if "unet" not in given and index["unet"] != ["diffusers", "UNet2DModel"] and index["unet"][1] not in OWN_NETWORKS:
         raise OSError(
             unusable(
                 INDEX,
                 source,
-                f'`unet` must be ["diffusers", "UNet2DModel"], not {_show(index["unet"])}: a network of another class '
-                "is not loaded from here, but may be given as `unet=`",
+                f'`unet` must be ["diffusers", "UNet2DModel"], or a {" or ".join(OWN_NETWORKS)} of this package, not '
+                f"{_show(index['unet'])}: a network of another class is not loaded from here, but may be given as "
+                "`unet=`",
             )
         )
     if "scheduler" in given or index["scheduler"][1] == OWN_SCHEDULER:
@@ -252,16 +274,18 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
         )
 
 
-def _check_unet_config(config: dict, name: str, source: str) -> None:
+def _check_unet_config(config: dict, name: str, source: str, expected: str) -> None:
     pipeline_ncsn.check_not_of_diffusers_ncsn(config.get("_class_name"), source)
-    class_name = config.get("_class_name", "UNet2DModel")
-    if class_name != "UNet2DModel":
-        raise OSError(unusable(name, source, f'`_class_name` must be "UNet2DModel", not {_show(class_name)}'))
+    class_name = config.get("_class_name", expected)
+    if class_name != expected:
+        raise OSError(unusable(name, source, f'`_class_name` must be "{expected}", not {_show(class_name)}'))
     if config.get("sample_size") is None:
         raise OSError(unusable(name, source, f"`sample_size` must be {_UNET_RULES['sample_size'][1]}, not None"))
-    check_values(config, _UNET_RULES, name, source)
+    check_values(config, _NETWORK_RULES[class_name], name, source)
+    if class_name == "LevelUNet2DModel":
+        check_values(config.get("unet") or {}, _UNET_RULES, name, source)
     channels = [config.get(key, 3) for key in ("in_channels", "out_channels")]
-    if channels[0] != channels[1]:
+    if class_name == "UNet2DModel" and channels[0] != channels[1]:
         raise OSError(
             unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")
         )
@@ -283,12 +307,15 @@ def _read_scheduler(config: dict, name: str, source: str, index: dict) -> Schedu
 
 def translate_index(index: dict, class_name: str) -> dict:
     """
-    A model_index.json as it would be if `class_name` and `AnnealedLangevinScheduler` were diffusers' own, where the
+    A model_index.json as it would be if `class_name`, our scheduler and our networks were diffusers' own, where the
     package makes them known: code that is in the repository is not asked for.
     """
-    keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", *CONFIGS)
+    keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", "num_inference_steps", *CONFIGS)
     found, index = pipeline_class_name(index), {key: index[key] for key in keys if key in index}
     index["_class_name"] = class_name
+    for network in OWN_NETWORKS:
+        if network in index.get("unet", ()):
+            index["unet"] = ["diffusers", network]
     if found in FOREIGN_PIPELINES:
         index["data_min"] = FOREIGN_PIPELINES[found]
         index["scheduler"] = ["diffusers", OWN_SCHEDULER]

@@ -9,13 +9,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from huggingface_hub import HfApi, get_token
 
-from .. import pipeline_ncsn, scheduling_annealed_langevin
+from .. import networks_ncsn, pipeline_ncsn, scheduling_annealed_langevin
 from .configs import (
     CONFIGS,
     INDEX,
+    NETWORKS,
+    OWN_NETWORKS,
     OWN_PIPELINES,
     OWN_SCHEDULER,
     explain_missing_index,
@@ -85,7 +87,8 @@ def collect_files(
         config = read_json(folder / name, name, str(folder))
         files[name] = _to_json({key: value for key, value in config.items() if key != "_name_or_path"})
 
-    files |= _make_variants(folder, variants, uses_ema=bool(read_training_config(training_dir).get("use_ema")))
+    uses_ema = bool(read_training_config(training_dir).get("use_ema"))
+    files |= _make_variants(folder, NETWORKS[index["unet"][1]], variants, uses_ema)
 
     index.pop("_name_or_path", None)  # a path of this machine
     index["_class_name"] = ["pipeline_ncsn", "NCSNPipeline"]
@@ -93,6 +96,9 @@ def collect_files(
     if index["scheduler"][1] == OWN_SCHEDULER:
         index["scheduler"] = ["scheduling_annealed_langevin", OWN_SCHEDULER]
         files["scheduler/scheduling_annealed_langevin.py"] = Path(scheduling_annealed_langevin.__file__)
+    if index["unet"][1] in OWN_NETWORKS:
+        index["unet"] = ["networks_ncsn", index["unet"][1]]
+        files["unet/networks_ncsn.py"] = Path(networks_ncsn.__file__)
     files[INDEX] = _to_json(index)
 
     if training_dir is not None:
@@ -110,7 +116,9 @@ def collect_files(
     return files
 
 
-def _make_variants(folder: Path, variants: Sequence[str], uses_ema: bool) -> dict[str, bytes | Path]:
+def _make_variants(
+    folder: Path, network_class: type[ModelMixin], variants: Sequence[str], uses_ema: bool
+) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = {}
     for variant in variants:
         present = sorted((folder / "unet").glob(f"{WEIGHTS}.{variant}*.safetensors"))
@@ -124,7 +132,7 @@ def _make_variants(folder: Path, variants: Sequence[str], uses_ema: bool) -> dic
                     files[f"unet/{WEIGHTS}.ema{middle}"] = path
         elif variant == "fp16":
             with tempfile.TemporaryDirectory() as scratch:
-                unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True).half()
+                unet = network_class.from_pretrained(folder / "unet", use_safetensors=True).half()
                 unet.save_pretrained(scratch, variant="fp16")
                 for path in Path(scratch).glob(f"{WEIGHTS}*"):
                     files[f"unet/{path.name}"] = path.read_bytes()

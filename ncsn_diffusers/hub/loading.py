@@ -26,6 +26,7 @@ from .configs import (
     CONFIGS,
     FOREIGN_PIPELINES,
     INDEX,
+    NETWORKS,
     incomplete,
     part_folder,
     pipeline_class_name,
@@ -119,6 +120,11 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
         if variant is not None:
             raise ValueError(f"`variant`={variant!r}: {pretrained_model_name!r} has no such weights.")
         raise OSError(incomplete(pretrained_model_name, ["unet/*.safetensors"]))
+
+    @classmethod
+    def _get_signature_types(cls) -> dict:
+        # diffusers' word on which networks fit; on the Hub the uploaded file knows UNet2DModel alone
+        return {**super()._get_signature_types(), "unet": tuple(NETWORKS.values())}
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike, *args, **kwargs) -> dict:

@@ -8,10 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 from safetensors import SafetensorError, safe_open
 
-from .configs import incomplete, part_folder, read_config, unusable
+from .configs import NETWORKS, incomplete, part_folder, read_config, unusable
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -39,10 +38,11 @@ def check_weights(folder: str, source: str, own: bool) -> None:
     which it translates, are not ours to judge.
     """
     config, name = read_config(folder, source, "unet")
-    known = inspect.signature(UNet2DModel.__init__).parameters
+    network_class = NETWORKS[config.get("_class_name", "UNet2DModel")]
+    known = inspect.signature(network_class.__init__).parameters
     try:
         with torch.device("meta"):
-            network = UNet2DModel(**{key: value for key, value in config.items() if key in known})
+            network = network_class(**{key: value for key, value in config.items() if key in known})
     except Exception as error:
         reason = f"diffusers cannot make a network of it ({type(error).__name__}: {error})"
         raise OSError(unusable(name, source, reason)) from error

@@ -1,0 +1,82 @@
+"""
+Checkpoints of others as pipelines of this package: the networks of the two NCSN papers, of adversarial score matching,
+of score_sde and of the package diffusers-ncsn.
+
+A checkpoint is a stranger's: it is read by torch's loader for plain tensors, which runs no code. Each of its tensors
+becomes one of the network's, or is named; each of the network's has to be found. What the file does not say is taken
+from the publication that it looks like, and is said in a warning, or has to be given.
+
+What such a network is given is sigma and the noisy image as it is, and what it returns is the score, in units of data
+in [0, 1]: `conditioning="sigma"`, `prediction_type="score"`, `data_min=0`.
+"""
+
+import os
+from pathlib import Path
+
+from ..hub.loading import NCSNPipeline
+from .checkpoints import Given, describe, read
+from .diffusers_ncsn import convert_diffusers_ncsn
+from .ncsnpp import convert_ncsnpp
+from .refinenets import convert_refinenet
+
+__all__ = ["convert"]
+
+
+def convert(
+    checkpoint: str | os.PathLike,
+    *,
+    sample_size: int | None = None,
+    data_min: float | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    num_train_timesteps: int | None = None,
+    num_langevin_steps: int | None = None,
+    step_lr: float | None = None,
+    denoise_final: bool | None = None,
+) -> NCSNPipeline:
+    """
+    A pipeline with the weights of another's checkpoint, their moving average where there is one, and with the sampler
+    of its paper. What is guessed, and what of the file is not used, is said in a warning.
+
+    | checkpoint | what it holds |
+    | --- | --- |
+    | NCSN (Song & Ermon 2019, arXiv:1907.05600) | `[model, optimizer]` |
+    | NCSNv2, -Deeper, -Deepest (Song & Ermon 2020, arXiv:2006.09011) | `[model, optimizer, epoch, step, average]` |
+    | Jolicoeur-Martineau et al. 2020, arXiv:2009.05475, without U-Net | the same |
+    | NCSN++ of score_sde (Song et al. 2021, arXiv:2011.13456), 256 and 1024 pixels | `{model, ema, optimizer, step}` |
+    | diffusers-ncsn 0.1.0 | a pipeline's folder |
+
+    Args:
+        checkpoint (`str` or `PathLike`): the file, or for diffusers-ncsn the folder.
+        sample_size (`int`, *optional*): Height and width of the images.
+        data_min (`float`, *optional*): Black in the data, 0 (as published) or -1.
+        sigma_min (`float`, *optional*), sigma_max (`float`, *optional*):
+            The ends of the geometric ladder, in units of the data, where the file has no ladder.
+        num_train_timesteps (`int`, *optional*): The number of its levels, where the file does not say.
+        num_langevin_steps (`int`, *optional*): Steps a level, `n_steps_each` in the originals' configs.
+        step_lr (`float`, *optional*): Their step size, that of the last level, in units of the data squared.
+        denoise_final (`bool`, *optional*): Their `denoise`.
+
+    Returns:
+        [`NCSNPipeline`]
+
+    Raises:
+        OSError: the file cannot be read, holds something else, lacks tensors or has more than the network; the message
+            names them.
+        ValueError: an argument is out of range, contradicts the file, or is needed.
+    """
+    given = Given(
+        sample_size, data_min, sigma_min, sigma_max, num_train_timesteps, num_langevin_steps, step_lr, denoise_final
+    )
+    source = str(checkpoint)
+    if Path(source).is_dir():
+        return convert_diffusers_ncsn(Path(source), given)
+    parts = read(source)
+    if isinstance(parts, dict) and isinstance(parts.get("model"), dict):
+        return convert_ncsnpp(parts, source, given)
+    if isinstance(parts, (list, tuple)) and parts and isinstance(parts[0], dict):
+        return convert_refinenet(parts, source, given)
+    raise OSError(
+        f"{source!r} holds {describe(parts)}, and no checkpoint of a kind that is known: [model, optimizer] (NCSN), "
+        "[model, optimizer, epoch, step, average] (NCSNv2) or {'model', 'ema', …} (score_sde)."
+    )

@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from .. import pipeline_ncsn
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
-OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline")
+OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline")
 # The least value of a pixel, black, in the data of foreign pipelines that an NCSNPipeline can take over; white is 1.
 FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
 

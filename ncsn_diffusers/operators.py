@@ -299,7 +299,7 @@ class LinearOperator:
         expected = self.A_adjoint(r)
         for gamma in (1 / self.norm**2, 1e4 / self.norm**2):
             try:
-                u, _ = self._solve_by_prox(r, gamma, 1.0)
+                _, u = self._solve_by_prox(r, gamma, 1.0)
             except Exception:  # of another kind than deepinv's
                 return False
             error = _norm(self.A_adjoint(self.A(u)) + u / gamma - expected)

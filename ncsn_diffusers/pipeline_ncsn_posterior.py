@@ -33,7 +33,7 @@ is carried down the ladder from 0, and at each level improved as follows. With c
 1.  x̃ = x + c Aᵀ mu,   D = D(x̃, sigma),   r = y - A D - sigma_y² mu.
 2.  One iteration of conjugate gradients on (1), whose matrix is sigma_y² + c A J Aᵀ, preconditioned by J = 1:
     z = (sigma_y² + c A Aᵀ)⁻¹ r,   Jz = D(x̃ + c Aᵀ z, sigma) - D,   q = sigma_y² z + A Jz,   a = ⟨r, z⟩/⟨z, q⟩,
-    for each image, 0 where ⟨z, q⟩ ≤ 10⁻³ ⟨r, z⟩ (the network's noise, where J is almost 0);
+    for each image, 0 where ⟨z, q⟩ ≤ 10⁻⁴ ⟨r, z⟩ (the network's noise, where J is almost 0);
     mu += a z,   D += a Jz,   r -= a q.
 3.  z = (sigma_y² + c A Aᵀ)⁻¹ r,   D_y = D + c Aᵀ z,   mu += z.
 
@@ -69,7 +69,7 @@ from .pipeline_ncsn import _callback_inputs
 
 UNITS = ("data", "image")
 # The least share of ⟨r, z⟩ that ⟨z, q⟩ may be: below it the network's Jacobian is lost in its noise.
-LEAST_CURVATURE = 1e-3
+LEAST_CURVATURE = 1e-4
 # The step of the last difference of D, in units of sigma: the network is told sigma and sees 1.04 sigma.
 LAST_STEP = 0.3
 

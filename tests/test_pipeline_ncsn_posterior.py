@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import AnalyticUNet, ClassUNet, Gaussian, GaussianUNet, train_sigmas
-from test_pipeline_ncsn import Halving, conditional_pipeline, small_unet
+from test_pipeline_ncsn import small_unet
 from torch.nn import functional as F  # noqa: N812
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, NCSNPosteriorPipeline
@@ -91,7 +91,7 @@ def draw(operator, y, noise_std, scheduler=None, num_samples=4000, num_inference
 def check_whitened(w, mean, variance, spread=0.0):
     """
     Each coordinate's mean within `mean` deviations, the average variance within `variance`, each variance within
-    `variance + spread` and each correlation within 0, all up to 3.5 standard errors (the largest of up to 256 is one
+    `variance + spread` and each correlation within 0.02, all up to 3.5 standard errors (the largest of up to 256 is one
     of 3).
     """
     n, d = w.shape
@@ -171,7 +171,11 @@ def test_noise_below_the_last_level_is_drawn(noise_std):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"prediction_type": "epsilon"}, {"prediction_type": "sample"}, {"prediction_type": "score", "conditioning": "sigma"}],
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "sample"},
+        {"prediction_type": "score", "conditioning": "sigma"},
+    ],
 )
 def test_every_prediction_type_draws_the_same(arguments):
     matrix = MATRICES["averages"]
@@ -307,7 +311,11 @@ def test_callbacks_see_the_estimate_given_the_measurement():
     )
     assert len(seen) == 25 and all(abs(denoised - y).max() < 1e-4 for sigma, denoised in seen)
     stopped = pipe(
-        y, torch.eye(16)[:2], 0.0, output_type="latent", callback_on_step_end=lambda p, *_: setattr(p, "_interrupt", True)
+        y,
+        torch.eye(16)[:2],
+        0.0,
+        output_type="latent",
+        callback_on_step_end=lambda p, *_: setattr(p, "_interrupt", True),
     ).images
     assert abs(stopped.flatten(1)[:, :2] - y).max() < 1e-4
 
@@ -315,7 +323,9 @@ def test_callbacks_see_the_estimate_given_the_measurement():
 def test_a_callback_may_change_the_sample():
     pipe = small_pipeline()
     images = pipe(
-        **GOOD, **SHORT, callback_on_step_end=lambda p, i, t, tensors: {"latents": torch.full_like(tensors["latents"], 0.5)}
+        **GOOD,
+        **SHORT,
+        callback_on_step_end=lambda p, i, t, tensors: {"latents": torch.full_like(tensors["latents"], 0.5)},
     ).images
     assert torch.equal(images, torch.full_like(images, 0.5))
 
@@ -356,10 +366,6 @@ def test_loads_what_any_pipeline_saved(tmp_path):
     assert NCSNPosteriorPipeline(**NCSNInpaintPipeline(**pipe.components).components).image_shape == (1, 8, 8)
 
 
-def test_a_halved_network_differs_little():
-    pass
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -388,9 +394,7 @@ def test_a_halved_network_differs_little():
     ],
 )
 def test_refuses_before_the_first_evaluation(changed, message):
-    scheduler = AnnealedLangevinScheduler()
     pipe = small_pipeline()
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
     with pytest.raises(ValueError, match=message):
         pipe(**{**GOOD, **changed})
-    del scheduler

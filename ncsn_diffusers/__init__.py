@@ -2,6 +2,7 @@
 
 import diffusers
 
+from .denoiser import NCSNDenoiser
 from .hub.loading import NCSNPipeline
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pipeline_ncsn_posterior import NCSNPosteriorPipeline
@@ -13,4 +14,11 @@ from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 for _class in (AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, NCSNPosteriorPipeline):
     setattr(diffusers, _class.__name__, _class)
 
-__all__ = ["AnnealedLangevinScheduler", "NCSNInpaintPipeline", "NCSNPipeline", "NCSNPosteriorPipeline", "pretrained"]
+__all__ = [
+    "AnnealedLangevinScheduler",
+    "NCSNDenoiser",
+    "NCSNInpaintPipeline",
+    "NCSNPipeline",
+    "NCSNPosteriorPipeline",
+    "pretrained",
+]

@@ -4,9 +4,11 @@ from importlib.metadata import version
 
 import diffusers
 
+from .denoiser import NCSNDenoiser
 from .hub.loading import NCSNPipeline
 from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
+from .pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 
@@ -18,6 +20,7 @@ for _class in (
     LevelUNet2DModel,
     NCSNInpaintPipeline,
     NCSNPipeline,
+    NCSNPosteriorPipeline,
     RefineNet2DModel,
 ):
     setattr(diffusers, _class.__name__, _class)
@@ -27,8 +30,10 @@ __version__ = version("ncsn_diffusers")
 __all__ = [
     "AnnealedLangevinScheduler",
     "LevelUNet2DModel",
+    "NCSNDenoiser",
     "NCSNInpaintPipeline",
     "NCSNPipeline",
+    "NCSNPosteriorPipeline",
     "RefineNet2DModel",
     "pretrained",
 ]

@@ -500,6 +500,86 @@ class NCSNPipeline(DiffusionPipeline):
         )
         return self._finish(images, output_type, return_dict)
 
+    # The network as a part for others: gradients flow through these two
+
+    def denoise(
+        self,
+        x: torch.Tensor,
+        sigma: float | torch.Tensor,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The denoised estimate D(x, sigma) = E[x0 | x0 + sigma z = x], from one network evaluation. Below the smallest
+        trained level, which is the least that the network knows of, the score is taken to be what it is there.
+
+        Args:
+            x (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): In units of the data.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`):
+                The noise level of all images or of each, in units of the data, from 0 to the largest trained level.
+            class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                As in [`__call__`].
+
+        Returns:
+            `torch.Tensor` of the shape of `x`, in float32, in units of the data.
+
+        Raises:
+            ValueError: a shape does not fit the network, or a level lies outside the trained range.
+        """
+        if tuple(x.shape[1:]) != self.image_shape:
+            expected = ("batch_size", *self.image_shape)
+            raise ValueError(f"`x` must have the shape ({', '.join(map(str, expected))}), not {tuple(x.shape)}.")
+        sigmas = torch.as_tensor(sigma).detach().to("cpu", torch.float64)
+        if sigmas.ndim > 1 or (sigmas.ndim == 1 and len(sigmas) not in (1, len(x))):
+            raise ValueError(
+                f"`sigma` must be a number, or one for each of the {len(x)} images, not of shape {tuple(sigmas.shape)}."
+            )
+        smallest, largest = math.exp(self._log_ladder()[0]), math.exp(self._log_ladder()[-1])
+        if not ((sigmas >= 0) & (sigmas <= 1.001 * largest)).all():
+            raise ValueError(
+                f"`sigma` must be from 0 to {largest:g}, the largest level that the network was trained on, not "
+                f"{sigmas.tolist()}."
+            )
+        _, class_labels = self._check_batch(len(x), class_labels, name="len(x)")
+        labels = self.embedding_indices(class_labels, len(x), x.device)
+        levels = sigmas.clamp(smallest, largest)
+        timesteps = self._timesteps_at(levels.numpy()).to(x.device)
+        share = ((sigmas / levels) ** 2).to(x.device, torch.float32).reshape(-1, 1, 1, 1)
+        levels = levels.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
+        x = x.float()
+        model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + levels**2) ** 0.5
+        self._guidance_scale = 1.0
+        denoised = self._to_denoised(self._predict(model_input, timesteps, labels), model_input, levels)
+        return torch.lerp(x, denoised, share)  # x + sigma² score
+
+    def score(
+        self,
+        x: torch.Tensor,
+        sigma: float | torch.Tensor,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The score, the gradient of log p_sigma(x) with respect to x: (D(x, sigma) - x)/sigma² (Tweedie's formula).
+
+        Args:
+            x, class_labels: As in [`denoise`].
+            sigma (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`):
+                The noise level of all images or of each, in units of the data, within the trained range.
+
+        Returns:
+            `torch.Tensor` of the shape of `x`, in float32, in 1/units of the data.
+
+        Raises:
+            ValueError: as [`denoise`], or a level lies below the trained range.
+        """
+        smallest = math.exp(self._log_ladder()[0])
+        sigma = torch.as_tensor(sigma, dtype=torch.float32)
+        if not (sigma >= 0.999 * smallest).all():
+            raise ValueError(
+                f"`sigma` must be at least {smallest:g}, the smallest level that the network was trained on, not "
+                f"{sigma.tolist()}."
+            )
+        return (self.denoise(x, sigma, class_labels) - x) / sigma.to(x.device).reshape(-1, 1, 1, 1) ** 2
+
     # The loop and what surrounds it
 
     def _set_timesteps(
@@ -605,12 +685,13 @@ class NCSNPipeline(DiffusionPipeline):
         before_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         variance_noise: Callable[[int], torch.Tensor | None] | None = None,
         schedulers: Sequence[SchedulerMixin] | None = None,
+        predict: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         The loop: the sample after the last step, or the denoised estimate where it was interrupted.
 
         `before_step(i, latents)` returns the sample to take step i from, `variance_noise(i)` its noise, and
-        `schedulers[i]` takes it.
+        `schedulers[i]` takes it. `predict(i, model_input, t)` takes the place of the network's own output.
         """
         schedulers = schedulers or [self.scheduler] * len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -626,7 +707,7 @@ class NCSNPipeline(DiffusionPipeline):
             if variance_noise is not None:
                 extra["variance_noise"] = variance_noise(i)
             model_input = schedulers[i].scale_model_input(latents, t)
-            model_output = self._predict(model_input, t, labels)
+            model_output = self._predict(model_input, t, labels) if predict is None else predict(i, model_input, t)
             latents = schedulers[i].step(model_output, t, latents, return_dict=False, **extra)[0]
 
             if callback_on_step_end is not None:

@@ -23,7 +23,7 @@ from .. import pipeline_ncsn
 from ..networks_ncsn import LevelUNet2DModel, RefineNet2DModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
-OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline")
+OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline")
 # Foreign pipelines that an NCSNPipeline can take over, each with the value of black in its data; white is 1.
 FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
 

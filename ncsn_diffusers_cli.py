@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a network",
     "sample": "draw images with a trained pipeline",
     "evaluate": "compare a pipeline's images with real ones",
+    "convert": "turn a checkpoint of others into a pipeline",
     "push": "publish a pipeline on the Hub",
 }
 

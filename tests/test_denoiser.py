@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from networks import MIXTURE, AnalyticUNet, ClassUNet, train_sigmas
-from networks import small_unet
+from networks import MIXTURE, AnalyticUNet, ClassUNet, small_unet, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNDenoiser, NCSNPipeline
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "ncsn_diffusers"
 # Modules and packages, from low to high. A module imports from lower layers and from its own entry, and nothing else.
 LAYERS = (
-    ("scheduling_annealed_langevin", "networks_ncsn", "pretrained"),
+    ("scheduling_annealed_langevin", "checked_files", "networks_ncsn", "operators", "pretrained"),
     ("pipeline_ncsn",),
     ("images", "score_matching"),
     ("data", "dataset_settings", "likelihood", "noise_levels"),
     ("hub",),
-    ("pipeline_ncsn_inpaint", "convert"),
+    ("pipeline_ncsn_inpaint", "pipeline_ncsn_posterior", "denoiser", "convert"),
     ("",),  # the public names, in the package's own __init__.py
     ("settings",),
     ("evaluation", "training"),

@@ -2,8 +2,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from networks import AnalyticUNet, ClassUNet, Gaussian, GaussianUNet, train_sigmas
-from networks import small_unet
+from networks import AnalyticUNet, ClassUNet, Gaussian, GaussianUNet, small_unet, train_sigmas
 from torch.nn import functional as F  # noqa: N812
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, NCSNPosteriorPipeline

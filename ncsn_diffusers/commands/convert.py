@@ -1,5 +1,6 @@
 """Turn a checkpoint of others into a pipeline: `ncsn-diffusers convert CHECKPOINT FOLDER`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,8 @@ import tyro
 
 from ..convert import convert
 from .cli import run
+
+EXAMPLE = "ncsn-diffusers convert checkpoint.pth my-ncsn"
 
 
 @dataclass
@@ -64,8 +67,8 @@ def convert_checkpoint(config: ConvertConfig) -> None:
     )
 
 
-def main() -> None:
-    run(ConvertConfig, convert_checkpoint)
+def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    run(ConvertConfig, convert_checkpoint, EXAMPLE, arguments, name)
 
 
 if __name__ == "__main__":

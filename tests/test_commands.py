@@ -15,6 +15,7 @@ from PIL import Image
 
 import ncsn_diffusers
 from ncsn_diffusers.commands import cli
+from ncsn_diffusers.commands.convert import ConvertConfig
 from ncsn_diffusers.commands.push import PushConfig
 from ncsn_diffusers.commands.sample import SampleConfig
 from ncsn_diffusers.evaluation import EvaluateConfig
@@ -22,8 +23,14 @@ from ncsn_diffusers.training import TrainingConfig
 from ncsn_diffusers_cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {"train": TrainingConfig, "sample": SampleConfig, "evaluate": EvaluateConfig, "push": PushConfig}
-REQUIRED = {"push": ["folder", "user/name"]}
+CONFIGS = {
+    "train": TrainingConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "convert": ConvertConfig,
+    "push": PushConfig,
+}
+REQUIRED = {"convert": ["checkpoint.pth", "folder"], "push": ["folder", "user/name"]}
 
 
 def run(*command, cwd):
@@ -55,7 +62,10 @@ def test_help_shows_an_example_and_every_setting_once_with_its_default(command, 
     config = CONFIGS[command]
     for field in dataclasses.fields(config):
         flag = field.name
-        positional = flag.upper() in ("PIPELINE", "FOLDER", "REPO_ID")
+        positional = flag.upper() in ("PIPELINE", "FOLDER", "REPO_ID", "CHECKPOINT") or (command, flag) == (
+            "convert",
+            "output_dir",
+        )
         start = rf"[│ ] {flag.upper()} " if positional else rf"[│ ] --{flag}[ ,\n]"
         assert len(re.findall(start, boxes)) == 1, flag
     assert boxes.count("(default: ") + boxes.count("(required)") >= 0.9 * len(dataclasses.fields(config))
@@ -156,7 +166,10 @@ def test_the_dispatcher_answers_without_importing_torch(tmp_path):
     assert result.returncode == 2
     assert result.stderr == "ncsn-diffusers: there is no command 'evalute'; did you mean evaluate?\n"
     result = run("-c", program, "xyz", cwd=tmp_path)
-    assert result.stderr == "ncsn-diffusers: there is no command 'xyz'; there are train, sample, evaluate, push.\n"
+    assert (
+        result.stderr
+        == "ncsn-diffusers: there is no command 'xyz'; there are train, sample, evaluate, convert, push.\n"
+    )
 
 
 @pytest.mark.parametrize(

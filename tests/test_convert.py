@@ -487,7 +487,7 @@ def test_arguments_are_checked(tmp_path, name, given, named):
 
 def test_command(tmp_path):
     torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
-    command = [sys.executable, "-m", "ncsn_diffusers.commands", "convert", "checkpoint.pth", "pipeline"]
+    command = [sys.executable, "-m", "ncsn_diffusers.commands.convert", "checkpoint.pth", "pipeline"]
     command += ["--sample_size", "16", "--data_min", "-1"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -401,9 +401,6 @@ def test_embedding_indices_put_no_label_last():
     assert small_pipeline().embedding_indices(None, 2, device) is None
 
 
-@pytest.mark.parametrize(
-    ("channels", "sample_size", "shape"), [(1, 8, (1, 8, 8)), (3, (4, 8), (3, 4, 8)), (4, [8, 4], (4, 8, 4))]
-)
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("scheduler_class", [AnnealedLangevinScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 def test_guided_samples_follow_the_guided_gaussian(scheduler_class, guidance_scale):

@@ -331,8 +331,12 @@ def test_second_interrupt_ends_at_once(small, monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr(training, "score_matching_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(small())
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(small())
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def launch(*arguments, num_threads):

@@ -25,7 +25,7 @@ class ConvertConfig:
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """The file, checkpoint.pth for example, or for diffusers-ncsn the pipeline's folder."""
 
-    output_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    output_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT_DIR")]
     """New folder for the pipeline."""
 
     sample_size: int | None = None

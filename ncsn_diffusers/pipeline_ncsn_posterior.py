@@ -23,7 +23,7 @@ solves its equation exactly where, multiplied out,
     E[x0 | x, y] = D(x + sigma² Aᵀ mu, sigma)    with    A D(x + sigma² Aᵀ mu, sigma) + sigma_y² mu = y.          (1)
 
 The network is asked about a shifted x, the shift being such that the answer agrees with the measurement. For other data
-(1) is the estimate to second order in the shift.
+(1) is an approximation.
 
 The multiplier
 --------------

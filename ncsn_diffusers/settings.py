@@ -119,8 +119,8 @@ def open_processes() -> Accelerator:
 class SamplerSettings:
     """Noise level and scheduler"""
 
-    num_inference_steps: int = 50
-    """Number of noise levels."""
+    num_inference_steps: int | None = None
+    """Number of noise levels; the pipeline's own by default, 50 unless it was saved with another."""
 
     sigmas: tuple[float, ...] | None = None
     """The noise levels themselves, from high to low, in units of the data; replaces num_inference_steps."""
@@ -199,6 +199,8 @@ class SamplingConfig(ClassSettings, SamplerSettings, DrawSettings):
         """The processes that share the work, and the pipeline on this one's device."""
         accelerator = open_processes()
         pipe = load_pipeline(self.pipeline, self.scheduler_class, self.settings).to(accelerator.device)
+        if self.num_inference_steps is None:
+            self.num_inference_steps = pipe.config.num_inference_steps  # which a record of the run then states
         cast(pipe, self.dtype)
         pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
         return accelerator, pipe

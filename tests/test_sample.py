@@ -207,3 +207,14 @@ def test_errors_on_the_command_line(tmp_path):
     assert result.returncode == 1
     assert "sample.py: `pipeline`='nowhere' cannot be loaded, as a folder or from the Hub" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_pipelines_own_number_of_levels_is_the_default(tmp_path):
+    NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), num_inference_steps=3).save_pretrained(tmp_path / "own")
+    config = SampleConfig(str(tmp_path / "own"), num_images=2, output_dir=str(tmp_path / "out"), save_images=True)
+    sample(config)
+    assert config.num_inference_steps == 3
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "own")
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    for i, image in enumerate(pipe(batch_size=2, num_inference_steps=3, generator=generators).images):
+        assert np.array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), np.asarray(image))

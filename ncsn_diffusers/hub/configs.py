@@ -70,7 +70,7 @@ def explain_missing_index(folder: str | os.PathLike, source: str) -> str:
     """Why a folder is no pipeline, and the way on."""
     folder = Path(folder)
     text = f"{source!r} holds no pipeline: {INDEX} is missing."
-    go_on = "scripts/train_ncsn.py with the run's settings and --resume_from_checkpoint latest goes on with it"
+    go_on = "`ncsn-diffusers train` with the run's settings and --resume_from_checkpoint latest goes on with it"
     checkpoints = [path.name for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
         run = folder.resolve().parent

@@ -183,7 +183,7 @@ class BackgroundPush:
     def _warn(self, error: Exception) -> None:
         logger.warning(
             f"The upload to {self.repo_id} has failed: {without_secrets(str(error), self._api)} The training goes on, "
-            "and `python scripts/push_to_hub.py` uploads its folder afterwards."
+            "and `ncsn-diffusers push` uploads its folder afterwards."
         )
 
 

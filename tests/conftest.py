@@ -1,5 +1,11 @@
 """Fixtures of several test files."""
 
+import os
+
+# Before torch is imported, and for the processes that tests start. The tests' tensors are so small that several threads
+# only wait for each other, many times longer than the work takes where another process has the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import huggingface_hub
 import pytest
 from hub_server import TOKEN, HubServer

@@ -187,7 +187,7 @@ class LinearOperator:
         x = self._randn(self.shape)
         y = self.A(x)
         # A part along y finds wrong factors, a random part whatever else is wrong.
-        v = y + self._randn(y.shape) * _expand(_norm(y), y) / y[0].numel() ** 0.5
+        v = y + self._randn(y.shape) * expand(_norm(y), y) / y[0].numel() ** 0.5
         try:
             back = self.A_adjoint(v)
         except Exception as error:
@@ -195,7 +195,7 @@ class LinearOperator:
                 f"`operator`: A_adjoint cannot be applied to measurements of shape {self.measurement_shape}, which A "
                 f"returns, or does not return images of {self._sizes}: {type(error).__name__}: {error}"
             ) from error
-        left, right = _dot(y, v), _dot(x, back)
+        left, right = dot(y, v), dot(x, back)
         if not ((left - right).abs() <= TOLERANCE * _norm(y) * _norm(v)).all():  # NaN fails
             raise ValueError(
                 "`operator`: A_adjoint is not the adjoint of A: ⟨A x, v⟩ and ⟨x, Aᵀ v⟩ are "
@@ -287,7 +287,7 @@ class LinearOperator:
         """By power iteration, the largest of the batch."""
         x = self._randn(self.shape)
         for _ in range(30):
-            x = x / _expand(_norm(x), x)
+            x = x / expand(_norm(x), x)
             x = self.A_adjoint(self.A(x))
         return _norm(x).max().item() ** 0.5
 
@@ -321,19 +321,19 @@ class LinearOperator:
         condition = 1 + 1.1 * self.norm**2 / shift
         iterations = math.ceil(0.5 * condition**0.5 * math.log(2 / CG_TOLERANCE))
         z, residual, direction, u = torch.zeros_like(r), r, r, None
-        square = _dot(r, r)
+        square = dot(r, r)
         for _ in range(min(iterations, CG_ITERATIONS)):
             product = shift * direction + self.A(self.A_adjoint(direction))
-            step = _ratio(square, _dot(direction, product))
-            z = z + _expand(step, r) * direction
-            residual = residual - _expand(step, r) * product
-            last, square = square, _dot(residual, residual)
-            direction = residual + _expand(_ratio(square, last), r) * direction
+            step = _ratio(square, dot(direction, product))
+            z = z + expand(step, r) * direction
+            residual = residual - expand(step, r) * product
+            last, square = square, dot(residual, residual)
+            direction = residual + expand(_ratio(square, last), r) * direction
         u = self.A_adjoint(z)
         return z / c, u
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """⟨a, b⟩ of each image or measurement of the batch, `(batch_size,)`."""
     return (a.flatten(1) * b.flatten(1)).sum(1)
 
@@ -342,7 +342,7 @@ def _norm(a: torch.Tensor) -> torch.Tensor:
     return a.flatten(1).norm(dim=1)
 
 
-def _expand(factors: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def expand(factors: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """One factor for each of the batch, in a shape that multiplies `a`."""
     return factors.reshape(-1, *[1] * (a.ndim - 1))
 

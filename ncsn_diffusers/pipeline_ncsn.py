@@ -546,10 +546,8 @@ class NCSNPipeline(DiffusionPipeline):
         share = ((sigmas / levels) ** 2).to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         levels = levels.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         x = x.float()
-        model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + levels**2) ** 0.5
         self._guidance_scale = 1.0
-        denoised = self._to_denoised(self._predict(model_input, timesteps, labels), model_input, levels)
-        return torch.lerp(x, denoised, share)  # x + sigma² score
+        return torch.lerp(x, self._denoise(x, timesteps, levels, labels), share)  # x + sigma² score
 
     def score(
         self,
@@ -816,6 +814,11 @@ class NCSNPipeline(DiffusionPipeline):
             log_sigmas = self._log_ladder()
             sigmas = np.interp(np.log(sigmas), log_sigmas, np.arange(len(log_sigmas)))
         return torch.as_tensor(np.asarray(sigmas), dtype=torch.float32)
+
+    def _denoise(self, x, timestep, sigma, labels) -> torch.Tensor:
+        """D(x, sigma), by one evaluation of the network. `timestep` is that of sigma."""
+        model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
+        return self._to_denoised(self._predict(model_input, timestep, labels), model_input, sigma)
 
     def _to_denoised(self, model_output: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """

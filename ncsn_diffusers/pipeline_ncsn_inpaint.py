@@ -177,11 +177,6 @@ class NCSNInpaintPipeline(NCSNPipeline):
         one = torch.ones(1, device=timestep.device)
         return self.scheduler.add_noise(one, torch.zeros_like(one), timestep).item() < 1
 
-    def _denoise(self, x, timestep, sigma, labels) -> torch.Tensor:
-        """D(x, sigma), by one evaluation of the network. `timestep` is that of sigma."""
-        model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
-        return self._to_denoised(self._predict(model_input, timestep, labels), model_input, sigma)
-
     def _fresh_schedulers(self, chain: tuple, num_steps: int) -> list:
         """
         The scheduler for each of the last `num_steps` steps of the chain with the settings `chain`, as if the chain

@@ -64,7 +64,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .hub.loading import NCSNPipeline
-from .operators import LinearOperator, _dot, _expand
+from .operators import LinearOperator, dot, expand
 from .pipeline_ncsn import _callback_inputs
 
 UNITS = ("data", "image")
@@ -188,7 +188,7 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             scale = 1.0 if self.scheduler.config.get("conditioning") == "sigma" else (1 + c) ** 0.5
 
             def denoise(x):
-                return self._to_denoised(self._predict(x / scale, t, labels), x / scale, sigma)
+                return self._denoise(x, t, sigma, labels)
 
             x = model_input * scale
             shifted = x + c * shift  # 1.
@@ -198,12 +198,12 @@ class NCSNPosteriorPipeline(NCSNPipeline):
                 z, u = operator.solve(r, c, variance)  # 2.
                 moved = denoise(shifted + u) - denoised
                 q = variance * z + operator.A(moved)
-                rz, zq = _dot(r, z), _dot(z, q)
+                rz, zq = dot(r, z), dot(z, q)
                 a = torch.where(zq > LEAST_CURVATURE * rz, rz / zq, 0.0)
-                mu = mu + _expand(a, z) * z
-                shift = shift + _expand(a / c, u) * u
-                denoised = denoised + _expand(a, moved) * moved
-                r = r - _expand(a, q) * q
+                mu = mu + expand(a, z) * z
+                shift = shift + expand(a / c, u) * u
+                denoised = denoised + expand(a, moved) * moved
+                r = r - expand(a, q) * q
             else:
                 e = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
                 n = randn_tensor(y.shape, generator=generator, device=x.device, dtype=torch.float32)
@@ -211,16 +211,15 @@ class NCSNPosteriorPipeline(NCSNPipeline):
                 denoised, r = denoised + moved, r + noise_std * n - operator.A(moved)
             z, u = operator.solve(r, c, variance)  # 3.
             mu, shift = mu + z, shift + u / c
-            return self._from_denoised(denoised + u, model_input, sigma)
+            return self._from_denoised(denoised + u, x, sigma)
 
         return predict
 
-    def _from_denoised(self, denoised: torch.Tensor, model_input: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The network's output that means the estimate `denoised`: the inverse of [`_to_denoised`]."""
-        scale = (1 + sigma**2) ** 0.5
-        x = model_input if self.scheduler.config.get("conditioning") == "sigma" else model_input * scale
+    def _from_denoised(self, denoised: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The network's output at the noisy sample x that means the estimate `denoised`: undoes [`_to_denoised`]."""
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "v_prediction":
+            scale = (1 + sigma**2) ** 0.5
             return (x / scale**2 - denoised) * (scale / sigma)
         if prediction_type == "epsilon":
             return (x - denoised) / sigma

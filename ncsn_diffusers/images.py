@@ -7,7 +7,7 @@ from PIL import Image
 
 from .pipeline_ncsn import find_white, read_image
 
-__all__ = ["find_white", "make_grid", "read_image", "to_model_range", "to_pil", "to_uint8"]
+__all__ = ["class_columns", "find_white", "make_grid", "read_image", "to_model_range", "to_pil", "to_uint8"]
 
 
 def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
@@ -60,7 +60,7 @@ def make_grid(images: list[Image.Image], num_columns: int | None = None, margin:
     if len({(image.mode, image.size) for image in images}) != 1:
         kinds = sorted({f"{image.mode} {image.width}×{image.height}" for image in images})
         raise ValueError(f"`images` must be of one mode and size, not {', '.join(kinds) or 'an empty list'}.")
-    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
+    num_columns = min(num_columns or math.ceil(math.sqrt(len(images))), len(images))
     num_rows = math.ceil(len(images) / num_columns)
     width, height = images[0].width + margin, images[0].height + margin
     size = (num_columns * width + margin, num_rows * height + margin)
@@ -69,3 +69,8 @@ def make_grid(images: list[Image.Image], num_columns: int | None = None, margin:
         row, column = divmod(i, num_columns)
         grid.paste(image, (margin + column * width, margin + row * height))
     return grid
+
+
+def class_columns(num_classes: int | None) -> int | None:
+    """`num_columns` of a grid whose images take the classes in turn: one for each, in a row of readable length."""
+    return num_classes if num_classes is not None and 4 <= num_classes <= 16 else None

@@ -270,6 +270,12 @@ class NCSNPipeline(DiffusionPipeline):
         channels, size = self._network.config.in_channels, self._network.config.sample_size
         return (channels, size, size) if isinstance(size, int) else (channels, *size)
 
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes that the network can be asked for; `None` for a network without a class embedding."""
+        num_embeddings = self._network.config.get("num_class_embeds")
+        return None if num_embeddings is None else num_embeddings - 1
+
     def embedding_indices(
         self, class_labels: torch.Tensor | None, batch_size: int, device: str | torch.device
     ) -> torch.Tensor | None:
@@ -287,10 +293,9 @@ class NCSNPipeline(DiffusionPipeline):
             of shape `(2 * batch_size,)`: the classes, then as many of "no label", for guidance. `None` for a network
             without a class embedding.
         """
-        num_embeddings = self._network.config.get("num_class_embeds")
-        if num_embeddings is None:
+        if self.num_classes is None:
             return None
-        no_label = torch.full((batch_size,), num_embeddings - 1, device=device)
+        no_label = torch.full((batch_size,), self.num_classes, device=device)
         if class_labels is None:
             return no_label
         return torch.cat([class_labels.to(device).expand(batch_size), no_label])
@@ -909,13 +914,13 @@ class NCSNPipeline(DiffusionPipeline):
         return batch_size, class_labels
 
     def _check_labels(self, class_labels: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        num_embeddings = self._network.config.get("num_class_embeds")
-        if num_embeddings is None:
+        num_classes = self.num_classes
+        if num_classes is None:
             raise ValueError(
                 "`class_labels` are for a class-conditional network, and this one is unconditional: its config has no "
                 "`num_class_embeds`."
             )
-        accepted = f"an int or a list of ints from 0 to {num_embeddings - 2}, of shape (batch_size,)"
+        accepted = f"an int or a list of ints from 0 to {num_classes - 1}, of shape (batch_size,)"
         try:
             labels = torch.as_tensor(class_labels)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -923,9 +928,9 @@ class NCSNPipeline(DiffusionPipeline):
         integral = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         if not integral or labels.ndim > 1 or not labels.numel():
             raise ValueError(f"`class_labels` must be {accepted}, not {class_labels!r}.")
-        if labels.min() < 0 or labels.max() > num_embeddings - 2:
+        if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(
-                f"`class_labels` must be {accepted}, not {labels.tolist()} (the network has {num_embeddings} "
+                f"`class_labels` must be {accepted}, not {labels.tolist()} (the network has {num_classes + 1} "
                 "embeddings, the last of which means 'no label')."
             )
         return labels.long()

@@ -153,8 +153,8 @@ class DrawSettings:
     pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")] = None
     """Folder of the pipeline, or its id on the Hub; the digits that come with the package by default."""
 
-    num_images: int = 64
-    """Number of images."""
+    num_images: int | None = None
+    """Number of images; 64 by default, or fewer that show each class equally often (60 of ten classes)."""
 
     batch_size: int = 16
     """Images drawn at a time on each device."""

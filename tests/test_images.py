@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from ncsn_diffusers.images import make_grid, to_pil, to_uint8
+from ncsn_diffusers.images import class_columns, make_grid, to_pil, to_uint8
 
 
 def random_images(n, channels=1, height=3, width=5):
@@ -64,6 +64,12 @@ def test_unused_places_are_black_and_transparency_is_kept():
     expected = torch.zeros(4, 6, 10, dtype=torch.uint8)
     expected[:, :3, :5], expected[:, :3, 5:], expected[:, 3:, :5] = images
     assert torch.equal(grid, expected)
+
+
+def test_columns_of_classes():
+    assert [class_columns(n) for n in (None, 1, 3, 4, 10, 16, 17)] == [None, None, None, 4, 10, 16, None]
+    images = to_pil(random_images(3))
+    assert make_grid(images, num_columns=10).size == (3 * 5, 3)  # no empty columns
 
 
 def test_margins_are_white():

@@ -207,7 +207,13 @@ def test_few_levels_work_or_end_in_a_sentence(name, num_inference_steps, monkeyp
         with pytest.raises(FloatingPointError, match="KDPM2AncestralDiscreteScheduler is not finite after step 0 of 3"):
             draw()
         return
-    images = draw()
+    try:
+        images = draw()
+    except FloatingPointError as error:
+        # sigma_up rounds to just above the next sigma on some CPUs, and diffusers takes the root of their difference
+        assert (name, num_inference_steps) == ("EulerAncestralDiscreteScheduler", 2)
+        assert "EulerAncestralDiscreteScheduler is not finite after step 0 of 2" in str(error)
+        return
     assert said or images.mean().item() == pytest.approx(0.3, abs=0.1)
     assert said or images.std() < 1.0
     assert all(f"The sample of {name} reaches" in message for message in said)

@@ -105,7 +105,11 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     names = ["denoised"]
     images = pipe(
-        2, 6, generator=generators, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names
+        num_inference_steps=6,
+        class_labels=[0, 1],
+        generator=generators,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=names,
     ).images
     strip = pixels(tmp_path / "filmstrip.png")
     assert strip.shape == (16, 32)
@@ -139,6 +143,40 @@ def test_no_pipeline_named_draws_the_digits_of_the_package(tmp_path):
     pipe = NCSNPipeline.from_pretrained(pretrained("mnist"))
     images = pipe(batch_size=3, num_inference_steps=10, generator=generators).images
     assert np.abs(grid[28:, :28] - np.asarray(images[2], dtype=int)).max() <= 1
+
+
+def test_classes_in_turn_a_column_for_each(tmp_path):
+    unet = small_unet(num_class_embeds=6)
+    torch.nn.init.normal_(unet.class_embedding.weight, std=5.0)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    arguments = {"num_inference_steps": 2, "output_dir": str(tmp_path / "out"), "guidance_scale": 1.5}
+    config = SampleConfig(str(tmp_path / "pipeline"), **arguments)
+    sample(config)
+    assert config.num_images == 60  # whole rounds of five classes
+    grid = pixels(tmp_path / "out" / "samples.png")
+    assert grid.shape == (12 * 8, 5 * 8)
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.num_classes == 5
+    generators = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    labels = [i % 5 for i in range(16)]
+    images = pipe(class_labels=labels, num_inference_steps=2, guidance_scale=1.5, generator=generators).images
+    for i in (0, 4, 13):
+        row, column = divmod(i, 5)
+        assert np.array_equal(grid[8 * row : 8 * row + 8, 8 * column : 8 * column + 8], np.asarray(images[i]))
+
+    # classes that were asked for: a square
+    config = SampleConfig(str(tmp_path / "pipeline"), num_images=4, class_labels=(3,), **arguments)
+    sample(config)
+    assert pixels(tmp_path / "out" / "samples.png").shape == (16, 16)
+
+
+@pytest.mark.parametrize(("num_classes", "num_images"), [(None, 64), (10, 60), (64, 64), (100, 64)])
+def test_the_default_number_of_images(tmp_path, num_classes, num_images):
+    unet = small_unet(num_class_embeds=None if num_classes is None else num_classes + 1)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    config = SampleConfig(str(tmp_path / "pipeline"), sigmas=(1.0,), output_dir=str(tmp_path / "out"))
+    sample(config)
+    assert config.num_images == num_images
 
 
 def test_settings():

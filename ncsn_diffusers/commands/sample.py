@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..hub.loading import NCSNPipeline
-from ..images import make_grid
+from ..images import class_columns, make_grid
 from ..settings import SamplingConfig, make_batches
 from .cli import run
 
@@ -24,7 +24,8 @@ class SampleConfig(SamplingConfig):
     """
     Draw images with a trained pipeline.
 
-    The images are the same for any number of processes.
+    A class-conditional pipeline draws its classes in turn, a column for each, unless `class_labels` says otherwise. The
+    images are the same for any number of processes.
     """
 
     output_dir: str = "samples"
@@ -73,24 +74,30 @@ def draw(pipe: NCSNPipeline, config: SampleConfig, indices: range) -> list[tuple
     return list(zip(indices, map(list, zip(*frames, strict=True)), strict=True))
 
 
-def save(config: SampleConfig, images: list[list[Image.Image]]) -> None:
+def save(config: SampleConfig, images: list[list[Image.Image]], num_columns: int | None) -> None:
     """Save what the config asks for; `images` holds the frames of each image."""
     folder = Path(config.output_dir)
     if config.save_grid:
-        make_grid([frames[-1] for frames in images]).save(folder / "samples.png")
+        make_grid([frames[-1] for frames in images], num_columns).save(folder / "samples.png")
     if config.save_images:
         for i, frames in enumerate(images):
             frames[-1].save(folder / f"{i:05d}.png")
     if config.animation == "filmstrip":
         make_grid([frame for frames in images for frame in frames], config.num_frames).save(folder / "filmstrip.png")
     if config.animation == "gif":
-        first, *others = [make_grid(list(step)) for step in zip(*images, strict=True)]
+        first, *others = [make_grid(list(step), num_columns) for step in zip(*images, strict=True)]
         durations = [100] * len(others) + [2000]  # milliseconds
         first.save(folder / "samples.gif", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def sample(config: SampleConfig) -> None:
     accelerator, pipe = config.open()
+    num_columns = None
+    if config.class_labels is None and pipe.num_classes is not None:
+        config.class_labels, num_columns = tuple(range(pipe.num_classes)), class_columns(pipe.num_classes)
+    if config.num_images is None:
+        in_turn = len(config.class_labels or [None])
+        config.num_images = 64 // in_turn * in_turn or 64
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     batches = make_batches(config.num_images, config.batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
@@ -102,7 +109,7 @@ def sample(config: SampleConfig) -> None:
 
     images = sorted(gather_object(images), key=lambda image: image[0])
     if accelerator.is_main_process:
-        save(config, [frames for _, frames in images])
+        save(config, [frames for _, frames in images], num_columns)
         print(f"Saved {len(images)} images in {Path(config.output_dir).resolve()}.")
     accelerator.end_training()
 

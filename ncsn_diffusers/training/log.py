@@ -78,11 +78,11 @@ class RunLog:
             with warn_unless_written("log.jsonl"), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def write_samples(self, images: list[Image.Image], name: str, step: int) -> None:
+    def write_samples(self, images: list[Image.Image], num_columns: int | None, name: str, step: int) -> None:
         """Save a grid of the samples as an image file of this name, and send it to the trackers."""
         if not self.accelerator.is_main_process:
             return
-        grid = make_grid(images)
+        grid = make_grid(images, num_columns)
         scale = max(1, 512 // grid.width)  # small images are hard to judge by eye
         grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
         with warn_unless_written(name):

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
-from ..images import to_model_range, to_pil, to_uint8
+from ..images import class_columns, to_model_range, to_pil, to_uint8
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_timesteps, score_matching_loss, stratified
 from . import checkpoints
@@ -453,7 +453,7 @@ class Trainer:
         except FloatingPointError as failure:  # the weights are finite, and may get better
             self.accelerator.print(f"{name} could not be drawn: {failure}")
         else:
-            self.log.write_samples(to_pil(to_uint8(images)), name, self.step)
+            self.log.write_samples(to_pil(to_uint8(images)), class_columns(self.num_classes), name, self.step)
         if self.validation is not None:
             self.log.write({"step": self.step, "validation_loss": self._validation_loss()})
 

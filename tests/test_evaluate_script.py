@@ -82,6 +82,21 @@ def read(folder):
 # --- What it writes ---
 
 
+def test_the_share_that_is_named_as_asked(tmp_path):
+    unet = small_unet(sample_size=28, num_class_embeds=11)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    arguments = ARGUMENTS | {"bits_per_dim": 0, "loss_images": 0}
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    generators = [torch.Generator().manual_seed(i) for i in range(5)]
+    images = pipe(class_labels=[8] * 5, num_inference_steps=2, generator=generators, output_type="pt").images
+    name = load_digit_classifier()(to_uint8(images)).argmax(1)[0].item()  # noise: of one class or two
+    asked = (name, (name + 1) % 10, (name + 2) % 10)
+    metrics = run(tmp_path / "pipeline", tmp_path / "out", class_labels=asked, **arguments)
+    assert metrics["class_shares"]["samples"][str(name)] == 1
+    assert metrics["named_as_asked"] == 22 / 66
+    assert "It names 33.3% of the samples as the class that was asked for." in (tmp_path / "out/report.md").read_text()
+
+
 def test_metrics_are_the_librarys(pipeline, evaluation):
     metrics = read(evaluation)
     pipe = NCSNPipeline.from_pretrained(pipeline)
@@ -115,6 +130,7 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
         shares = class_shares(classifier(images).argmax(1), 10).tolist()
         key = {"samples": "samples", "floor": "held-out"}[name]
         assert list(metrics["class_shares"][key].values()) == pytest.approx(shares)
+    assert "named_as_asked" not in metrics
     # the floor is near zero, and the untrained network far above it
     floor = metrics["floor"]
     assert abs(floor["kernel_distance"]) < 4 * floor["kernel_distance_standard_error"]

@@ -366,6 +366,10 @@ class Evaluation:
                 shares = class_shares(labels, len(names)).tolist()
                 entries["class_shares"][name] = dict(zip(names, shares, strict=True))
             compared[name] = compare(reference, features, labels, self.config.features == "inception")
+        if has_classifier and self.config.class_labels is not None:
+            asked, given = self.config.class_labels, described["samples"]["labels"].tolist()
+            as_asked = [label == asked[i % len(asked)] for i, label in enumerate(given)]
+            entries["named_as_asked"] = sum(as_asked) / len(as_asked)
         for key, name in (("samples", "samples"), ("floor", "held-out")):
             entries[key] = {key: value for metric in compared[name] for key, value in metric.to_dict().items()}
         return entries, compared

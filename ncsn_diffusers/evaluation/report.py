@@ -84,7 +84,16 @@ def make_report(record: dict[str, Any], samples: list[Metric], floor: list[Metri
         "![samples and their neighbours](neighbours.png)",
     ]
     if "class_shares" in record:
-        lines += ["", "## Classes", "", f"By {record['classes_by']}.", "", "![shares of the classes](classes.png)"]
+        as_asked = record.get("named_as_asked")
+        named = "" if as_asked is None else f" It names {as_asked:.1%} of the samples as the class that was asked for."
+        lines += [
+            "",
+            "## Classes",
+            "",
+            f"By {record['classes_by']}.{named}",
+            "",
+            "![shares of the classes](classes.png)",
+        ]
     if "loss_per_level" in record:
         lines += [
             "",

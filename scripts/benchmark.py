@@ -91,6 +91,13 @@ def save_json(output: str, rows: list[dict], **settings) -> None:
     Path(f"{output}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def bare_call(pipe: NCSNPipeline, x: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """The network alone at a timestep, with "no label" where it has classes, as the pipeline calls it."""
+    labels = pipe.embedding_indices(None, len(x), x.device)
+    arguments = {} if labels is None else {"class_labels": labels}
+    return lambda t: pipe.unet(x, t, **arguments)
+
+
 def overhead(
     pipeline: PipelineName = None,
     batch_size: int = 16,
@@ -117,10 +124,12 @@ def overhead(
     x = pipe(batch_size, num_inference_steps, output_type="latent").images.to(pipe.unet.dtype)  # warms up, too
     timesteps = pipe.scheduler.timesteps
 
+    network = bare_call(pipe, x)
+
     @torch.no_grad()
     def bare():
         for t in timesteps:
-            pipe.unet(x, t)
+            network(t)
 
     def whole():
         pipe(batch_size=batch_size, num_inference_steps=num_inference_steps, output_type="pt")
@@ -160,9 +169,9 @@ def memory(
     check_output(output)
     pipe = load(pipeline)
     x = pipe(batch_size, 2, output_type="latent").images.to(pipe.unet.dtype)  # warms up, too
-    timestep = pipe.scheduler.timesteps[0]
+    timestep, network = pipe.scheduler.timesteps[0], bare_call(pipe, x)
     with torch.no_grad():
-        bare = peak_memory(lambda: pipe.unet(x, timestep), x.device)
+        bare = peak_memory(lambda: network(timestep), x.device)
     rows = []
     print(f"one bare network call    {bare / 1e6:9.3f} MB")
     for budget in tqdm(budgets, unit="row"):

@@ -191,6 +191,15 @@ def conditional_unet():
     return unet
 
 
+class AnyClassUNet(UNet2DModel):
+    """A network that is given "no label" by those that give none, such as diffusers' own pipelines, if it has classes."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        if class_labels is None and self.config.num_class_embeds is not None:
+            class_labels = torch.full((len(sample),), self.config.num_class_embeds - 1, device=sample.device)
+        return super().forward(sample, timestep, class_labels, return_dict)
+
+
 # Pipelines
 
 

@@ -173,6 +173,14 @@ def test_overhead_of_a_compiled_network(tmp_path, benchmark, folders, capsys):
     assert next(words[1] for words in printed if words[0] == "ratio") == f"{row['ratio']:.3f}"
 
 
+@pytest.mark.parametrize("subcommand", ["overhead", "memory"])
+def test_a_class_conditional_pipeline(tmp_path, benchmark, subcommand):
+    NCSNPipeline(small_unet(num_class_embeds=4), AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    settings = {"overhead": {"repeats": 1, "num_inference_steps": 2}, "memory": {"budgets": (2,)}}[subcommand]
+    getattr(benchmark, subcommand)(str(tmp_path / "pipeline"), **settings, output=str(tmp_path / "out"))
+    assert len(rows_of(tmp_path / "out")) == 1
+
+
 def test_memory_is_few_buffers_whatever_the_number_of_steps(tmp_path, benchmark, folders, capsys):
     output = tmp_path / "memory"
     benchmark.memory(str(folders[0]), batch_size=8, budgets=(3, 12), output=str(output))

@@ -4,12 +4,13 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from networks import AnyClassUNet
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
 from ncsn_diffusers.evaluation import extract_features, load_digit_classifier
 
 
-class EpsilonNetwork(diffusers.UNet2DModel):
+class EpsilonNetwork(AnyClassUNet):
     """A v-prediction network that returns epsilon = alpha v + sigma_t x_t instead, as DDPM's networks do."""
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
+from networks import AnyClassUNet
 
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
@@ -67,7 +68,7 @@ def test_its_digits_can_be_read(pipe):
 
 
 def test_its_network_under_stock_pipelines(pipe):
-    unet = UNet2DModel.from_pretrained(pretrained("mnist"), subfolder="unet")
+    unet = AnyClassUNet.from_pretrained(pretrained("mnist"), subfolder="unet")
     stock = DDIMPipeline(unet, DDIMScheduler.from_config(pipe.scheduler.config))
     stock.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

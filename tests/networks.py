@@ -192,7 +192,7 @@ def conditional_unet():
 
 
 class AnyClassUNet(UNet2DModel):
-    """A network that is given "no label" by those that give none, such as diffusers' own pipelines, if it has classes."""
+    """A network that takes "no label" where it is given none, as by the pipelines of diffusers, if it has classes."""
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         if class_labels is None and self.config.num_class_embeds is not None:

@@ -75,7 +75,6 @@ def given(pipelines: Path) -> dict[str, object]:
     digits = torch.randint(0, 256, (160, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return {
         "pipe": NCSNPipeline.from_pretrained(pipelines / "plain"),
-        "class-conditional pipe": NCSNPipeline.from_pretrained(pipelines / "classes"),
         "image": Image.fromarray(digits[0, 0].numpy()),
         "mask_image": Image.fromarray((np.arange(28 * 28).reshape(28, 28) > 400).astype(np.uint8) * 255),
         "images": digits[:2],
@@ -87,7 +86,7 @@ def given(pipelines: Path) -> dict[str, object]:
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_blocks(page, pipelines, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ncsn_diffusers, "pretrained", lambda name: str(pipelines / "plain"))
+    monkeypatch.setattr(ncsn_diffusers, "pretrained", lambda name: str(pipelines / "classes"))
     (tmp_path / "my-ncsn").symlink_to(pipelines / "plain")
     for block in blocks(page, "python"):
         where = f"{page.name}, line {block.line}"

@@ -78,7 +78,7 @@ def test_its_digits_are_those_asked_for(pipe):
 
 def test_without_a_label_it_draws_all_digits(pipe):
     sureness, entropy = sureness_and_entropy(draw(pipe, batch_size=64))
-    assert sureness > 0.85  # two standard errors below what it is for many digits, 0.89
+    assert sureness > 0.85  # 0.893 for these 64, each ± 0.2
     assert entropy > 2.1  # of 64 even digits it is 2.23 ± 0.03
 
 

@@ -29,14 +29,96 @@ alike, so that what is right stays exactly what it was:
 * A pixel counts where the k + 1 values are not all equal then.
 
 The variance ratio sums variances and errors before it divides, so that such pixels add nothing to either.
+
+The floor
+---------
+How far from right may n images and k samples be by chance? [`simulate_exact`] draws them from the exact posterior of
+the Gaussian that has the mean and the covariance of N images x_i, with centred rows X = (x_i - mean)/√(N - 1):
+
+    x0 = mean + Xᵀ g,  g ~ N(0, I),    y = A mean + Bᵀ g + noise_std e,  B = X Aᵀ,
+
+where g is again Gaussian given y. A sample is a prior one, g' and e', with the part taken back by which its own
+measurement is not y (Hoffman & Ribak 1991, "Constrained realizations of Gaussian fields"):
+
+    g' + (noise_std² + B Bᵀ)⁻¹ B (y - A mean - Bᵀ g' - noise_std e').
+
+The system has N rows, however large the images are.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn import functional as F  # noqa: N812
+
+from .metrics import Metric, mean_and_error
 
 TOLERANCE = 0.02  # of [0, 1] images: 5 of 255 grey levels
+MISSING = 0.7  # of the pixels
+BLOCK = 4  # pixels, along each axis
+BLUR_STD, BLUR_RADIUS = 1.5, 4  # pixels
+NUM_SIMULATIONS = 20  # of the floor
+
+# Operators
+
+
+def make_missing_pixels(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    height, width = shape[1:]
+    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
+    kept = order[round(MISSING * height * width) :].sort().values
+    if not len(kept):
+        raise ValueError(f"`missing-pixels` leaves nothing of images of {height} × {width} pixels.")
+    return lambda x: x.flatten(2)[..., kept.to(x.device)]
+
+
+def make_pixelated(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    height, width = shape[1:]
+    if height % BLOCK or width % BLOCK:
+        raise ValueError(f"`pixelated` needs height and width in multiples of {BLOCK}, not {height} × {width} pixels.")
+    return lambda x: F.avg_pool2d(x, BLOCK)
+
+
+def make_blurred(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    channels, height, width = shape
+    if min(height, width) <= BLUR_RADIUS:
+        raise ValueError(f"`blurred` needs more than {BLUR_RADIUS} pixels each way, not {height} × {width} pixels.")
+    weights = torch.exp(-(torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1.0) ** 2) / (2 * BLUR_STD**2))
+    kernel = torch.outer(weights, weights).div(weights.sum() ** 2).expand(channels, 1, -1, -1)
+
+    def blur(x):
+        padded = F.pad(x, [BLUR_RADIUS] * 4, mode="reflect")
+        return F.conv2d(padded, kernel.to(x.device), groups=channels)
+
+    return blur
+
+
+# Each makes an operator for images of a shape `(channels, height, width)`.
+OPERATORS = {"missing-pixels": make_missing_pixels, "pixelated": make_pixelated, "blurred": make_blurred}
+
+
+def make_operator(name: str, shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    A linear operator by its name.
+
+    Args:
+        name (`str`):
+            `"missing-pixels"` measures 30 % of the pixels, always the same ones; `"pixelated"` the means of blocks of
+            4 × 4 pixels; `"blurred"` every pixel after a Gaussian blur of standard deviation 1.5 pixels, with
+            reflection at the edges.
+        shape (`tuple[int, int, int]`): `(channels, height, width)` of the images.
+
+    Returns:
+        function: A, from `(batch_size, channels, height, width)` to `(batch_size, ...)`.
+
+    Raises:
+        ValueError: there is no such operator, or it does not fit the images.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"There is no operator {name!r}; there are {', '.join(OPERATORS)}.")
+    return OPERATORS[name](shape)
+
+
+# Statistics
 
 
 def nominal_coverage(num_samples: int, trim: int = 0) -> float:
@@ -182,3 +264,160 @@ def _check(samples: torch.Tensor, truths: torch.Tensor) -> None:
     for name, values in (("samples", samples), ("truths", truths)):
         if not values.isfinite().all():
             raise ValueError(f"`{name}` has values that are not finite.")
+
+
+# The floor
+
+
+def simulate_exact(
+    images: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    num_images: int,
+    num_samples: int,
+    seed: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    Images, their measurements and exact posterior samples of a Gaussian with the mean and covariance of `images`, again
+    and again. The module's docstring has the equations.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, channels, height, width)`): at least 2, in units of `noise_std`.
+        operator (function): A, linear and real, of `(batch_size, channels, height, width)`.
+        noise_std (`float`): the standard deviation of the measurements' noise, above 0.
+        num_images, num_samples (`int`): n and k.
+        seed (`int`, defaults to 0): of the random numbers.
+
+    Yields:
+        `tuple`: samples `(n, k, channels, height, width)`, truths `(n, channels, height, width)` and measurements
+        `(n, ...)`, in the units of `images`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num, shape = len(images), images.shape[1:]
+    mean = images.float().mean(0, keepdim=True)
+    rows = (images.float() - mean) / (num - 1) ** 0.5
+    measured_mean = operator(mean)
+    measured_rows = torch.cat([operator(part) for part in rows.split(100)]).flatten(1)
+    system = measured_rows.double() @ measured_rows.double().T + noise_std**2 * torch.eye(num, dtype=torch.float64)
+    gain = torch.linalg.solve(system, measured_rows.double()).float()
+    rows = rows.flatten(1)
+
+    def draw(*sizes):
+        """g and Bᵀ g + noise_std e."""
+        g = torch.randn(*sizes, num, generator=generator)
+        noise = torch.randn(*sizes, measured_rows.shape[1], generator=generator)
+        return g, g @ measured_rows + noise_std * noise
+
+    while True:
+        g, y = draw(num_images)
+        other, measured = draw(num_images, num_samples)
+        given_y = other + (y[:, None] - measured) @ gain.T
+        samples, truths = (mean + (g @ rows).reshape(*g.shape[:-1], *shape) for g in (given_y, g))
+        yield samples, truths, measured_mean + y.reshape(-1, *measured_mean.shape[1:])
+
+
+# What is reported of an operator
+
+
+def calibrate(
+    samples: torch.Tensor,
+    truths: torch.Tensor,
+    measurements: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    data_min: float = -1.0,
+) -> tuple[list[Metric], list[dict[str, float]]]:
+    """
+    All that is reported of the posterior samples of one operator.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): in [0, 1].
+        truths (`torch.Tensor` of shape `(n, channels, height, width)`): in [0, 1].
+        measurements (`torch.Tensor` of shape `(n, ...)`): in units of the data.
+        operator (function): A.
+        noise_std (`float`): the standard deviation of the measurements' noise, above 0, in units of the data.
+        data_min (`float`, defaults to -1): black in the data.
+
+    Returns:
+        `tuple`: the metrics in the order of the report, and for each central interval its `"nominal"` and `"actual"`
+        coverage and the latter's `"standard_error"`, the widest first.
+    """
+    k = samples.shape[1]
+    of_samples, of_mean = psnr(samples, truths[:, None]).mean(1), psnr(samples.mean(1), truths)
+    misfits = misfit(samples * (1 - data_min) + data_min, measurements, operator, noise_std)
+    ratio, ratio_error = variance_ratio(samples, truths)
+    reliability = []
+    for trim in range(k // 2):
+        actual, error = coverage(samples, truths, trim)
+        reliability.append({"nominal": nominal_coverage(k, trim), "actual": actual, "standard_error": error})
+    metrics = []
+    for key, title, values in (
+        ("psnr", "PSNR of a sample", of_samples),
+        ("psnr_of_mean", f"PSNR of the mean of {k}", of_mean),
+        ("misfit", "misfit (right: 1)", misfits.mean(1)),
+    ):
+        value, error = mean_and_error(values)
+        metrics.append(Metric(key, title, value, "{:.2f}", standard_error=error))
+    metrics += [
+        Metric("largest_misfit", "largest misfit", misfits.max().item(), "{:.2f}"),
+        Metric(
+            "coverage",
+            f"coverage (right: {nominal_coverage(k):.3f})",
+            reliability[0]["actual"],
+            "{:.3f}",
+            standard_error=reliability[0]["standard_error"],
+            card_type="posterior-coverage",
+            card_title="Coverage of the posterior's intervals",
+        ),
+        Metric(
+            "variance_ratio",
+            "variance over squared error (right: 1)",
+            ratio,
+            "{:.2f}",
+            standard_error=ratio_error,
+            card_type="posterior-variance-ratio",
+            card_title="Posterior variance over squared error",
+        ),
+    ]
+    return metrics, reliability
+
+
+def calibrate_exact(
+    images: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    num_images: int,
+    num_samples: int,
+    data_min: float = -1.0,
+) -> tuple[list[Metric], list[dict[str, float]]]:
+    """
+    What [`calibrate`] says of exact samples: the floor.
+
+    Args:
+        images, operator, noise_std, num_images, num_samples: as of [`simulate_exact`], in units of the data.
+        data_min (`float`, defaults to -1): black in the data.
+
+    Returns:
+        `tuple`: as of [`calibrate`]. Values are means of 20 simulations, and each standard error the standard deviation
+        of one of them. There is no PSNR: it depends on the images, and these are a Gaussian's.
+    """
+    runs = []
+    simulations = simulate_exact(images, operator, noise_std, num_images, num_samples)
+    for _, (samples, truths, measurements) in zip(range(NUM_SIMULATIONS), simulations, strict=False):
+        samples, truths = ((x - data_min) / (1 - data_min) for x in (samples, truths))
+        runs.append(calibrate(samples, truths, measurements, operator, noise_std, data_min))
+
+    def mean_and_deviation(values):
+        values = torch.tensor(values, dtype=torch.float64)
+        return values.mean().item(), values.std().item()
+
+    metrics = []
+    for same in zip(*(metrics for metrics, _ in runs), strict=True):
+        if not same[0].key.startswith("psnr"):
+            value, deviation = mean_and_deviation([metric.value for metric in same])
+            metrics.append(Metric(same[0].key, same[0].title, value, same[0].form, standard_error=deviation))
+    reliability = []
+    for same in zip(*(reliability for _, reliability in runs), strict=True):
+        actual, deviation = mean_and_deviation([interval["actual"] for interval in same])
+        reliability.append({"nominal": same[0]["nominal"], "actual": actual, "standard_error": deviation})
+    return metrics, reliability

@@ -1,16 +1,27 @@
 """Calibration of posterior samples: against exact posteriors, and against samplers that are wrong in a known way."""
 
+import importlib
 import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import EulerAncestralDiscreteScheduler
+from networks import Gaussian, GaussianUNet, quiet_pipeline, train_sigmas
+from PIL import Image
 
+from ncsn_diffusers import AnnealedLangevinScheduler
 from ncsn_diffusers.evaluation.calibration import (
+    OPERATORS,
+    calibrate,
+    calibrate_exact,
     coverage,
+    make_operator,
     misfit,
     nominal_coverage,
     psnr,
     ratio_and_error,
+    simulate_exact,
     variance_ratio,
 )
 
@@ -70,7 +81,7 @@ def test_pixels_that_do_not_vary_do_not_count_and_those_that_vary_are_judged_as_
     before = coverage(samples, truths)
     # black background, with noise below the tolerance
     edge = torch.zeros(200, 8, 2, 5, 3, dtype=torch.float64)
-    samples = torch.cat([samples, edge + 0.002 * normal(*edge.shape, seed=3).abs()], -1)
+    samples = torch.cat([samples, edge + 0.005 * normal(*edge.shape, seed=3).abs()], -1)
     truths = torch.cat([truths, edge[:, 0]], -1)
     assert coverage(samples, truths) == pytest.approx(before)
     # what a sampler is sure of and wrong about counts against it
@@ -88,7 +99,7 @@ def test_coverage_is_nominal_where_values_come_in_steps():
     grays = torch.tensor([0, 0.3, 0.5, 0.7, 1])
     values = grays[torch.multinomial(shares, 9 * 50, replacement=True, generator=generator)].reshape(300, 9, 2, 5, 5)
     # samples reach the steps up to noise below the tolerance, and are clamped; truths lie on them
-    samples = (values[:, 1:] + 0.002 * normal(300, 8, 2, 5, 5)).clamp(0, 1)
+    samples = (values[:, 1:] + 0.005 * normal(300, 8, 2, 5, 5)).clamp(0, 1)
     for trim in range(4):
         actual, error = coverage(samples, values[:, 0].double(), trim)
         assert 0 < error < 0.01
@@ -200,3 +211,161 @@ def test_bad_samples_are_refused(function):
 def test_a_tolerance_that_is_none_is_refused(tolerance):
     with pytest.raises(ValueError, match="`tolerance` must be above 0"):
         coverage(torch.zeros(3, 4, 1, 2, 2), torch.zeros(3, 1, 2, 2), tolerance=tolerance)
+
+
+# --- Operators ---
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_operators(channels):
+    shape = (channels, 8, 12)
+    x = normal(2, *shape).float()
+    found = {name: make_operator(name, shape)(x) for name in OPERATORS}
+    # 30 % of the pixels, the same in all channels and images
+    kept = found["missing-pixels"]
+    assert kept.shape == (2, channels, 29)
+    places = (x[0, 0].flatten()[:, None] == kept[0, 0]).float().argmax(0)
+    assert torch.equal(kept, x.flatten(2)[..., places]) and len(set(places.tolist())) == 29
+    torch.testing.assert_close(found["pixelated"][1, -1, 1, 2], x[1, -1, 4:, 8:].mean())
+    # a pixel becomes a Gaussian of its deviation, and what is reflected stays in the image
+    dot = torch.zeros(1, channels, 21, 21)
+    dot[0, -1, 10, 10] = 1
+    blurred = make_operator("blurred", dot.shape[1:])(dot)
+    assert blurred[0, :-1].abs().sum() == 0
+    assert blurred.sum().item() == pytest.approx(1)
+    offsets = torch.arange(21.0) - 10
+    weights = torch.exp(-(offsets**2) / (2 * 1.5**2)) * (offsets.abs() <= 4)
+    torch.testing.assert_close(blurred[0, -1].sum(0), weights / weights.sum())
+    flat = make_operator("blurred", shape)(torch.ones(1, *shape))
+    torch.testing.assert_close(flat, torch.ones(1, *shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("blur", (1, 8, 8), "There is no operator 'blur'; there are missing-pixels, pixelated, blurred"),
+        ("pixelated", (1, 8, 10), "`pixelated` needs height and width in multiples of 4, not 8 × 10 pixels"),
+        ("blurred", (1, 8, 4), "`blurred` needs more than 4 pixels each way, not 8 × 4"),
+        ("missing-pixels", (1, 1, 1), "`missing-pixels` leaves nothing of images of 1 × 1"),
+    ],
+)
+def test_operators_that_do_not_fit_are_refused(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        make_operator(name, shape)
+
+
+# --- The floor ---
+
+
+def test_simulation_is_of_the_exact_posterior():
+    images = 0.3 * normal(40, 1, 2, 3) + normal(1, 1, 2, 3, seed=1) + 0.5 * normal(40, 1, 1, 1, seed=2)
+    matrix = normal(3, 6, seed=3)
+    mean, covariance = images.flatten(1).mean(0), images.flatten(1).T.cov()
+    simulations = simulate_exact(images, lambda x: x.flatten(1) @ matrix.float().T, 0.2, 4000, 3)
+    samples, truths, y = (tensor.double() for tensor in next(simulations))
+    samples, truths = samples.flatten(2), truths.flatten(1)
+    assert not torch.equal(next(simulations)[1].double().flatten(1), truths)
+    # truths have the mean and the covariance, and y the noise
+    torch.testing.assert_close(truths.mean(0), mean, atol=0.04, rtol=0)
+    torch.testing.assert_close(truths.T.cov(), covariance, atol=0.03, rtol=0)
+    noise = y - truths @ matrix.T
+    torch.testing.assert_close(noise.T.cov(), 0.04 * torch.eye(3).double(), atol=0.004, rtol=0)
+    # the textbook's conditional Gaussian
+    gain = covariance @ matrix.T @ torch.linalg.inv(matrix @ covariance @ matrix.T + 0.04 * torch.eye(3).double())
+    given_mean, given_covariance = mean + (y - mean @ matrix.T) @ gain.T, covariance - gain @ matrix @ covariance
+    root = torch.linalg.inv(torch.linalg.cholesky(given_covariance))
+    for draws in (samples[:, 0], samples[:, 2], truths):
+        w = (draws - given_mean) @ root.T
+        assert w.mean(0).abs().max() < 3.5 / 4000**0.5
+        assert (w.T.cov() - torch.eye(6)).abs().max() < 4.5 * (2 / 4000) ** 0.5
+    # independent of each other given y
+    w = (samples - given_mean[:, None]) @ root.T
+    assert (w[:, 0].T @ w[:, 1] / 4000).abs().max() < 4.5 / 4000**0.5
+
+
+def test_the_floor_is_right_and_its_scatter_is_that_of_one_simulation():
+    images = (0.25 * normal(60, 1, 8, 8) + 0.25 * normal(60, 1, 1, 1, seed=1)).float()
+    operator = make_operator("pixelated", (1, 8, 8))
+    metrics, reliability = calibrate_exact(images, operator, 0.1, 12, 6)
+    found = {metric.key: metric for metric in metrics}
+    assert list(found) == ["misfit", "largest_misfit", "coverage", "variance_ratio"]
+    for key, right in (("misfit", 1), ("coverage", 5 / 7), ("variance_ratio", 1)):
+        assert 0 < found[key].standard_error < 0.3
+        assert abs(found[key].value - right) < 3.5 * found[key].standard_error / 20**0.5
+    assert [interval["nominal"] for interval in reliability] == pytest.approx([5 / 7, 3 / 7, 1 / 7])
+    for interval in reliability:
+        assert abs(interval["actual"] - interval["nominal"]) < 3.5 * interval["standard_error"] / 20**0.5
+    # one more simulation, and its own standard errors over the images
+    samples, truths, y = next(simulate_exact(images, operator, 0.1, 12, 6, seed=1))
+    single, _ = calibrate(samples / 2 + 0.5, truths / 2 + 0.5, y, operator, 0.1)
+    for metric in single:
+        if metric.key in ("misfit", "coverage", "variance_ratio"):
+            assert metric.standard_error == pytest.approx(found[metric.key].standard_error, rel=0.8)
+
+
+# --- The report of a whole evaluation, on a pipeline whose posterior is known ---
+
+
+@pytest.fixture(scope="module")
+def gaussian_images(tmp_path_factory):
+    """A Gaussian of 8 × 8 pixels of deviation 0.25 in [-1, 1], and a folder with 400 images drawn from it."""
+    axis = torch.arange(8.0)
+    covariance = 0.25**2 * torch.exp(
+        -torch.cdist(torch.cartesian_prod(axis, axis), torch.cartesian_prod(axis, axis)) / 3
+    )
+    gaussian = Gaussian(torch.linspace(-0.2, 0.2, 64), covariance)
+    folder = tmp_path_factory.mktemp("images")
+    x = gaussian.mean + normal(400, 64) @ torch.linalg.cholesky(gaussian.covariance).T
+    for i, image in enumerate(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).reshape(400, 8, 8)):
+        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    return gaussian, folder
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path, gaussian_images):
+    """The entry of metrics.json, of any scheduler."""
+    pytest.importorskip("torch_fidelity")
+    evaluate = importlib.import_module("ncsn_diffusers.evaluation.evaluate")
+    gaussian, images = gaussian_images
+
+    def run(scheduler, **arguments):
+        unet = GaussianUNet(gaussian, 8, 8, train_sigmas(AnnealedLangevinScheduler()).tolist())
+        monkeypatch.setattr(evaluate.EvaluateConfig, "open", lambda _: (Accelerator(), quiet_pipeline(unet, scheduler)))
+        monkeypatch.setattr(evaluate, "InceptionFeatures", lambda _: lambda images: images[:, 0, 0, :2].double())
+        config = evaluate.EvaluateConfig(
+            "pipeline",
+            output_dir=str(tmp_path),
+            train_data_dir=str(images),
+            features="inception",
+            loss_images=0,
+            num_inference_steps=10,
+            **({"num_images": 100, "posterior_images": 60, "batch_size": 240} | arguments),
+        )
+        return evaluate.evaluate(config)["posterior"]
+
+    return run
+
+
+def test_the_report_on_an_analytic_pipeline_is_right(report):
+    found = report(AnnealedLangevinScheduler(), posterior=tuple(OPERATORS))
+    assert (found["images"], found["samples"], found["evaluations"]) == (60, 8, 50)
+    assert list(found["operators"]) == list(OPERATORS)
+    for operator in found["operators"].values():
+        # in 50 evaluations the scheduler leaves up to 4 % too much variance
+        for key, right, bias in (("misfit", 1, 0.02), ("coverage", 7 / 9, 0.01), ("variance_ratio", 1, 0.04)):
+            error = operator["exact"][f"{key}_standard_error"]
+            assert abs(operator[key] - right) < bias + 3.5 * error, key
+            assert abs(operator["exact"][key] - right) < 3.5 * error / 20**0.5, key
+            assert operator[f"{key}_standard_error"] == pytest.approx(error, rel=0.7)
+        for interval in operator["reliability"]:
+            assert abs(interval["actual"] - interval["nominal"]) < 0.01 + 3.5 * interval["standard_error"]
+
+
+def test_the_report_sees_a_sampler_that_is_too_sure(report):
+    # Euler ancestral loses a quarter of the variance in 25 steps
+    scheduler = EulerAncestralDiscreteScheduler.from_config(AnnealedLangevinScheduler().config)
+    found = report(scheduler, posterior=("pixelated",))["operators"]["pixelated"]
+    exact = found["exact"]
+    assert 0.6 < found["variance_ratio"] < 0.9
+    assert found["variance_ratio"] < 1 - 5 * exact["variance_ratio_standard_error"]
+    assert found["coverage"] < 7 / 9 - 5 * exact["coverage_standard_error"]

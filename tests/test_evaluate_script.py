@@ -287,19 +287,32 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
     assert drawn == [range(20), range(20, 40), range(20), range(40, 60), range(60, 66)]
 
     # the same again draws nothing, more images only those that are missing
+    measured, draw_posterior = [], evaluate.draw_posterior
+
+    def counted_posterior(*arguments):
+        measured.append(arguments[-1])
+        return draw_posterior(*arguments)
+
+    monkeypatch.setattr(evaluate, "draw_posterior", counted_posterior)
     drawn.clear()
     run(pipeline, tmp_path, **ARGUMENTS)
+    assert measured == []
+    metrics = run(pipeline, tmp_path, **{**ARGUMENTS, "posterior_images": 15})
+    assert measured == [range(20, 40), range(40, 45)] * 2  # 3 samples each, of two operators
+    assert metrics["posterior"]["images"] == 15
     run(pipeline, tmp_path, **{**ARGUMENTS, "num_images": 80})
     assert drawn == [range(60, 80)]
 
     # other settings are refused, and nothing is lost
-    other = {**ARGUMENTS, "num_inference_steps": 1, "seed": 1}
+    other = {**ARGUMENTS, "num_inference_steps": 1, "seed": 1, "posterior_noise_std": 0.1}
     with pytest.raises(ValueError, match=r"holds samples that were made with another `num_inference_steps`, `seed`"):
         run(pipeline, tmp_path, **other)
     assert len(list((tmp_path / "samples").glob("*.safetensors"))) == 5
     drawn.clear()
+    measured.clear()
     metrics = run(pipeline, tmp_path, overwrite_output_dir=True, **other)
     assert len(drawn) == 4
+    assert measured == [range(20), range(20, 27)] * 2
     assert metrics["sampling"]["evaluations"] == 1
     assert metrics["samples"] != read(evaluation)["samples"]
 
@@ -345,6 +358,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     arguments = {"train_data_dir": str(coloured / "data"), "held_out_split": "test", "features": "inception"}
     arguments |= {"num_images": 40, "scheduler": "DDIMScheduler"}
     arguments |= {"class_labels": (0, 1), "guidance_scale": 2.0, "num_inference_steps": 3, "loss_images": 4}
+    arguments |= {"posterior": ("blurred",), "posterior_images": 2, "posterior_samples": 2, "posterior_steps": 2}
     metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
 
     assert metrics["sampling"]["scheduler"] == "DDIMScheduler"
@@ -378,7 +392,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
     card = ModelCard.load(card_path)
     results = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
-    assert len(results) == len(card.data.eval_results) == 5
+    assert len(results) == len(card.data.eval_results) == 7
     assert card.data.license == "mit" and card.text.strip() == "# Mine"
     assert results["other", "fid"].metric_value == 3.0
     for kind, key, title in (
@@ -390,6 +404,13 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         written = results["data", kind]
         assert written.metric_value == round(metrics["samples"][key], 4)
         assert written.metric_name.startswith(f"{title} (40 samples, 6 evaluations each, features: 2,048 of the Incep")
+    for kind, key, title in (
+        ("posterior-coverage", "coverage", "Coverage of the posterior's intervals"),
+        ("posterior-variance-ratio", "variance_ratio", "Posterior variance over squared error"),
+    ):
+        written = results["data", kind]
+        assert written.metric_value == round(metrics["posterior"]["operators"]["blurred"][key], 4)
+        assert written.metric_name == f"{title} (blurred, 2 images, 2 samples each)"
 
 
 # --- What it refuses ---
@@ -401,6 +422,16 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
         ({"likelihood_steps": 0}, "`likelihood_steps` must be at least 1, not 0"),
         ({"bits_per_dim": 1}, "`bits_per_dim` must be 0 or at least 2, for a standard error, not 1"),
+        (
+            {"posterior": ("blur",)},
+            r"`posterior` must be different ones of missing-pixels, pixelated, blurred, not \('bl",
+        ),
+        ({"posterior": ("blurred", "blurred")}, "`posterior` must be different ones of"),
+        ({"posterior_images": 1}, "`posterior_images` must be at least 2, not 1"),
+        ({"posterior_samples": 1}, "`posterior_samples` must be at least 2, not 1"),
+        ({"posterior_steps": 0}, "`posterior_steps` must be at least 1, not 0"),
+        ({"posterior_noise_std": 0.0}, r"`posterior_noise_std` must be above 0, not 0\.0"),
+        ({"posterior_noise_std": float("nan")}, "`posterior_noise_std` must be above 0, not nan"),
         ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
         ({"class_labels": ()}, "`class_labels` needs at least one class"),
         ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers"),
@@ -448,6 +479,16 @@ def test_digit_features_of_other_images(tmp_path, coloured):
     arguments = {"train_data_dir": str(coloured / "data"), "num_images": 40}
     with pytest.raises(ValueError, match=r"`features`='digits' do not fit the images: .* not \(1, 3, 8, 8\)"):
         run(coloured / "pipeline", tmp_path, **arguments)
+
+
+def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(monkeypatch, tmp_path, coloured):
+    monkeypatch.setattr(evaluate, "InceptionFeatures", Means)
+    unet = small_unet(channels=3, out_channels=3, sample_size=10)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    arguments = {"train_data_dir": str(coloured / "data"), "resolution": 10, "num_images": 40, "features": "inception"}
+    with pytest.raises(ValueError, match="`pixelated` needs height and width in multiples of 4, not 10 × 10 pixels"):
+        run(tmp_path / "pipeline", tmp_path, posterior=("blurred", "pixelated"), **arguments)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_errors_on_the_command_line(monkeypatch, tmp_path, pipeline):

@@ -363,7 +363,7 @@ class Evaluation:
             one of exact samples; both empty where no operator is named, and on other processes than the main one.
         """
         config, data_min = self.config, self.pipe.config.data_min
-        pipe = NCSNPosteriorPipeline(**self.pipe.components, data_min=data_min)
+        pipe = NCSNPosteriorPipeline(self.pipe.unet, self.pipe.scheduler, data_min=data_min)
         pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
         held_out = self.real.held_out[: config.posterior_images]
         images = to_model_range(held_out, data_min)

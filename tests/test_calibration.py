@@ -347,12 +347,12 @@ def report(monkeypatch, tmp_path, gaussian_images):
 
 
 def test_the_report_on_an_analytic_pipeline_is_right(report):
-    found = report(AnnealedLangevinScheduler(), posterior=tuple(OPERATORS))
+    found = report(AnnealedLangevinScheduler(), posterior=tuple(OPERATORS), posterior_noise_std=0.2)
     assert (found["images"], found["samples"], found["evaluations"]) == (60, 8, 50)
     assert list(found["operators"]) == list(OPERATORS)
     for operator in found["operators"].values():
-        # in 50 evaluations the scheduler leaves up to 4 % too much variance
-        for key, right, bias in (("misfit", 1, 0.02), ("coverage", 7 / 9, 0.01), ("variance_ratio", 1, 0.04)):
+        # in 50 evaluations the scheduler leaves up to 4 % too much variance (and loses 10 % where the deviation is 0.05)
+        for key, right, bias in (("misfit", 1, 0.04), ("coverage", 7 / 9, 0.01), ("variance_ratio", 1, 0.04)):
             error = operator["exact"][f"{key}_standard_error"]
             assert abs(operator[key] - right) < bias + 3.5 * error, key
             assert abs(operator["exact"][key] - right) < 3.5 * error / 20**0.5, key

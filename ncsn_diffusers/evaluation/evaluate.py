@@ -360,8 +360,11 @@ class Evaluation:
 
         Returns:
             `tuple`: their entry of metrics.json, and for each operator a list of [`Metric`] of the samples, followed by
-            one of exact samples; both empty where no operator is named, and on other processes than the main one.
+            one of exact samples. Both are empty where no operator is named; other processes than the main one judge
+            nothing.
         """
+        if not self.operators:
+            return {}, {}
         config, data_min = self.config, self.pipe.config.data_min
         pipe = NCSNPosteriorPipeline(self.pipe.unet, self.pipe.scheduler, data_min=data_min)
         pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
@@ -390,7 +393,7 @@ class Evaluation:
                 operators[name] = to_dict(metrics) | {"reliability": reliability}
                 operators[name]["exact"] = to_dict(floor) | {"reliability": floor_reliability}
                 calibrated[name], calibrated[f"{name}, exact"] = metrics, floor
-        return {"posterior": {"images": num, **settings, "operators": operators}} if operators else {}, calibrated
+        return {"posterior": {"images": num, **settings, "operators": operators}}, calibrated
 
     def evaluate_network(self) -> tuple[dict[str, Any], Metric | None]:
         """

@@ -47,6 +47,7 @@ The system has N rows, however large the images are.
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -403,7 +404,7 @@ def calibrate_exact(
     """
     runs = []
     simulations = simulate_exact(images, operator, noise_std, num_images, num_samples)
-    for _, (samples, truths, measurements) in zip(range(NUM_SIMULATIONS), simulations, strict=False):
+    for samples, truths, measurements in islice(simulations, NUM_SIMULATIONS):
         samples, truths = ((x - data_min) / (1 - data_min) for x in (samples, truths))
         runs.append(calibrate(samples, truths, measurements, operator, noise_std, data_min))
 

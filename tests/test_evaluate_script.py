@@ -17,7 +17,7 @@ from networks import small_unet
 from PIL import Image
 from safetensors.torch import load_file
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, NCSNPosteriorPipeline
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import (
     class_shares,
@@ -29,6 +29,7 @@ from ncsn_diffusers.evaluation import (
     precision_recall,
     to_uint8,
 )
+from ncsn_diffusers.evaluation.calibration import calibrate, make_operator
 from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
 
@@ -41,6 +42,8 @@ evaluate = importlib.import_module("ncsn_diffusers.evaluation.evaluate")
 # 66 samples: the least for 64 features; the last batch is smaller
 ARGUMENTS = {"num_images": 66, "batch_size": 20, "num_inference_steps": 2, "max_reference_images": 200}
 ARGUMENTS |= {"loss_images": 30, "bits_per_dim": 4, "likelihood_steps": 2}
+ARGUMENTS |= {"posterior": ("missing-pixels", "pixelated"), "posterior_images": 9, "posterior_samples": 3}
+ARGUMENTS |= {"posterior_steps": 2, "posterior_noise_std": 0.2}
 
 
 def run(pipeline, output_dir, **arguments):
@@ -48,7 +51,8 @@ def run(pipeline, output_dir, **arguments):
 
 
 def flags(arguments):
-    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    lists = {name: value if isinstance(value, tuple) else (value,) for name, value in arguments.items()}
+    return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,6 +154,50 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
     assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
 
 
+def test_calibration_is_the_librarys(pipeline, evaluation):
+    metrics, calibration = read(evaluation), read(evaluation)["posterior"]
+    assert {key: calibration[key] for key in ("images", "samples", "noise_std", "steps", "evaluations")} == {
+        "images": 9,
+        "samples": 3,
+        "noise_std": 0.2,
+        "steps": 2,
+        "evaluations": 4,
+    }
+    assert list(calibration["operators"]) == list(ARGUMENTS["posterior"])
+    pipe = NCSNPosteriorPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    rows = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:9]
+    truths = decode_images(load_training_data().select(rows.tolist())) / 255
+    for name, found in calibration["operators"].items():
+        operator = make_operator(name, (1, 28, 28))
+        y = operator(2 * truths - 1)
+        seeds = range(2**32, 2**32 + 9)
+        y = y + 0.2 * torch.stack([torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(i)) for i in seeds])
+        samples = [
+            pipe(
+                y[[i // 3 for i in rows]],
+                operator,
+                0.2,
+                num_inference_steps=2,
+                generator=[torch.Generator().manual_seed(i) for i in rows],
+                output_type="pt",
+            ).images
+            for rows in (range(20), range(20, 27))
+        ]
+        samples = torch.cat(samples).unflatten(0, (9, 3))
+        values, reliability = calibrate(samples, truths, y, operator, 0.2)
+        for value in values:
+            assert found[value.key] == pytest.approx(value.value, rel=1e-3)
+        assert found["reliability"][0]["nominal"] == 0.5
+        assert found["reliability"][0]["actual"] == pytest.approx(reliability[0]["actual"], abs=1e-3)
+        # an untrained network's samples are far off, and exact ones are not
+        exact = found["exact"]
+        assert found["variance_ratio"] < 0.9 or found["misfit"] > 1.5
+        assert abs(exact["coverage"] - 0.5) < 3 * exact["coverage_standard_error"]
+        assert abs(exact["misfit"] - 1) < 3 * exact["misfit_standard_error"]
+    assert "posterior" not in metrics["sampling"]
+
+
 def test_dtype_is_that_of_the_samples_and_not_of_the_likelihood(tmp_path, pipeline, evaluation):
     metrics = run(pipeline, tmp_path, **{**ARGUMENTS, "dtype": "bfloat16"})
     assert metrics["sampling"]["dtype"] == "bfloat16"
@@ -186,9 +234,26 @@ def test_the_report_states_what_the_metrics_depend_on(evaluation):
         *("| {sigma:.4g} | {loss:.4g} | {standard_error:.2g} |".format(**level) for level in metrics["loss_per_level"]),
     ):
         assert fact in report
+    calibration = metrics["posterior"]
+    psnr = "{0[psnr]:.2f} ± {0[psnr_standard_error]:.2g} | {0[psnr_of_mean]:.2f} ± {0[psnr_of_mean_standard_error]:.2g}"
+    rest = (
+        "{0[misfit]:.2f} ± {0[misfit_standard_error]:.2g} | {0[largest_misfit]:.2f}{1} | "
+        "{0[coverage]:.3f} ± {0[coverage_standard_error]:.2g} | "
+        "{0[variance_ratio]:.2f} ± {0[variance_ratio_standard_error]:.2g}"
+    )
+    for name, found in calibration["operators"].items():
+        assert f"| {name} | {psnr.format(found)} | {rest.format(found, '')} |" in report
+        spread = f" ± {found['exact']['largest_misfit_standard_error']:.2g}"
+        assert f"| {name}, exact |  |  | {rest.format(found['exact'], spread)} |" in report
+    for fact in (
+        "9 held-out images, 3 samples each given A x + noise of standard deviation 0.2 in units of the data, 4 network",
+        "| operator | PSNR of a sample | PSNR of the mean of 3 | misfit (right: 1) | largest misfit | coverage (right: "
+        "0.500) | variance over squared error (right: 1) |",
+    ):
+        assert fact in report
     assert metrics["sampling"]["scheduler_config"]["sigma_max"] == 50
     assert "trained_betas" not in metrics["sampling"]["scheduler_config"]  # they follow from it
-    for name in ("samples", "neighbours", "classes", "losses"):
+    for name in ("samples", "neighbours", "classes", "losses", "reliability"):
         assert f"({name}.png)" in report
         with Image.open(evaluation / f"{name}.png") as image:
             image.verify()
@@ -238,19 +303,32 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
     assert drawn == [range(20), range(20, 40), range(20), range(40, 60), range(60, 66)]
 
     # the same again draws nothing, more images only those that are missing
+    measured, draw_posterior = [], evaluate.draw_posterior
+
+    def counted_posterior(*arguments):
+        measured.append(arguments[-1])
+        return draw_posterior(*arguments)
+
+    monkeypatch.setattr(evaluate, "draw_posterior", counted_posterior)
     drawn.clear()
     run(pipeline, tmp_path, **ARGUMENTS)
+    assert measured == []
+    metrics = run(pipeline, tmp_path, **{**ARGUMENTS, "posterior_images": 15})
+    assert measured == [range(20, 40), range(40, 45)] * 2  # 3 samples each, of two operators
+    assert metrics["posterior"]["images"] == 15
     run(pipeline, tmp_path, **{**ARGUMENTS, "num_images": 80})
     assert drawn == [range(60, 80)]
 
     # other settings are refused, and nothing is lost
-    other = {**ARGUMENTS, "num_inference_steps": 1, "seed": 1}
+    other = {**ARGUMENTS, "num_inference_steps": 1, "seed": 1, "posterior_noise_std": 0.1}
     with pytest.raises(ValueError, match=r"holds samples that were made with another `num_inference_steps`, `seed`"):
         run(pipeline, tmp_path, **other)
     assert len(list((tmp_path / "samples").glob("*.safetensors"))) == 5
     drawn.clear()
+    measured.clear()
     metrics = run(pipeline, tmp_path, overwrite_output_dir=True, **other)
     assert len(drawn) == 4
+    assert measured == [range(20), range(20, 27)] * 2
     assert metrics["sampling"]["evaluations"] == 1
     assert metrics["samples"] != read(evaluation)["samples"]
 
@@ -296,6 +374,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     arguments = {"train_data_dir": str(coloured / "data"), "held_out_split": "test", "features": "inception"}
     arguments |= {"num_images": 40, "scheduler": "DDIMScheduler"}
     arguments |= {"class_labels": (0, 1), "guidance_scale": 2.0, "num_inference_steps": 3, "loss_images": 4}
+    arguments |= {"posterior": ("blurred",), "posterior_images": 2, "posterior_samples": 2, "posterior_steps": 2}
     metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
 
     assert metrics["sampling"]["scheduler"] == "DDIMScheduler"
@@ -329,7 +408,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
     card = ModelCard.load(card_path)
     results = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
-    assert len(results) == len(card.data.eval_results) == 5
+    assert len(results) == len(card.data.eval_results) == 7
     assert card.data.license == "mit" and card.text.strip() == "# Mine"
     assert results["other", "fid"].metric_value == 3.0
     for kind, key, title in (
@@ -341,6 +420,13 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         written = results["data", kind]
         assert written.metric_value == round(metrics["samples"][key], 4)
         assert written.metric_name.startswith(f"{title} (40 samples, 6 evaluations each, features: 2,048 of the Incep")
+    for kind, key, title in (
+        ("posterior-coverage", "coverage", "Coverage of the posterior's intervals"),
+        ("posterior-variance-ratio", "variance_ratio", "Posterior variance over squared error"),
+    ):
+        written = results["data", kind]
+        assert written.metric_value == round(metrics["posterior"]["operators"]["blurred"][key], 4)
+        assert written.metric_name == f"{title} (blurred, 2 images, 2 samples each)"
 
 
 # --- What it refuses ---
@@ -352,6 +438,16 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
         ({"likelihood_steps": 0}, "`likelihood_steps` must be at least 1, not 0"),
         ({"bits_per_dim": 1}, "`bits_per_dim` must be 0 or at least 2, for a standard error, not 1"),
+        (
+            {"posterior": ("blur",)},
+            r"`posterior` must be different ones of missing-pixels, pixelated, blurred, not \('bl",
+        ),
+        ({"posterior": ("blurred", "blurred")}, "`posterior` must be different ones of"),
+        ({"posterior_images": 1}, "`posterior_images` must be at least 2, not 1"),
+        ({"posterior_samples": 1}, "`posterior_samples` must be at least 2, not 1"),
+        ({"posterior_steps": 0}, "`posterior_steps` must be at least 1, not 0"),
+        ({"posterior_noise_std": 0.0}, r"`posterior_noise_std` must be above 0, not 0\.0"),
+        ({"posterior_noise_std": float("nan")}, "`posterior_noise_std` must be above 0, not nan"),
         ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
         ({"class_labels": ()}, "`class_labels` needs at least one class"),
         ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers"),
@@ -399,6 +495,16 @@ def test_digit_features_of_other_images(tmp_path, coloured):
     arguments = {"train_data_dir": str(coloured / "data"), "num_images": 40}
     with pytest.raises(ValueError, match=r"`features`='digits' do not fit the images: .* not \(1, 3, 8, 8\)"):
         run(coloured / "pipeline", tmp_path, **arguments)
+
+
+def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(monkeypatch, tmp_path, coloured):
+    monkeypatch.setattr(evaluate, "InceptionFeatures", Means)
+    unet = small_unet(channels=3, out_channels=3, sample_size=10)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    arguments = {"train_data_dir": str(coloured / "data"), "resolution": 10, "num_images": 40, "features": "inception"}
+    with pytest.raises(ValueError, match="`pixelated` needs height and width in multiples of 4, not 10 × 10 pixels"):
+        run(tmp_path / "pipeline", tmp_path, posterior=("blurred", "pixelated"), **arguments)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_errors_on_the_command_line(monkeypatch, tmp_path, pipeline):

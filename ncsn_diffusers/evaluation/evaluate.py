@@ -8,8 +8,10 @@ computes only what is missing. The batches do not depend on the number of proces
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +26,10 @@ from ..dataset_settings import DatasetSettings
 from ..images import to_model_range, to_uint8
 from ..likelihood import bits_per_dim, loss_per_level
 from ..pipeline_ncsn import NCSNPipeline
+from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
-from ..settings import SamplingConfig, describe_scheduler
+from ..settings import SamplingConfig, describe_scheduler, make_generators
+from .calibration import OPERATORS, calibrate, calibrate_exact, make_operator
 from .features import InceptionFeatures, extract_features, load_digit_classifier
 from .kept_batches import KeptBatches, fingerprint
 from .metrics import (
@@ -36,12 +40,15 @@ from .metrics import (
     mean_and_error,
     nearest_neighbours,
     require_torch_fidelity,
+    to_dict,
 )
-from .report import make_image, make_report, plot_classes, plot_losses, update_model_card
+from .report import make_image, make_report, plot_classes, plot_losses, plot_reliability, update_model_card
 
 _FEATURE_BATCH = 100  # images
 _NUM_LEVELS = 12  # of the loss
 _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
+_MAX_GAUSSIAN = 500  # images that the floor's Gaussian has its mean and covariance from
+_NOISE_SEED = 2**32  # of the measurements' noise: far from the seeds of the chains, whose numbers must be others
 
 
 @dataclass
@@ -89,9 +96,31 @@ class MetricSettings:
     """Integration steps of the likelihood."""
 
 
+@dataclass
+class PosteriorSettings:
+    """Images given a measurement"""
+
+    posterior: tuple[Literal["missing-pixels", "pixelated", "blurred"], ...] = ()
+    """Measurements of held-out images, given which images are drawn and judged; none by default."""
+
+    posterior_images: int = 16
+    """Held-out images that are measured."""
+
+    posterior_samples: int = 8
+    """Samples for each measurement."""
+
+    posterior_noise_std: float = 0.05
+    """Standard deviation of the measurements' noise, in units of the data."""
+
+    posterior_steps: int = 25
+    """Noise levels of these samples, each of which takes two network evaluations."""
+
+
 # Fields come in the reverse order of the bases: `pipeline`, of SamplingConfig, is the first.
 @dataclass
-class EvaluateConfig(MetricSettings, ReferenceSettings, DatasetSettings, OutputSettings, SamplingConfig):
+class EvaluateConfig(
+    PosteriorSettings, MetricSettings, ReferenceSettings, DatasetSettings, OutputSettings, SamplingConfig
+):
     """
     Evaluate a trained pipeline: its samples against real images, and its network on held-out ones.
 
@@ -107,6 +136,12 @@ class EvaluateConfig(MetricSettings, ReferenceSettings, DatasetSettings, OutputS
 
     def __post_init__(self):
         self.check_least(max_reference_images=1, resolution=1, likelihood_steps=1)
+        self.check_least(posterior_images=2, posterior_samples=2, posterior_steps=1)
+        for name in self.posterior:
+            if name not in OPERATORS or self.posterior.count(name) > 1:
+                raise ValueError(f"`posterior` must be different ones of {', '.join(OPERATORS)}, not {self.posterior}.")
+        if not 0 < self.posterior_noise_std < math.inf:
+            raise ValueError(f"`posterior_noise_std` must be above 0, not {self.posterior_noise_std}.")
         for name in ("loss_images", "bits_per_dim"):
             if getattr(self, name) < 0 or getattr(self, name) == 1:
                 raise ValueError(f"`{name}` must be 0 or at least 2, for a standard error, not {getattr(self, name)}.")
@@ -218,15 +253,50 @@ def check_numbers(config: EvaluateConfig, real: RealImages, features: Features) 
             )
 
 
-def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str, torch.Tensor]:
-    """uint8 samples, and how often each went through the network."""
+@contextmanager
+def count_evaluations(pipe: NCSNPipeline, num: int) -> Iterator[Callable[[], torch.Tensor]]:
+    """How often each of `num` images has gone through the network, for each of them."""
     rows = []
     hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
-        images = config.draw(pipe, indices, output_type="pt")
+        yield lambda: torch.full((num,), sum(rows) // num)
     finally:
         hook.remove()
-    return {"images": to_uint8(images).cpu(), "evaluations": torch.full((len(indices),), sum(rows) // len(indices))}
+
+
+def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str, torch.Tensor]:
+    """uint8 samples, and how often each went through the network."""
+    with count_evaluations(pipe, len(indices)) as evaluations:
+        images = config.draw(pipe, indices, output_type="pt")
+    return {"images": to_uint8(images).cpu(), "evaluations": evaluations()}
+
+
+def measure(config: EvaluateConfig, images: torch.Tensor, operator: Callable) -> torch.Tensor:
+    """Measurements `(n, ...)` of images in units of the data. The noise of image i is the same whatever n."""
+    measured = operator(images)
+    shape, seed = measured.shape[1:], config.seed + _NOISE_SEED
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(images))]
+    return measured + config.posterior_noise_std * torch.stack(noise)
+
+
+def draw_posterior(
+    pipe: NCSNPosteriorPipeline, config: EvaluateConfig, operator: Callable, measurements: torch.Tensor, indices: range
+) -> dict[str, torch.Tensor]:
+    """
+    Samples in [0, 1], in float32, because a misfit sees the rounding to 8 bits, and how often each went through the
+    network. Sample i is of measurement i // `posterior_samples`.
+    """
+    with count_evaluations(pipe, len(indices)) as evaluations:
+        images = pipe(
+            measurements[[i // config.posterior_samples for i in indices]],
+            operator,
+            config.posterior_noise_std,
+            num_inference_steps=config.posterior_steps,
+            num_langevin_steps=config.num_langevin_steps,
+            generator=make_generators(config.seed, indices),
+            output_type="pt",
+        ).images
+    return {"images": images.float().cpu(), "evaluations": evaluations()}
 
 
 class Evaluation:
@@ -241,6 +311,7 @@ class Evaluation:
         self.features = load_features(config.features, self.accelerator)
         self.real = load_real_images(config, self.accelerator, pipe.image_shape)
         check_numbers(config, self.real, self.features)
+        self.operators = {name: make_operator(name, pipe.image_shape) for name in config.posterior}
         self.kept = KeptBatches(self.accelerator, self.folder)
         names = ("num_inference_steps", "sigmas", "num_langevin_steps", "class_labels", "guidance_scale", "seed")
         self.sampling = describe_scheduler(pipe.scheduler)
@@ -259,13 +330,14 @@ class Evaluation:
         self.sampling |= {"num_images": config.num_images, "evaluations": samples["evaluations"].max().item()}
         sets = {"samples": samples["images"], "reference": real.reference, "held-out": real.held_out}
         described = {name: self.describe(name, images) for name, images in sets.items()}
+        posterior, calibrated = self.evaluate_posterior()
         network, bits = self.evaluate_network()
         record = None
         if self.accelerator.is_main_process:
             images, compared = self.evaluate_images(described)
             # through JSON, so that what is returned is what the file holds
-            record = json.loads(json.dumps(self.describe_run() | images | network))
-            self.save(record, compared, bits)
+            record = json.loads(json.dumps(self.describe_run() | images | network | posterior))
+            self.save(record, compared, bits, calibrated)
             self.save_samples(samples["images"], described)
             distance = record["samples"]["frechet_distance"]
             print(f"Fréchet distance {distance:.4g}; see {self.folder.resolve() / 'report.md'}.")
@@ -281,6 +353,47 @@ class Evaluation:
             _FEATURE_BATCH,
             lambda rows: self.features.describe(images[rows.start : rows.stop]),
         )
+
+    def evaluate_posterior(self) -> tuple[dict[str, Any], dict[str, list[Metric]]]:
+        """
+        Whether samples given a measurement of held-out images are spread as they should be.
+
+        Returns:
+            `tuple`: their entry of metrics.json, and for each operator a list of [`Metric`] of the samples, followed by
+            one of exact samples. Both are empty where no operator is named; other processes than the main one judge
+            nothing.
+        """
+        if not self.operators:
+            return {}, {}
+        config, data_min = self.config, self.pipe.config.data_min
+        pipe = NCSNPosteriorPipeline(self.pipe.unet, self.pipe.scheduler, data_min=data_min)
+        pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
+        held_out = self.real.held_out[: config.posterior_images]
+        images = to_model_range(held_out, data_min)
+        reference = to_model_range(self.real.reference[:_MAX_GAUSSIAN], data_min)
+        num, k, noise_std = len(images), config.posterior_samples, config.posterior_noise_std
+        settings = {"samples": k, "noise_std": noise_std, "steps": config.posterior_steps}
+        depends_on = {
+            "pipeline": self.weights,
+            "images": fingerprint(self.real.held_out),
+            **settings,
+            **describe_scheduler(pipe.scheduler),
+            **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "dtype", "batch_size")},
+        }
+        operators, calibrated = {}, {}
+        for name, operator in self.operators.items():
+            y = measure(config, images, operator)
+            function = partial(draw_posterior, pipe, config, operator, y)
+            table = self.kept.compute(f"posterior-{name}", depends_on, num * k, config.batch_size, function)
+            settings["evaluations"] = table["evaluations"].max().item()
+            if self.accelerator.is_main_process:
+                samples = table["images"].unflatten(0, (num, k))
+                metrics, reliability = calibrate(samples, held_out / 255, y, operator, noise_std, data_min)
+                floor, floor_reliability = calibrate_exact(reference, operator, noise_std, num, k, data_min)
+                operators[name] = to_dict(metrics) | {"reliability": reliability}
+                operators[name]["exact"] = to_dict(floor) | {"reliability": floor_reliability}
+                calibrated[name], calibrated[f"{name}, exact"] = metrics, floor
+        return {"posterior": {"images": num, **settings, "operators": operators}}, calibrated
 
     def evaluate_network(self) -> tuple[dict[str, Any], Metric | None]:
         """
@@ -371,7 +484,7 @@ class Evaluation:
             as_asked = [label == asked[i % len(asked)] for i, label in enumerate(given)]
             entries["named_as_asked"] = sum(as_asked) / len(as_asked)
         for key, name in (("samples", "samples"), ("floor", "held-out")):
-            entries[key] = {key: value for metric in compared[name] for key, value in metric.to_dict().items()}
+            entries[key] = to_dict(compared[name])
         return entries, compared
 
     def describe_run(self) -> dict[str, Any]:
@@ -395,17 +508,25 @@ class Evaluation:
             "versions": {name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
         }
 
-    def save(self, record: dict[str, Any], compared: dict[str, list[Metric]], bits: Metric | None) -> None:
+    def save(
+        self,
+        record: dict[str, Any],
+        compared: dict[str, list[Metric]],
+        bits: Metric | None,
+        calibrated: dict[str, list[Metric]],
+    ) -> None:
         """metrics.json, report.md, its plots, and the model card where it is asked for."""
         if "class_shares" in record:
             plot_classes(record["class_shares"], self.folder / "classes.png")
         if "loss_per_level" in record:
             plot_losses(record["loss_per_level"], self.folder / "losses.png")
+        if "posterior" in record:
+            plot_reliability(record["posterior"]["operators"], self.folder / "reliability.png")
         (self.folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        report = make_report(record, compared["samples"], compared["held-out"], bits)
+        report = make_report(record, compared["samples"], compared["held-out"], bits, calibrated)
         (self.folder / "report.md").write_text(report)
         if self.config.update_model_card:
-            update_model_card(Path(self.config.pipeline) / "README.md", record, compared["samples"], bits)
+            update_model_card(Path(self.config.pipeline) / "README.md", record, compared["samples"], bits, calibrated)
 
     def save_samples(self, samples: torch.Tensor, described: dict[str, dict[str, torch.Tensor]]) -> None:
         """The report's images: samples, and beside some of them their nearest training images."""

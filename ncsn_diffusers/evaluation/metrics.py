@@ -270,6 +270,11 @@ class Metric:
         return {self.key: self.value, **error}
 
 
+def to_dict(metrics: list[Metric]) -> dict[str, float]:
+    """Metrics of one set as metrics.json has them."""
+    return {key: value for metric in metrics for key, value in metric.to_dict().items()}
+
+
 def compare(
     reference: torch.Tensor, features: torch.Tensor, labels: torch.Tensor | None = None, is_inception: bool = False
 ) -> list[Metric]:

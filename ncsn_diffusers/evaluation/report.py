@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..images import make_grid, to_pil
+from .calibration import NUM_SIMULATIONS
 from .metrics import Metric
 
 
@@ -43,7 +44,34 @@ def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def make_report(record: dict[str, Any], samples: list[Metric], floor: list[Metric], bits: Metric | None) -> str:
+def plot_reliability(operators: dict[str, dict[str, Any]], path: Path) -> None:
+    """Coverage of the central intervals of the samples against what is right, from `posterior` of metrics.json."""
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
+    for k, (name, operator) in enumerate(operators.items()):
+        right, actual, error = (
+            [interval[key] for interval in operator["reliability"]] for key in ("nominal", "actual", "standard_error")
+        )
+        exact, deviation = (
+            np.array([interval[key] for interval in operator["exact"]["reliability"]])
+            for key in ("actual", "standard_error")
+        )
+        color = f"C{k}"
+        axes.fill_between(right, exact - 2 * deviation, exact + 2 * deviation, color=color, alpha=0.15, linewidth=0)
+        axes.errorbar(right, actual, error, color=color, marker="o", capsize=3, label=name)
+    axes.set(xlabel="right coverage", ylabel="coverage", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=100)
+
+
+def make_report(
+    record: dict[str, Any],
+    samples: list[Metric],
+    floor: list[Metric],
+    bits: Metric | None,
+    calibrated: dict[str, list[Metric]],
+) -> str:
     """
     report.md, whose images lie beside it.
 
@@ -51,6 +79,9 @@ def make_report(record: dict[str, Any], samples: list[Metric], floor: list[Metri
         record (`dict`): what metrics.json holds.
         samples, floor (`list[Metric]`): the metrics of the samples and of held-out real images, in the same order.
         bits ([`Metric`], *optional*): bits per dimension of held-out images.
+        calibrated (`dict`):
+            Metrics of samples given a measurement by the operator's name, each followed by those of exact ones, which
+            may be fewer; empty where there are none.
     """
     sampling, data = record["sampling"], record["data"]
     levels = "num_inference_steps" if sampling["sigmas"] is None else "sigmas"
@@ -119,16 +150,55 @@ def make_report(record: dict[str, Any], samples: list[Metric], floor: list[Metri
             f"dequantised, by the probability-flow ODE in {estimate['steps']} Runge-Kutta steps with one Hutchinson "
             "probe.",
         ]
+    if calibrated:
+        lines += ["", *_posterior_lines(record["posterior"], calibrated)]
     return "\n".join(lines) + "\n"
 
 
-def update_model_card(path: Path, record: dict[str, Any], samples: list[Metric], bits: Metric | None) -> None:
+def _posterior_lines(posterior: dict[str, Any], calibrated: dict[str, list[Metric]]) -> list[str]:
+    columns = {metric.key: metric.title for metrics in calibrated.values() for metric in metrics}
+    rows = [
+        [name, *(str(found.get(key, "")) for key in columns)]
+        for name, found in ((name, {m.key: m for m in metrics}) for name, metrics in calibrated.items())
+    ]
+    table = [["operator", *columns.values()], ["---"] * (1 + len(columns)), *rows]
+    return [
+        "## Given a measurement",
+        "",
+        f"{posterior['images']:,} held-out images, {posterior['samples']:,} samples each given A x + noise of standard "
+        f"deviation {posterior['noise_std']:g} in units of the data, {posterior['evaluations']:,} network evaluations "
+        "for each sample.",
+        "",
+        *(f"| {' | '.join(cells)} |" for cells in table),
+        "",
+        "± is the standard error over the images. Coverage is the share of the pixels whose true value lies between "
+        "the least and the largest sample; variance over squared error has the factor for the number of samples in "
+        "it. Below what is right, samples are too sure of themselves. Pixels where the truth and all samples agree do "
+        "not count. Misfit is ‖y - A x‖² over its mean for the truth. PSNR is for a range of 1.",
+        "",
+        f"Rows named exact are the floor: {NUM_SIMULATIONS} simulations, with as many images and samples, of the exact "
+        "posterior of a Gaussian with the mean and the covariance of reference images. Their ± is the standard "
+        "deviation of one simulation.",
+        "",
+        "![coverage of central intervals](reliability.png)",
+        "",
+        "Coverage of all central intervals of the samples; bands: exact samples, two standard deviations each way.",
+    ]
+
+
+def update_model_card(
+    path: Path,
+    record: dict[str, Any],
+    samples: list[Metric],
+    bits: Metric | None,
+    calibrated: dict[str, list[Metric]],
+) -> None:
     """
     Write the metrics into the card's metadata, in place of an earlier evaluation's on the same data.
 
     Args:
         path (`Path`): the card.
-        record, samples, bits: see [`make_report`].
+        record, samples, bits, calibrated: see [`make_report`].
     """
     card = ModelCard.load(path)
     sampling, data = record["sampling"], record["data"]
@@ -136,6 +206,9 @@ def update_model_card(path: Path, record: dict[str, Any], samples: list[Metric],
     entries = [(metric, f"{drawn}, features: {record['features']}") for metric in samples if metric.card_type]
     if bits is not None:
         entries.append((bits, f"{record['bits_per_dim']['number']:,} images, upper bound"))
+    for name in record.get("posterior", {}).get("operators", ()):
+        given = f"{name}, {record['posterior']['images']:,} images, {record['posterior']['samples']:,} samples each"
+        entries += [(metric, given) for metric in calibrated[name] if metric.card_type]
     results = [
         EvalResult(
             task_type="unconditional-image-generation",

@@ -173,9 +173,7 @@ class Chains:
     """
 
     def __init__(self, pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16):
-        for name, value in (("max_evaluations", max_evaluations), ("max_images", max_images)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, not {value}.")
+        check_limits(max_evaluations=max_evaluations, max_images=max_images)
         if pipe.image_shape[0] not in (1, 3, 4):
             raise ValueError(f"The page shows images of 1, 3 or 4 channels, and the network has {pipe.image_shape[0]}.")
         self.pipe = pipe
@@ -351,6 +349,16 @@ class Chains:
     def _check_image(self, image: Any) -> None:
         if image is None:
             raise ValueError("There is no image yet: draw an example, or upload one.")
+
+
+def check_limits(**limits: int) -> None:
+    """
+    Raises:
+        ValueError: a limit is below 1.
+    """
+    for name, value in limits.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, not {value}.")
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:

@@ -34,6 +34,7 @@ from .chains import (
     Chains,
     Frame,
     Run,
+    check_limits,
     largest_blur,
     list_blocks,
     read_upload,
@@ -47,8 +48,11 @@ CANVAS = 336  # pixels on the screen
 STYLE = """
 .pixels img, .pixels canvas { image-rendering: pixelated; }
 .pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-.status { min-height: 3.2em; }
-.status progress { width: 100%; height: 0.7em; accent-color: var(--primary-500); }
+.status { min-height: 3em; }
+.status progress { appearance: none; width: 100%; height: 0.6em; border: 0; background: #ddd; }
+.status progress::-webkit-progress-bar { background: #ddd; border-radius: 0.3em; }
+.status progress::-webkit-progress-value { background: #f97316; border-radius: 0.3em; }
+.status progress::-moz-progress-bar { background: #f97316; border-radius: 0.3em; }
 """
 
 
@@ -84,8 +88,7 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
         ValueError: a limit is not a positive int, or the network's images cannot be shown.
     """
     gr = import_gradio()
-    if num_parallel < 1:
-        raise ValueError(f"`num_parallel` must be at least 1, not {num_parallel}.")
+    check_limits(num_parallel=num_parallel)
     chains = Chains(pipe, max_evaluations, max_images)
     name = os.path.basename(str(pipe.config.get("_name_or_path") or "")) or "NCSN"
     with gr.Blocks(title=f"{name}: ncsn_diffusers", analytics_enabled=False, delete_cache=DISK_SECONDS) as page:
@@ -97,7 +100,7 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
 
 
 @contextmanager
-def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, **arguments) -> Iterator[str]:
+def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, **limits: int) -> Iterator[str]:
     """
     Serve the page of a pipeline while the context lasts.
 
@@ -107,7 +110,7 @@ def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, 
             The address to listen at; the variable GRADIO_SERVER_NAME or else 127.0.0.1, this computer alone, when not
             given.
         port (`int`, *optional*): GRADIO_SERVER_PORT, or else the first free one from 7860 on, when not given.
-        arguments: Those of [`make_page`].
+        limits: `max_evaluations`, `max_images` and `num_parallel` of [`make_page`].
 
     Yields:
         `str`: the page's address.
@@ -121,7 +124,7 @@ def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, 
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
-            page = make_page(pipe, **arguments)
+            page = make_page(pipe, **limits)
             _, url, _ = page.launch(
                 prevent_thread_lock=True,
                 server_name=host,
@@ -152,7 +155,7 @@ def launch(
     host: str | None = None,
     port: int | None = None,
     open_browser: bool = False,
-    **arguments,
+    **limits: int,
 ) -> None:
     """
     Load a pipeline and serve its page until the program is interrupted.
@@ -161,16 +164,17 @@ def launch(
         pipeline (`str`, *optional*): Folder or id on the Hub; the digits that come with the package when not given.
         host (`str`, *optional*), port (`int`, *optional*): As of [`serve`].
         open_browser (`bool`, defaults to `False`): Open the page in this computer's browser.
-        arguments: Those of [`make_page`].
+        limits: `max_evaluations`, `max_images` and `num_parallel` of [`make_page`].
 
     Raises:
         ImportError, ValueError, OSError: as [`serve`], or there is no such pipeline.
     """
-    import_gradio()  # whose absence should not be found after a download
+    import_gradio()  # before a download
+    check_limits(**limits)
     pipe = load_pipeline(pipeline or pretrained("mnist")).to(PartialState().device)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # the folder goes then, too
-    with suppress(KeyboardInterrupt), serve(pipe, host, port, **arguments) as url:
+    with suppress(KeyboardInterrupt), serve(pipe, host, port, **limits) as url:
         print(f"The demo page is at {url} (Ctrl+C ends it).", flush=True)
         if open_browser:
             import webbrowser
@@ -295,8 +299,8 @@ def _image_fields(gr, chains: Chains, show: Callable[[Image.Image], Any], shown:
     """Buttons that bring an image, drawn or uploaded, into the state that is returned, and onto the page."""
     image = gr.State(None, time_to_live=SESSION_SECONDS)
     with gr.Row():
-        example = gr.Button("Draw an example", min_width=120)
-        upload = gr.UploadButton("Upload an image", file_types=["image"], type="filepath", min_width=120)
+        example = gr.Button("Draw example", size="md", min_width=120)
+        upload = gr.UploadButton("Upload", size="md", file_types=["image"], type="filepath", min_width=120)
     seed = gr.Number(0, label="Seed of the example")
 
     def draw(seed):
@@ -321,7 +325,7 @@ def _image_fields(gr, chains: Chains, show: Callable[[Image.Image], Any], shown:
 
 def _draw(gr, chains: Chains) -> None:
     with gr.Row():
-        with gr.Column(scale=1, min_width=260):
+        with gr.Column(scale=1, min_width=300):
             label = _class_field(gr, chains)
             evaluations = gr.Number(
                 chains.evaluations, label="Evaluations", info=f"Of the network, up to {chains.max_evaluations}."
@@ -396,7 +400,7 @@ def _inpaint(gr, chains: Chains) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=CANVAS + 40):
             editor = gr.ImageEditor(
-                label="Paint over what is to be drawn anew",
+                label="Paint",
                 type="pil",
                 format="png",
                 sources=(),
@@ -432,7 +436,7 @@ def _restore(gr, chains: Chains) -> None:
     shape, black = chains.pipe.image_shape, f"{chains.pipe.config.data_min:g}"
     blocks = list_blocks(shape)
     with gr.Row():
-        with gr.Column(scale=1, min_width=260):
+        with gr.Column(scale=1, min_width=300):
             shown = gr.Image(
                 label="Image", format="png", height=200, interactive=False, elem_classes="pixels", buttons=[]
             )
@@ -449,7 +453,7 @@ def _restore(gr, chains: Chains) -> None:
                 noise_std = gr.Number(
                     0.1,
                     label="Noise",
-                    info=f"Up to {LARGEST_NOISE:g}; black is {chains.pipe.config.data_min:g}, white 1.",
+                    info=f"Up to {LARGEST_NOISE:g}; black is {black}, white 1.",
                 )
             with gr.Row():
                 label = _class_field(gr, chains)
@@ -468,7 +472,7 @@ def _restore(gr, chains: Chains) -> None:
 def _compare(gr, chains: Chains) -> None:
     chosen = [name for name in ("DDIMScheduler", "DPMSolverMultistepScheduler") if name in chains.schedulers]
     with gr.Row():
-        with gr.Column(scale=1, min_width=260):
+        with gr.Column(scale=1, min_width=300):
             label = _class_field(gr, chains)
             evaluations = gr.Number(
                 min(20, chains.max_evaluations),

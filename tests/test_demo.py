@@ -3,12 +3,14 @@ The demo page: what it draws is what the pipelines draw, whatever else runs besi
 with a sentence. The page itself is spoken to by gradio's client, where gradio is installed.
 """
 
+import itertools
 import math
 import os
-import shutil
+import socket
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +125,7 @@ def test_of_a_long_chain_few_frames_are_kept_and_the_last(chains):
     frames, _ = end(chains.draw("any", 120, "EulerDiscreteScheduler", 0, 1))
     steps = [frame.step for frame in frames]
     assert len(steps) == MAX_FRAMES and steps[0] == 1 and steps[-1] == 120
-    assert {b - a for a, b in zip(steps, steps[1:], strict=False)} <= {2, 3}
+    assert {b - a for a, b in itertools.pairwise(steps)} <= {2, 3}
 
 
 def test_classes(pipe):
@@ -146,7 +148,7 @@ def test_classes(pipe):
         (AnnealedLangevinScheduler, 20, 20),
         (HeunDiscreteScheduler, 20, 10),  # 2 n - 1
         (HeunDiscreteScheduler, 21, 11),
-        (PNDMScheduler, 20, 10),  # n + 9
+        (PNDMScheduler, 20, 11),  # n + 9
         (PNDMScheduler, 13, 4),
         (EulerDiscreteScheduler, 1, 1),
     ],
@@ -251,10 +253,10 @@ def test_compare_draws_the_same_seed_under_each_scheduler(pipe, chains):
     assert [caption for _, caption in result] == [
         "AnnealedLangevinScheduler: 20 evaluations",
         "HeunDiscreteScheduler: 19 evaluations",
-        "PNDMScheduler: 19 evaluations",
+        "PNDMScheduler: 20 evaluations",
     ]
     for (image, _), scheduler, levels in zip(
-        result, (AnnealedLangevinScheduler, HeunDiscreteScheduler, PNDMScheduler), (20, 10, 10), strict=True
+        result, (AnnealedLangevinScheduler, HeunDiscreteScheduler, PNDMScheduler), (20, 10, 11), strict=True
     ):
         assert same(image, draw(pipe, scheduler, 5, 2, levels))
 
@@ -488,8 +490,224 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
         launch("there is no such pipeline")
 
 
-@pytest.fixture
-def client_class(monkeypatch):
+def test_limits_are_refused_before_the_pipeline_is_loaded():
     pytest.importorskip("gradio")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return pytest.importorskip("gradio_client").Client
+    with pytest.raises(ValueError, match="`num_parallel` must be at least 1, not 0"):
+        launch("there is no such pipeline", num_parallel=0)
+
+
+class Visitor:
+    """A client of the page, with a session of its own. Image files come as PIL images."""
+
+    def __init__(self, url, folder):
+        self.client = pytest.importorskip("gradio_client").Client(url, download_files=folder, verbose=False)
+
+    def submit(self, name, *values):
+        return self.client.submit(*values, api_name=f"/{name}")
+
+    def __call__(self, name, *values):
+        return self.read(self.client.predict(*values, api_name=f"/{name}"))
+
+    def read(self, value):
+        if isinstance(value, list | tuple):
+            return [self.read(part) for part in value]
+        if isinstance(value, dict) and "image" in value:
+            return self.read(value["image"]), value["caption"]
+        if isinstance(value, str) and value.endswith(".png"):
+            with Image.open(value) as image:
+                return image.copy()
+        return value
+
+    def refusal(self, name, *values):
+        """The sentence that the page shows."""
+        with pytest.raises(Exception) as error:
+            self.client.predict(*values, api_name=f"/{name}")
+        assert type(error.value).__name__ == "AppError"
+        return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def url():
+    pytest.importorskip("gradio")
+    with serve(quiet_pipeline(small_unet()), num_parallel=3) as url:
+        yield url
+
+
+@pytest.fixture
+def visitor(url, tmp_path):
+    return Visitor(url, str(tmp_path / "downloads"))
+
+
+def test_the_page_draws_what_the_pipeline_draws_and_goes_back(visitor, pipe):
+    job = visitor.submit("draw", "any", 7, "HeunDiscreteScheduler", 4, 2)
+    denoised, noisy, status, slider, level = visitor.read(job.result(timeout=60))
+    assert same(denoised, draw(pipe, HeunDiscreteScheduler, 4, 2, 4))
+    assert noisy.size == (16, 8) and "Done." in status and '<progress value="7" max="7">' in status
+    assert (slider["value"], slider["maximum"], slider["interactive"]) == (7, 7, True)
+    assert level.startswith("After step 7 of 7. Noise level: σ = ")
+    frames, _ = end(Chains(pipe).draw("any", 7, "HeunDiscreteScheduler", 4, 2))
+    for position in (1, 4, 7):
+        denoised, noisy, level = visitor("go_back", position)
+        assert same(noisy, frames[position - 1].noisy)
+        if position < 7:
+            assert same(denoised, frames[position - 1].denoised)
+        assert level == f"After step {position} of 7. Noise level: σ = {frames[position - 1].sigma:.3g}"
+
+
+def test_the_page_refuses_with_a_sentence(visitor, tmp_path):
+    gradio_client = pytest.importorskip("gradio_client")
+    assert "There is no chain to go back through yet" in visitor.refusal("go_back", 1)
+    own = "AnnealedLangevinScheduler"
+    for method, field, value, sentence in BAD:
+        if method in ("draw", "compare") and field not in ("scheduler", "schedulers"):
+            values = {**GOOD[method], field: value}
+            if isinstance(value, float) and not math.isfinite(value):
+                continue  # JSON has no such numbers
+            assert sentence in visitor.refusal(method, *values.values()), (method, field, value)
+    assert "is not in the list of choices" in visitor.refusal("draw", "any", 3, "PlainScheduler", 0, 1)
+    assert "is not in the list of choices" in visitor.refusal("draw", "7", 3, own, 0, 1)
+    assert "choose from 1 to 6" in visitor.refusal("compare", "any", 3, [], 0, 1)
+    nothing = {"background": None, "layers": [], "composite": None}
+    assert "There is no image yet" in visitor.refusal("inpaint", nothing, "any", 2, 0)
+    assert "There is no image yet" in visitor.refusal("restore", "noisy", 2, 1, 0.1, "any", 2, 0)
+    assert "Seed must be a whole number" in visitor.refusal("example_inpaint", -1)
+    (tmp_path / "image.png").write_bytes(b"text")
+    file = gradio_client.handle_file(str(tmp_path / "image.png"))
+    assert "not an image that can be read" in visitor.refusal("upload_inpaint", file)
+    visitor("example_inpaint", 0)
+    assert "Nothing is painted" in visitor.refusal("inpaint", nothing, "any", 2, 0)
+    visitor("example_restore", 0)
+    assert "Noise must be a number from 0 to 2, not 3" in visitor.refusal("restore", "noisy", 2, 1, 3, "any", 2, 0)
+    assert "Blur must be a number from 0.3 to 1" in visitor.refusal("restore", "blurred", 2, 9, 1, "any", 2, 0)
+
+
+def test_an_upload_is_inpainted_restored_and_not_kept(visitor, pipe, tmp_path):
+    gradio_client = pytest.importorskip("gradio_client")
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    pixels = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "mine.png")
+    paint((0, 0, 168, 336), (336, 336)).save(tmp_path / "layer.png")
+    handle = gradio_client.handle_file
+    visitor("upload_inpaint", handle(str(tmp_path / "mine.png")))
+    assert not [path for path in folder.rglob("mine*") if path.is_file()]
+    painted = {"background": None, "layers": [handle(str(tmp_path / "layer.png"))], "composite": None}
+    gallery, status = visitor("inpaint", painted, "any", 3, 5)
+    expected = end(Chains(pipe).inpaint(image, [paint((0, 0, 40, 80))], "any", 3, 5))[1]
+    assert len(gallery) == 3 and "Done." in status
+    for (completion, _), wanted in zip(gallery, expected, strict=True):
+        assert same(completion, wanted)
+        assert same(completion.crop((4, 0, 8, 8)), image.crop((4, 0, 8, 8)))
+    shown = visitor("upload_restore", handle(str(tmp_path / "mine.png")))
+    assert same(shown, image)
+    assert not [path for path in folder.rglob("mine*") if path.is_file()]
+    gallery, _ = visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)
+    expected = end(Chains(pipe).restore(image, "pixelated", 2, 1, 0.1, "any", 2, 5))[1]
+    assert [caption for _, caption in gallery] == ["pixelated", "restored", "restored", "restored"]
+    assert all(same(found, wanted) for (found, _), (wanted, _) in zip(gallery, expected, strict=True))
+
+
+def test_the_page_compares(visitor, pipe):
+    gallery, _ = visitor("compare", "any", 5, ["AnnealedLangevinScheduler", "HeunDiscreteScheduler"], 2, 2)
+    captions = ["AnnealedLangevinScheduler: 5 evaluations", "HeunDiscreteScheduler: 5 evaluations"]
+    assert [caption for _, caption in gallery] == captions
+    assert same(gallery[0][0], draw(pipe, seed=2, num_images=2, levels=5))
+    assert same(gallery[1][0], draw(pipe, HeunDiscreteScheduler, 2, 2, 3))
+
+
+def test_two_visitors_do_not_mix(url, pipe, tmp_path):
+    visitors = [Visitor(url, str(tmp_path / str(i))) for i in range(2)]
+    names = [AnnealedLangevinScheduler, HeunDiscreteScheduler]
+    for seed in range(2):  # while the one draws, so does the other
+        jobs = [
+            visitor.submit("draw", "any", 40, name.__name__, seed + i, 1)
+            for i, (visitor, name) in enumerate(zip(visitors, names, strict=True))
+        ]
+        for i, (visitor, job, name, levels) in enumerate(zip(visitors, jobs, names, (40, 20), strict=True)):
+            assert same(visitor.read(job.result(timeout=120))[0], draw(pipe, name, seed + i, 1, levels))
+    # and each goes back through a chain of their own
+    steps = [visitor("go_back", 39)[2].partition(".")[0] for visitor in visitors]
+    assert steps == ["After step 39 of 40", "After step 39 of 39"]
+
+
+@pytest.fixture
+def gated_page(tmp_path):
+    pytest.importorskip("gradio")
+    pipe = quiet_pipeline(small_unet())
+    pipe.unet = unet = GatedUNet(pipe.unet)
+    with serve(pipe, num_parallel=1) as url:
+        yield unet, url
+        unet.passes.release(1000)  # whatever still waits
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_stop_and_cancel_end_the_pipeline(gated_page, tmp_path):
+    unet, url = gated_page
+    visitor = Visitor(url, str(tmp_path / "one"))
+    job = visitor.submit("draw", "any", 50, "AnnealedLangevinScheduler", 0, 1)
+    unet.passes.release(5)
+    wait_for(lambda: unet.evaluations == 5 and job.outputs())
+    stop = visitor.submit("stop_draw")
+    time.sleep(0.5)
+    unet.passes.release(100)
+    denoised, _, status, slider, _ = visitor.read(stop.result(timeout=60))
+    assert unet.evaluations == 6
+    assert "Stopped at step 6 of 50." in status and slider["maximum"] == 6
+    # what was drawn by then can be gone back through
+    assert visitor("go_back", 2)[2].startswith("After step 2 of 50")
+    assert same(visitor("go_back", 6)[0], denoised)
+
+    # the client's own way: gradio forgets the run, and that ends it
+    unet.passes = threading.Semaphore(0)
+    job = visitor.submit("draw", "any", 50, "AnnealedLangevinScheduler", 0, 1)
+    unet.passes.release(2)
+    wait_for(lambda: unet.evaluations == 8 and job.outputs())
+    job.cancel()
+    time.sleep(0.5)
+    unet.passes.release(100)
+    time.sleep(1)
+    assert unet.evaluations <= 10
+
+    # one that waits in the queue behind another's
+    unet.passes = threading.Semaphore(0)
+    unet.evaluations = 0
+    other = Visitor(url, str(tmp_path / "other"))
+    first = other.submit("draw", "any", 4, "AnnealedLangevinScheduler", 0, 1)
+    wait_for(lambda: first.status().code.name == "ITERATING" or first.status().code.name == "PROCESSING")
+    second = visitor.submit("draw", "any", 50, "AnnealedLangevinScheduler", 0, 1)
+    wait_for(lambda: second.status().code.name == "IN_QUEUE")
+    second.cancel()
+    unet.passes.release(100)
+    assert "Done." in first.result(timeout=60)[2]
+    time.sleep(0.5)
+    assert unet.evaluations == 4
+
+
+def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch, tmp_path):
+    pytest.importorskip("gradio")
+    hosts, look_up = set(), socket.getaddrinfo
+
+    def record(host, *args, **kwargs):
+        hosts.add(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", record)
+    monkeypatch.setattr(page, "DISK_SECONDS", (1, 1))
+    with serve(quiet_pipeline(small_unet())) as url:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        Visitor(url, str(tmp_path / "downloads"))("draw", "any", 3, "AnnealedLangevinScheduler", 0, 1)
+        assert [path for path in folder.rglob("*") if path.is_file()]
+        wait_for(lambda: not [path for path in folder.rglob("*") if path.is_file()])  # by age
+        with urllib.request.urlopen(url) as response:
+            html = response.read().decode()
+        assert "fonts.googleapis" not in html and '"analytics_enabled":false' in html
+    assert not folder.exists()
+    assert "GRADIO_TEMP_DIR" not in os.environ
+    assert url.startswith("http://127.0.0.1:")
+    assert hosts <= {"127.0.0.1", "localhost"}

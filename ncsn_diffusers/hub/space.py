@@ -72,7 +72,8 @@ def _make_card(repo_id: str, license: str | None) -> str:
         *licence,
         f"models:\n- {repo_id}",
     ]
-    text = f"""Draws, inpaints and restores images with [{repo_id}](https://huggingface.co/{repo_id}), a noise conditional score network.
+    text = f"""Draws, inpaints and restores images with the noise conditional score network
+[{repo_id}](https://huggingface.co/{repo_id}).
 
 It also runs on your own computer: download the files of this Space, `pip install -r requirements.txt`, and
 `python app.py`. Nothing that is uploaded to the page is kept.

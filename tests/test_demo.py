@@ -6,7 +6,9 @@ with a sentence. The page itself is spoken to by gradio's client, where gradio i
 import itertools
 import math
 import os
+import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ from networks import Gaussian, GaussianUNet, conditional_unet, quiet_pipeline, s
 from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline
+from ncsn_diffusers.commands import demo
 from ncsn_diffusers.demo import Chains, launch, page, serve
 from ncsn_diffusers.demo.chains import (
     MAX_FRAMES,
@@ -33,6 +36,7 @@ from ncsn_diffusers.demo.chains import (
     read_mask,
     read_upload,
 )
+from ncsn_diffusers.hub import push_to_hub
 from ncsn_diffusers.images import make_grid
 from ncsn_diffusers.operators import LinearOperator
 from ncsn_diffusers.settings import make_generators
@@ -711,3 +715,41 @@ def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch, tmp_path):
     assert "GRADIO_TEMP_DIR" not in os.environ
     assert url.startswith("http://127.0.0.1:")
     assert hosts <= {"127.0.0.1", "localhost"}
+
+
+def test_the_command_hands_its_settings_on(monkeypatch):
+    given = []
+    monkeypatch.setattr(demo, "launch", lambda **settings: given.append(settings))
+    demo.main(["--port", "8000", "--max_evaluations", "30"], "ncsn-diffusers demo")
+    limits = {"max_evaluations": 30, "max_images": 16, "num_parallel": 1}
+    assert given == [{"pipeline": None, "host": "127.0.0.1", "port": 8000, "open_browser": False, **limits}]
+
+
+@pytest.mark.slow
+def test_a_space_runs_from_its_folder(hub, pipe, tmp_path):
+    """Downloaded, in a process that does not know of this repository, with the model from the Hub."""
+    pytest.importorskip("gradio")
+    push_to_hub(pipe, "digits", space=True)
+    space, temporary = tmp_path / "space", tmp_path / "tmp"
+    temporary.mkdir()
+    for name, content in hub.files("spaces/ann/digits").items():
+        path = space / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with open(space / "ncsn_diffusers" / "__init__.py", "a") as file:
+        file.write("\nprint(__file__, flush=True)\n")
+    environment = {name: value for name, value in hub.environment(tmp_path / "home").items() if name != "PYTHONPATH"}
+    environment |= {"TMPDIR": str(temporary)}
+    with subprocess.Popen(
+        [sys.executable, "app.py"], cwd=space, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == f"{space / 'ncsn_diffusers' / '__init__.py'}\n"
+            url = re.search(r"at (http://127\.0\.0\.1:\d+/)", process.stdout.readline())[1]
+            visitor = Visitor(url, str(tmp_path / "downloads"))
+            assert same(visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0], draw(pipe, None, 1, 2, 4))
+            assert list(temporary.glob("ncsn-demo-*/*"))
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    assert not list(temporary.glob("ncsn-demo-*"))

@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 import threading
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
@@ -172,15 +173,24 @@ def launch(
     import_gradio()  # before a download
     check_limits(**limits)
     pipe = load_pipeline(pipeline or pretrained("mnist")).to(PartialState().device)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # the folder goes then, too
-    with suppress(KeyboardInterrupt), serve(pipe, host, port, **limits) as url:
+    with suppress(KeyboardInterrupt), _terminable(), serve(pipe, host, port, **limits) as url:
         print(f"The demo page is at {url} (Ctrl+C ends it).", flush=True)
         if open_browser:
-            import webbrowser
-
             webbrowser.open(url)
         threading.Event().wait()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl+C does, so that the images' folder goes then, too."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set this
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # What the tabs share

@@ -175,7 +175,7 @@ def test_levels_of_several_langevin_steps():
 def test_a_pipeline_with_a_long_chain_of_its_own_may_take_it():
     scheduler = AnnealedLangevinScheduler(num_langevin_steps=5, noise_rule="euler_maruyama", solver_order=1)
     chains = Chains(quiet_pipeline(small_unet(), scheduler, num_inference_steps=60), max_evaluations=100)
-    assert chains.evaluations == chains.max_evaluations == 300
+    assert chains.evaluations == chains.max_evaluations == 301  # with the final denoising
     assert chains.levels == chains.max_levels(4) == 60
     chains = Chains(quiet_pipeline(small_unet()), max_evaluations=100)
     assert (chains.evaluations, chains.max_evaluations, chains.levels, chains.max_levels(4)) == (50, 100, 25, 25)
@@ -238,14 +238,8 @@ def test_runs_beside_one_another_do_not_mix(pipe, chains):
 
 
 def test_errors_of_the_work_come_to_who_watches():
-    class Broken(torch.nn.Module):
-        config, dtype = small_unet().config, torch.float32
-
-        def forward(self, x, *args, **kwargs):
-            return (x / 0,)
-
     pipe = quiet_pipeline(small_unet())
-    pipe.unet = Broken()
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, torch.nan)
     run = Chains(pipe).draw("any", 3, "AnnealedLangevinScheduler", 0, 1)
     with pytest.raises(FloatingPointError, match="AnnealedLangevinScheduler"):
         end(run)
@@ -622,16 +616,13 @@ def test_the_page_compares(visitor, pipe):
 def test_two_visitors_do_not_mix(url, pipe, tmp_path):
     visitors = [Visitor(url, str(tmp_path / str(i))) for i in range(2)]
     names = [AnnealedLangevinScheduler, HeunDiscreteScheduler]
-    for seed in range(2):  # while the one draws, so does the other
-        jobs = [
-            visitor.submit("draw", "any", 40, name.__name__, seed + i, 1)
-            for i, (visitor, name) in enumerate(zip(visitors, names, strict=True))
-        ]
-        for i, (visitor, job, name, levels) in enumerate(zip(visitors, jobs, names, (40, 20), strict=True)):
-            assert same(visitor.read(job.result(timeout=120))[0], draw(pipe, name, seed + i, 1, levels))
+    # while the one draws, so does the other
+    jobs = [visitor.submit("draw", "any", 20, names[i].__name__, i, 1) for i, visitor in enumerate(visitors)]
+    for i, levels in enumerate((20, 10)):
+        assert same(visitors[i].read(jobs[i].result(timeout=120))[0], draw(pipe, names[i], i, 1, levels))
     # and each goes back through a chain of their own
-    steps = [visitor("go_back", 39)[2].partition(".")[0] for visitor in visitors]
-    assert steps == ["After step 39 of 40", "After step 39 of 39"]
+    steps = [visitor("go_back", 19)[2].partition(".")[0] for visitor in visitors]
+    assert steps == ["After step 19 of 20", "After step 19 of 19"]
 
 
 @pytest.fixture
@@ -651,6 +642,17 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+def let_end(unet):
+    """Let the network go on, an evaluation at a time, until nobody asks for another; how many there were."""
+    while True:
+        number, end = unet.evaluations, time.monotonic() + 3
+        unet.passes.release()
+        while unet.evaluations == number:
+            if time.monotonic() > end:
+                return number
+            time.sleep(0.02)
+
+
 def test_stop_and_cancel_end_the_pipeline(gated_page, tmp_path):
     unet, url = gated_page
     visitor = Visitor(url, str(tmp_path / "one"))
@@ -658,39 +660,32 @@ def test_stop_and_cancel_end_the_pipeline(gated_page, tmp_path):
     unet.passes.release(5)
     wait_for(lambda: unet.evaluations == 5 and job.outputs())
     stop = visitor.submit("stop_draw")
-    time.sleep(0.5)
-    unet.passes.release(100)
+    step = let_end(unet)
+    assert step < 50
     denoised, _, status, slider, _ = visitor.read(stop.result(timeout=60))
-    assert unet.evaluations == 6
-    assert "Stopped at step 6 of 50." in status and slider["maximum"] == 6
+    assert f"Stopped at step {step} of 50." in status and slider["maximum"] == step
     # what was drawn by then can be gone back through
     assert visitor("go_back", 2)[2].startswith("After step 2 of 50")
-    assert same(visitor("go_back", 6)[0], denoised)
+    assert same(visitor("go_back", step)[0], denoised)
 
     # the client's own way: gradio forgets the run, and that ends it
-    unet.passes = threading.Semaphore(0)
+    unet.passes, unet.evaluations = threading.Semaphore(0), 0
     job = visitor.submit("draw", "any", 50, "AnnealedLangevinScheduler", 0, 1)
     unet.passes.release(2)
-    wait_for(lambda: unet.evaluations == 8 and job.outputs())
+    wait_for(lambda: unet.evaluations == 2 and job.outputs())
     job.cancel()
-    time.sleep(0.5)
-    unet.passes.release(100)
-    time.sleep(1)
-    assert unet.evaluations <= 10
+    assert let_end(unet) < 50
 
     # one that waits in the queue behind another's
-    unet.passes = threading.Semaphore(0)
-    unet.evaluations = 0
+    unet.passes, unet.evaluations = threading.Semaphore(0), 0
     other = Visitor(url, str(tmp_path / "other"))
     first = other.submit("draw", "any", 4, "AnnealedLangevinScheduler", 0, 1)
-    wait_for(lambda: first.status().code.name == "ITERATING" or first.status().code.name == "PROCESSING")
+    wait_for(lambda: first.status().code.name in ("PROCESSING", "ITERATING"))
     second = visitor.submit("draw", "any", 50, "AnnealedLangevinScheduler", 0, 1)
     wait_for(lambda: second.status().code.name == "IN_QUEUE")
     second.cancel()
-    unet.passes.release(100)
+    assert let_end(unet) == 4
     assert "Done." in first.result(timeout=60)[2]
-    time.sleep(0.5)
-    assert unet.evaluations == 4
 
 
 def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch, tmp_path):
@@ -702,7 +697,7 @@ def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch, tmp_path):
         return look_up(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", record)
-    monkeypatch.setattr(page, "DISK_SECONDS", (1, 1))
+    monkeypatch.setattr(page, "DISK_SECONDS", (1, 10))
     with serve(quiet_pipeline(small_unet())) as url:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         Visitor(url, str(tmp_path / "downloads"))("draw", "any", 3, "AnnealedLangevinScheduler", 0, 1)

@@ -297,8 +297,9 @@ class Chains:
         pixels = np.array(image)
         pixels = torch.from_numpy(pixels).reshape(image.height, image.width, -1).permute(2, 0, 1)[None]
         measurement = operator(to_model_range(pixels, pipe.config.data_min))
-        # A seed of its own: that of the first sample would give it this very noise to start from.
-        noise = torch.randn(measurement.shape, generator=torch.Generator().manual_seed(MAX_SEED + 1 + seed))
+        # A seed that no sample has: one with the same would start from this very noise.
+        generator = torch.Generator().manual_seed(seed + NUM_SAMPLES)
+        noise = torch.randn(measurement.shape, generator=generator)
         measurement = measurement + noise_std * noise
         damaged = to_grid(pipe, measurement).resize(image.size, Image.Resampling.NEAREST), damage
 
@@ -446,7 +447,7 @@ def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
-                    f"The image has {image.width} × {image.height} pixels: upload one of 16 million or less."
+                    f"The image has {image.width} × {image.height} pixels: upload one of {MAX_PIXELS:,} or less."
                 )
             return fit_image(image, shape)
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

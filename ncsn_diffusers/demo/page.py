@@ -186,7 +186,11 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set this
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

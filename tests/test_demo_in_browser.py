@@ -35,7 +35,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,780"
 )
-PATIENCE = 240  # seconds
+PATIENCE = 120  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ class Page:
         entry.send_keys(str(value), webdriver.Keys.TAB)
 
     def status(self):
-        return "".join(element.text for element in self.find(".status"))
+        texts = [element.text.strip() for element in self.find(".status")]
+        return max(texts, key=len, default="")  # an element and what surrounds it
 
     def image(self, element):
         with urllib.request.urlopen(element.get_attribute("src")) as response:

@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "draw images with a trained pipeline",
     "evaluate": "compare a pipeline's images with real ones",
     "convert": "turn a checkpoint of others into a pipeline",
+    "demo": "try a pipeline in the browser",
     "push": "publish a pipeline on the Hub",
 }
 

@@ -32,6 +32,7 @@ except ImportError:  # before huggingface_hub 1.0
 TOKEN = "hf_annsSecretToken0123456789"  # a made-up one, of the user that the tests are
 LARGE_FILES = (".safetensors", ".bin", ".png")
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "openrail", "other", "unknown")
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 PIPELINE_TAGS = ("unconditional-image-generation", "text-to-image", "image-to-image", "image-classification")
 
 
@@ -210,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _owns(self, repo_id: str) -> bool:
         name, organisations = self.hub.users.get(self.token, (None, []))
-        return repo_id.split("/")[0] in (name, *organisations)
+        return repo_id.removeprefix("spaces/").split("/")[0] in (name, *organisations)
 
     def _repository(self, repo_id: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get(repo_id)
@@ -242,6 +243,10 @@ class _Handler(BaseHTTPRequestHandler):
         if owner not in (name, *organisations):
             raise _RefusalError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         repo_id = f"{owner}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") not in ("gradio", "docker", "static"):
+                raise _RefusalError(400, '"sdk" must be one of gradio, docker, static')
+            repo_id = f"spaces/{repo_id}"
         status = 409 if repo_id in self.hub.repositories else 200
         if status == 200:
             self.hub.repositories[repo_id] = Repository(
@@ -262,7 +267,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
             return
         errors = []
-        for key, known in (("license", LICENSES), ("pipeline_tag", PIPELINE_TAGS)):
+        rules = {"license": LICENSES, "pipeline_tag": PIPELINE_TAGS}
+        if json.loads(self.body).get("repoType") == "space":
+            rules |= {"sdk": ("gradio", "docker", "static"), "colorFrom": COLOURS, "colorTo": COLOURS}
+            errors += [f'"{key}" is missing' for key in ("title", "sdk", "app_file") if key not in card]
+        for key, known in rules.items():
             if key in card and card[key] not in known:
                 errors.append(f'"{key}" must be one of {known}')
         for key in ("tags", "datasets"):
@@ -416,22 +425,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(content)
 
 
-_REPO = r"([^/]+/[^/]+)"
+_REPO = r"((?:spaces/)?[^/]+/[^/]+)"  # by which Spaces are told from models
+_API = r"/api/(?:models/|(?=spaces/))"
 _ROUTES = (
     ("GET", r"/api/whoami-v2", _Handler.who_am_i),
     ("POST", r"/api/repos/create", _Handler.create_repository),
     ("POST", r"/api/validate-yaml", _Handler.validate_card),
-    ("GET", rf"/api/models/{_REPO}", _Handler.describe),
-    ("GET", rf"/api/models/{_REPO}/revision/([^/]+)", _Handler.describe),
-    ("GET", rf"/api/models/{_REPO}/tree/([^/]+)", _Handler.list_tree),
-    ("GET", rf"/api/models/{_REPO}/refs", _Handler.list_refs),
-    ("POST", rf"/api/models/{_REPO}/branch/([^/]+)", _Handler.create_branch),
-    ("POST", rf"/api/models/{_REPO}/tag/([^/]+)", _Handler.create_tag),
-    ("POST", rf"/api/models/{_REPO}/preupload/([^/]+)", _Handler.plan_upload),
+    ("GET", rf"{_API}{_REPO}", _Handler.describe),
+    ("GET", rf"{_API}{_REPO}/revision/([^/]+)", _Handler.describe),
+    ("GET", rf"{_API}{_REPO}/tree/([^/]+)", _Handler.list_tree),
+    ("GET", rf"{_API}{_REPO}/refs", _Handler.list_refs),
+    ("POST", rf"{_API}{_REPO}/branch/([^/]+)", _Handler.create_branch),
+    ("POST", rf"{_API}{_REPO}/tag/([^/]+)", _Handler.create_tag),
+    ("POST", rf"{_API}{_REPO}/preupload/([^/]+)", _Handler.plan_upload),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.plan_large_files),
     ("PUT", r"/storage/(\w+)", _Handler.store),
     ("GET HEAD", r"/storage/(\w+)", _Handler.fetch),
     ("POST", r"/verify", _Handler.verify),
-    ("POST", rf"/api/models/{_REPO}/commit/([^/]+)", _Handler.take_commit),
+    ("POST", rf"{_API}{_REPO}/commit/([^/]+)", _Handler.take_commit),
     ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.serve_file),
 )

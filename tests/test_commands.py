@@ -16,6 +16,7 @@ from PIL import Image
 import ncsn_diffusers
 from ncsn_diffusers.commands import cli
 from ncsn_diffusers.commands.convert import ConvertConfig
+from ncsn_diffusers.commands.demo import DemoConfig
 from ncsn_diffusers.commands.push import PushConfig
 from ncsn_diffusers.commands.sample import SampleConfig
 from ncsn_diffusers.evaluation import EvaluateConfig
@@ -28,6 +29,7 @@ CONFIGS = {
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "convert": ConvertConfig,
+    "demo": DemoConfig,
     "push": PushConfig,
 }
 REQUIRED = {"convert": ["checkpoint.pth", "folder"], "push": ["folder", "user/name"]}
@@ -168,7 +170,7 @@ def test_the_dispatcher_answers_without_importing_torch(tmp_path):
     result = run("-c", program, "xyz", cwd=tmp_path)
     assert (
         result.stderr
-        == "ncsn-diffusers: there is no command 'xyz'; there are train, sample, evaluate, convert, push.\n"
+        == "ncsn-diffusers: there is no command 'xyz'; there are train, sample, evaluate, convert, demo, push.\n"
     )
 
 

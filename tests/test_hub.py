@@ -4,9 +4,11 @@ Publishing and loading with huggingface_hub's own client, over HTTP, against the
 The test that needs an environment of its own (this package not installed) runs a process with HF_ENDPOINT set.
 """
 
+import ast
 import json
 import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -30,11 +33,14 @@ from diffusers import (
 from hub_server import TOKEN
 from huggingface_hub import HfApi, ModelCard
 from networks import small_unet
+from packaging.requirements import Requirement
 from PIL import Image
 from saved_pipelines import check_same, draw, flatten, make_pipeline
 
+import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
+from ncsn_diffusers.hub.space import GRADIO
 from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
@@ -254,6 +260,69 @@ def test_token_that_may_only_read(hub, pipe):
     with pytest.raises(PermissionError, match="`token` that may write"):
         pipe.push_to_hub("ann/digits")
     assert hub.failures[0][3] == 99  # asked once
+
+
+# --- Spaces ---
+
+
+def read_card(content):
+    return yaml.safe_load(content.decode().split("---\n")[1])
+
+
+def test_a_space_beside_the_model(hub, folder):
+    info = push_to_hub(folder, "digits", space=True, license="cc-by-4.0", commit_message="First")
+    assert info.oid == hub.repositories["ann/digits"].branches["main"]
+    assert set(hub.files("ann/digits")) >= FILES  # the model's as ever
+    files = hub.files("spaces/ann/digits")
+    card = read_card(files["README.md"])
+    assert {key: card[key] for key in ("title", "sdk", "app_file", "models", "license")} == {
+        "title": "digits",
+        "sdk": "gradio",
+        "app_file": "app.py",
+        "models": ["ann/digits"],
+        "license": "cc-by-4.0",
+    }
+    requirements = [Requirement(line) for line in files["requirements.txt"].decode().splitlines()]
+    assert f"gradio=={card['sdk_version']}" in map(str, requirements)
+    assert 'launch("ann/digits")' in files["app.py"].decode()
+    assert f"Version: {ncsn_diffusers.__version__}\n" in next(
+        content.decode() for name, content in files.items() if name.endswith(".dist-info/METADATA")
+    )
+    for name, content in files.items():  # the package's own code, and none of the training's
+        if name.startswith("ncsn_diffusers/"):
+            assert content == (ROOT / name).read_bytes()
+            assert not re.match("ncsn_diffusers/(training|evaluation|commands|convert|assets)/", name)
+            # with all that it imports
+            for node in ast.walk(ast.parse(content)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module]
+                for module in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names}:
+                    module = {"PIL": "pillow"}.get(module, module)
+                    assert module in {requirement.name for requirement in requirements}, (name, module)
+    push_to_hub(folder, "digits", space=True)  # and once more, where both exist
+    assert len(hub.repositories["spaces/ann/digits"].commits) >= 2
+
+
+def test_the_spaces_gradio_is_what_the_extra_asks_for():
+    assert f'demo = ["gradio>={GRADIO}"]\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_private_model_has_a_private_space(hub, pipe):
+    pipe.push_to_hub("digits", private=True)
+    pipe.push_to_hub("digits", space=True)
+    assert hub.repositories["spaces/ann/digits"].private
+    pipe.push_to_hub("lab/digits", space=True)
+    assert not hub.repositories["spaces/lab/digits"].private
+
+
+def test_a_space_that_cannot_be_made_is_found_before_any_upload(hub, pipe):
+    with pytest.raises(ValueError, match="`space`: a Space shows the branch main, and `revision` is 'v2'"):
+        pipe.push_to_hub("digits", space=True, revision="v2")
+    HfApi().create_repo("ann/digits", repo_type="space", space_sdk="gradio")
+    with pytest.raises(ValueError, match="`private`: the Space ann/digits exists and is public"):
+        pipe.push_to_hub("digits", space=True, private=True)
+    assert list(hub.repositories) == ["spaces/ann/digits"]
 
 
 # --- In the background ---
@@ -723,6 +792,9 @@ def test_script(hub, folder, monkeypatch, capfd):
     assert f"{hub.url}/lab/digits" in out
     assert "100%" in err  # the progress bar
     assert TOKEN not in out + err
+    run_script(monkeypatch, folder, "lab/digits", "--space")
+    assert f"The page: {hub.url}/spaces/lab/digits\n" in capfd.readouterr().out
+    assert "app.py" in hub.files("spaces/lab/digits")
 
 
 def test_script_fails_before_any_upload(hub, tmp_path, monkeypatch):

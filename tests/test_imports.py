@@ -21,7 +21,7 @@ LAYERS = (
     ("pipeline_ncsn_inpaint", "pipeline_ncsn_posterior", "denoiser", "convert"),
     ("",),  # the public names, in the package's own __init__.py
     ("settings",),
-    ("evaluation", "training"),
+    ("demo", "evaluation", "training"),
     ("commands",),
 )
 UPLOADED = ("networks_ncsn", "pipeline_ncsn", "scheduling_annealed_langevin")

@@ -145,9 +145,8 @@ def commands(page: Path) -> list[list[str]]:
     code = "\n".join(text).replace("srun bash -c '", "").replace("latest'", "latest")
     lines = [part for line in code.splitlines() for part in line.split("&&")]
     prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    pattern = (
-        r"`((?:python scripts/|accelerate launch (?:scripts/|-m )|ncsn-diffusers (?:train|sample|evaluate|push))[^`]*)`"
-    )
+    names = "train|sample|evaluate|demo|push"
+    pattern = rf"`((?:python scripts/|accelerate launch (?:scripts/|-m )|ncsn-diffusers (?:{names}))[^`]*)`"
     lines += re.findall(pattern, prose)
     lines = [re.sub(r"\$\(.*?\)|\$\w+", "0", line).replace("…", "") for line in lines]
     return [shlex.split(line, comments=True) for line in lines if re.search(STARTS, line) and not line.startswith("#")]

@@ -48,6 +48,9 @@ class PushConfig:
     commit_message: str | None = None
     """Summary of the commit."""
 
+    space: bool = False
+    """Also publish the page of `ncsn-diffusers demo` as a Gradio Space of the same name."""
+
 
 def push(config: PushConfig) -> None:
     info = push_to_hub(
@@ -60,8 +63,11 @@ def push(config: PushConfig) -> None:
         license=config.license,
         dataset=config.dataset,
         commit_message=config.commit_message,
+        space=config.space,
     )
     print(f"Uploaded {config.folder}: {info.commit_url}")
+    if config.space:
+        print(f"The page: {info.repo_url.endpoint}/spaces/{info.repo_url.repo_id}")
 
 
 def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:

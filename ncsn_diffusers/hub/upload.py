@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..pipeline_ncsn import NCSNPipeline
 from .files import collect_files, read_content, without_secrets
+from .space import collect_space_files
 
 _ATTEMPTS = 5
 _FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
@@ -39,6 +40,7 @@ def push_to_hub(
     dataset: str | None = None,
     training_dir: str | Path | None = None,
     commit_message: str | None = None,
+    space: bool = False,
 ) -> CommitInfo:
     """
     Upload a pipeline as one commit. Whatever can be wrong with the arguments, the folder or the token is found before
@@ -62,6 +64,10 @@ def push_to_hub(
             The folder that [`~training.train`] wrote to, whose samples, settings and log the card shows; that of the
             pipeline, if `pipeline` is one. A README.md there is uploaded instead of a new card.
         commit_message (`str`, *optional*): the commit's summary.
+        space (`bool`, defaults to False):
+            Also publish the page of `ncsn-diffusers demo` as a Gradio Space of the same name, which shows the pipeline
+            of the branch `main`. A private pipeline has a private Space, which needs a token of yours as its secret
+            HF_TOKEN.
 
     Returns:
         `CommitInfo`: of the new commit, or of the last one where nothing has changed.
@@ -74,6 +80,10 @@ def push_to_hub(
     """
     api = HfApi(token=token)
     repo_id = _check_access(api, repo_id, private, tag)
+    if space:
+        if revision not in (None, "main"):
+            raise ValueError(f"`space`: a Space shows the branch main, and `revision` is {revision!r}: leave one out.")
+        _check_access(api, repo_id, private, repo_type="space")
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(pipeline, str | Path):
             folder = Path(pipeline)
@@ -82,7 +92,12 @@ def push_to_hub(
             folder = Path(scratch) / "pipeline"
             pipeline.save_pretrained(folder)
         files = collect_files(folder, repo_id, variants, license, dataset, training_dir)
-        return _upload(api, files, repo_id, private, revision, tag, commit_message)
+        info = _upload(api, files, repo_id, private, revision, tag, commit_message)
+    if space:
+        private = _retry(lambda: api.repo_info(repo_id)).private
+        files = collect_space_files(repo_id, license)
+        _upload(api, files, repo_id, private, None, None, commit_message, repo_type="space")
+    return info
 
 
 class BackgroundPush:
@@ -190,7 +205,9 @@ class BackgroundPush:
 # The Hub
 
 
-def _check_access(api: HfApi, repo_id: str, private: bool | None, tag: str | None = None) -> str:
+def _check_access(
+    api: HfApi, repo_id: str, private: bool | None, tag: str | None = None, repo_type: str | None = None
+) -> str:
     """The full name of the repository, if the token may write there and nothing stands against it."""
     validate_repo_id(repo_id)  # raises a ValueError that says what is accepted
     user = _retry(api.whoami)
@@ -200,18 +217,22 @@ def _check_access(api: HfApi, repo_id: str, private: bool | None, tag: str | Non
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if owner not in owners:
         raise PermissionError(f"`repo_id`={repo_id!r}: the token is of {', '.join(owners)}, and not of {owner}.")
-    if _retry(lambda: api.repo_exists(repo_id)):
-        if private and not _retry(lambda: api.repo_info(repo_id)).private:
+    if _retry(lambda: api.repo_exists(repo_id, repo_type=repo_type)):
+        if private and not _retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private:
+            kind = "the Space " if repo_type == "space" else ""
             raise ValueError(
-                f"`private`: {repo_id} exists and is public. Change that in its settings, or choose another name."
+                f"`private`: {kind}{repo_id} exists and is public. Change that in its settings, or choose another name."
             )
         if tag is not None and tag in (ref.name for ref in _retry(lambda: api.list_repo_refs(repo_id)).tags):
             raise ValueError(f"`tag`={tag!r} exists already in {repo_id}: choose another one.")
     return repo_id
 
 
-def _create_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> None:
-    _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+def _create_repository(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, repo_type: str | None = None
+) -> None:
+    kind = {"repo_type": repo_type, "space_sdk": "gradio" if repo_type == "space" else None}
+    _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True, **kind))
     if revision not in (None, "main"):
         _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
@@ -224,16 +245,21 @@ def _upload(
     revision: str | None,
     tag: str | None,
     commit_message: str | None,
+    repo_type: str | None = None,
 ) -> CommitInfo:
     # ModelCard.validate, which calls this one, asks huggingface.co wherever HF_ENDPOINT leads, before version 2
-    _retry(lambda: api._validate_yaml(read_content(files["README.md"]).decode()))
-    _create_repository(api, repo_id, private, revision)
+    _retry(lambda: api._validate_yaml(read_content(files["README.md"]).decode(), repo_type=repo_type))
+    _create_repository(api, repo_id, private, revision, repo_type)
 
     def commit() -> CommitInfo:
         # Anew for each attempt. A commit whose answer was lost is found to have changed nothing, and not made twice.
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         return api.create_commit(
-            repo_id, operations, commit_message=commit_message or "Upload NCSNPipeline", revision=revision
+            repo_id,
+            operations,
+            commit_message=commit_message or f"Upload {'the demo page' if repo_type == 'space' else 'NCSNPipeline'}",
+            revision=revision,
+            repo_type=repo_type,
         )
 
     info = _retry(commit)

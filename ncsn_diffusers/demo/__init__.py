@@ -1,0 +1,6 @@
+"""A page in the browser to try a pipeline: draw, inpaint, restore, compare schedulers. It needs the extra `demo`."""
+
+from .chains import Chains
+from .page import launch, make_page, serve
+
+__all__ = ["Chains", "launch", "make_page", "serve"]

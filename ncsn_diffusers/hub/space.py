@@ -1,0 +1,81 @@
+"""
+The files of a Gradio Space that shows the demo page of a published pipeline.
+
+They stand alone: this package is on no index, so its modules go along, as an installed package has them, and
+requirements.txt names the packages that these import.
+"""
+
+import json
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+
+GRADIO = "6.31.0"  # the version that the page was made with, which the extra `demo` asks for at least
+PACKAGE = Path(__file__).parent.parent
+# The page needs no other part of the package, and of its dependencies no other than these.
+LEFT_OUT = (
+    *("assets", "commands", "convert", "evaluation", "training", "checked_files.py", "data.py", "dataset_settings.py"),
+    *("likelihood.py", "noise_levels.py", "score_matching.py"),
+)
+REQUIREMENTS = ("accelerate", "diffusers", "huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "tyro")
+
+
+def collect_space_files(repo_id: str, license: str | None = None) -> dict[str, bytes | Path]:
+    """
+    The files of a Space, by their paths in it: contents, or where they are.
+
+    Args:
+        repo_id (`str`): of the pipeline, whose name the Space takes.
+        license (`str`, *optional*): of the weights, for the Space's card.
+    """
+    installed = distribution("ncsn_diffusers")
+    files: dict[str, bytes | Path] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE)
+        if name.parts[0] not in LEFT_OUT:
+            files[f"{PACKAGE.name}/{name.as_posix()}"] = path
+    # by which the package knows its version
+    metadata = f"Metadata-Version: 2.1\nName: {PACKAGE.name}\nVersion: {installed.version}\n"
+    files[f"{PACKAGE.name}-{installed.version}.dist-info/METADATA"] = metadata.encode()
+    files["app.py"] = _make_app(repo_id).encode()
+    files["requirements.txt"] = _make_requirements(installed.requires or []).encode()
+    files["README.md"] = _make_card(repo_id, license).encode()
+    return files
+
+
+def _make_app(repo_id: str) -> str:
+    return f'''"""The demo page of {repo_id}: `pip install -r requirements.txt`, then `python app.py`."""
+
+from ncsn_diffusers.demo import launch
+
+if __name__ == "__main__":
+    launch({json.dumps(repo_id)})
+'''
+
+
+def _make_requirements(requires: list[str]) -> str:
+    bounds = {re.match(r"[\w.-]+", line)[0].lower(): line for line in requires if "extra ==" not in line}
+    lines = [bounds.get(name, name) for name in REQUIREMENTS]
+    return "\n".join([*lines, f"gradio=={GRADIO}"]) + "\n"
+
+
+def _make_card(repo_id: str, license: str | None) -> str:
+    licence = [f"license: {license}"] if license else []
+    data = [
+        f"title: {repo_id.split('/')[-1]}",
+        "emoji: 🎲",
+        "colorFrom: yellow",
+        "colorTo: red",
+        "sdk: gradio",
+        f"sdk_version: {GRADIO}",
+        "app_file: app.py",
+        *licence,
+        f"models:\n- {repo_id}",
+    ]
+    text = f"""Draws, inpaints and restores images with the noise conditional score network
+[{repo_id}](https://huggingface.co/{repo_id}).
+
+It also runs on your own computer: download the files of this Space, `pip install -r requirements.txt`, and
+`python app.py`. Nothing that is uploaded to the page is kept.
+"""
+    return "---\n" + "\n".join(data) + "\n---\n\n" + text

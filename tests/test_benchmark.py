@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from networks import small_unet
+from networks import Gaussian, GaussianUNet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image
+from torch.nn import functional as F  # noqa: N812
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 
@@ -249,3 +250,167 @@ def test_training(tmp_path, benchmark, capsys, monkeypatch):
         "plain loop": ["4.000", "(4.000", "to", "4.000)"],
         "a constant batch": ["0.500", "(0.500", "to", "0.500)"],
     }
+
+
+# --- Posterior samples ---
+
+needs_deepinv = pytest.mark.skipif(
+    importlib.util.find_spec("deepinv") is None, reason="the posterior benchmark needs deepinv"
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("deviation", "expected"), [(1.0, 0.5642), (0.0, 0.7979), (3.0, 0.8307)])
+def test_crps_of_gaussians(benchmark, deviation, expected):
+    # E|X - x0| - E|X - X'|/2 = √(2 (1 + s²)/π) - s/√π for x0 of deviation 1 and samples of deviation s: least at s = 1
+    truths = torch.randn(40_000, 1, generator=seeded())
+    samples = deviation * torch.randn(40_000, 4, 1, generator=seeded(1))
+    assert benchmark.crps(samples, truths) == pytest.approx(expected, abs=0.02)
+
+
+@needs_deepinv
+def test_measurements_of_digits(benchmark):
+    x = torch.randn(2, 1, 28, 28, generator=seeded())
+    smaller = benchmark.make_task("4x smaller", 0)(0.1)
+    torch.testing.assert_close(smaller.A(x), F.avg_pool2d(x, 4))
+    blur = benchmark.make_task("blur", 0)(0.1)
+    axis = torch.arange(-14.0, 14)
+    weights = torch.exp(-axis.square() / 4.5)
+    kernel = torch.outer(weights, weights) / weights.sum() ** 2
+    inner = F.conv2d(x, kernel[None, None], padding=14)[..., :28, :28]
+    torch.testing.assert_close(blur.A(x)[..., 8:20, 8:20], inner[..., 8:20, 8:20], rtol=1e-3, atol=1e-4)
+    missing = benchmark.make_task("missing pixels", 0)(0.1)
+    assert missing.A(x).count_nonzero().item() / x.numel() == pytest.approx(0.3, abs=0.05)
+    for physics in (smaller, blur, missing):
+        y = torch.randn(physics.A(x).shape, generator=seeded(1))
+        assert (physics.A(x) * y).sum().item() == pytest.approx((x * physics.A_adjoint(y)).sum().item(), rel=1e-3)
+        # the singular vectors are orthonormal
+        torch.testing.assert_close(physics.V(physics.V_adjoint(x)), x, rtol=1e-4, atol=1e-4)
+        assert physics.noise_model.sigma == pytest.approx(0.1)
+
+
+def make_problem(benchmark, prior, num_samples, evaluations, noise_std):
+    """Half of 4 × 4 Gaussian pixels measured, and the posterior in units of the data."""
+    kept = (torch.arange(16) % 2 == 0).double()
+    generator = seeded(4)
+    x = prior.mean + torch.linalg.cholesky(prior.covariance) @ torch.randn(16, dtype=torch.float64, generator=generator)
+    y = kept * (x + noise_std * torch.randn(16, dtype=torch.float64, generator=generator))
+    a = torch.diag(kept)[kept > 0]
+    gain = prior.covariance @ a.T @ torch.linalg.inv(a @ prior.covariance @ a.T + noise_std**2 * torch.eye(8).double())
+    posterior = Gaussian(prior.mean + gain @ (a @ y - a @ prior.mean), prior.covariance - gain @ a @ prior.covariance)
+    pipe = quiet_pipeline(GaussianUNet(prior, 4, 4, train_sigmas(AnnealedLangevinScheduler()).tolist()))
+    y = (kept * (y + 1) / 2).float().reshape(1, 1, 4, 4).expand(num_samples, -1, -1, -1)
+    physics = benchmark.make_masking(kept.float().reshape(4, 4))
+    return benchmark.Problem(pipe, physics, y, noise_std / 2, evaluations), posterior, kept > 0
+
+
+def smooth_prior():
+    positions = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    return Gaussian(torch.linspace(-0.3, 0.3, 16), 0.25 * torch.exp(-torch.cdist(positions, positions) / 3))
+
+
+@needs_deepinv
+@pytest.mark.parametrize("method", ["ours", "moment matching"])
+def test_methods_that_are_right_for_gaussians(benchmark, method):
+    # in the units of [0, 1], with the factors of the wrappers, and counted
+    problem, expected, _ = make_problem(benchmark, smooth_prior(), 1000, 200, 0.2)
+    settings = {} if method == "ours" else {"cg_max_iter": 8}
+    draw = benchmark.POSTERIOR_METHODS[method][0]
+    samples, calls, _ = benchmark.draw_counted(draw, problem, 500, 0, settings)
+    w = (2 * samples.flatten(1).double() - 1 - expected.mean) @ expected.eigenvectors / expected.variances.sqrt()
+    assert w.mean(0).abs().max() < 0.05 + 3.5 / 1000**0.5
+    assert w.square().mean().item() == pytest.approx(1, abs=0.06)
+    assert calls["evaluations"] == 200
+    assert (calls["backward_passes"] == 0) == (method == "ours")
+
+
+@needs_deepinv
+def test_ddrm_of_independent_pixels(benchmark):
+    # Measured pixels are theirs up to the noise, which is small here, and the others are as in the prior.
+    prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.25 * torch.eye(16))
+    problem, expected, measured = make_problem(benchmark, prior, 2000, 200, 0.02)
+    torch.manual_seed(0)
+    samples = 2 * benchmark.draw_ddrm(problem, eta=0.85, noise="scaled").flatten(1).double() - 1
+    assert (samples.mean(0) - expected.mean)[measured].abs().max() < 0.02
+    assert (samples.mean(0) - expected.mean)[~measured].abs().max() < 0.05 + 3.5 * 0.5 / 2000**0.5
+    assert samples.var(0)[~measured].mean().item() == pytest.approx(0.25, rel=0.1)
+
+
+@needs_deepinv
+@pytest.mark.parametrize("name", ["DPS", "DiffPIR"])
+def test_methods_that_are_not_right_are_near(benchmark, name):
+    problem, expected, measured = make_problem(benchmark, smooth_prior(), 200, 50, 0.2)
+    draw, candidates = benchmark.POSTERIOR_METHODS[name]
+    samples, calls, _ = benchmark.draw_counted(draw, problem, 200, 0, candidates[-1])
+    mean = 2 * samples.flatten(1).double().mean(0) - 1
+    prior = smooth_prior().mean
+    assert (mean - expected.mean)[measured].norm() < 0.5 * (prior - expected.mean)[measured].norm()
+    assert calls == {"evaluations": 50, "backward_passes": 50 if name == "DPS" else 0}
+
+
+@needs_deepinv
+def test_posterior(tmp_path, benchmark, folders, capsys):
+    pipeline, digits = folders
+    tasks = ("4x smaller", "missing pixels, noiseless")
+    arguments = {"num_images": 3, "num_samples": 3, "num_search_images": 2, "evaluations": 4, "batch_size": 5}
+    output = tmp_path / "posterior"
+    benchmark.posterior(str(pipeline), str(digits), tasks, **arguments, output=str(output))
+    saved = json.loads((tmp_path / "posterior.json").read_text())
+    assert saved["coverage_that_is_right"] == 0.5
+    rows = {(row["task"], row["method"]): row for row in saved["rows"]}
+    names = list(benchmark.POSTERIOR_METHODS)
+    assert list(rows) == [(tasks[0], name) for name in names] + [(tasks[1], n) for n in benchmark.NOISELESS_METHODS]
+    assert {name: rows[tasks[0], name]["evaluations"] for name in names} == dict.fromkeys(names, 4)
+    backward = {name: rows[tasks[0], name]["backward_passes"] for name in names}
+    assert backward == {"ours": 0, "DDRM": 0, "DiffPIR": 0, "DPS": 4, "moment matching": 12}
+    # known pixels are kept exactly, up to the rounding of float32
+    assert all(rows[tasks[1], name]["misfit_worst"] < 1e-6 for name in benchmark.NOISELESS_METHODS)
+    for name in names[1:-1]:
+        tried = [trial for trial in saved["search"] if trial["method"] == name]
+        assert [trial["settings"] for trial in tried] == benchmark.POSTERIOR_METHODS[name][1]
+        assert rows[tasks[0], name]["settings"] == min(tried, key=lambda trial: trial["crps"])["settings"]
+    printed = capsys.readouterr().out
+    assert all(f"{row['psnr_of_a_sample']:.3f}" in printed for row in saved["rows"])
+    # the same again, and no other row changes one
+    benchmark.posterior(str(pipeline), str(digits), tasks[:1], ("DDRM",), **arguments, output=str(output))
+    (again,) = rows_of(output)
+    times = {"seconds": 0.0}
+    assert again | times == rows[tasks[0], "DDRM"] | times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ("rotation",)}, "--tasks must be among missing pixels, 4x smaller, .*, not rotation"),
+        ({"names": ("ours", "DAPS")}, "--names must be among ours, DDRM, .*, not DAPS"),
+        ({"num_samples": 1}, "--num_samples must be at least 2, not 1"),
+        ({"num_search_images": 0}, "--num_search_images must be at least 1, not 0"),
+        ({"evaluations": 49}, "--evaluations must be even and at least 4, not 49"),
+        ({"noise_std": 0.0}, "--noise_std must be above 0, not 0.0: 'missing pixels, noiseless' is"),
+        ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
+    ],
+)
+def test_posterior_refuses_bad_flags(benchmark, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.posterior("nowhere", "nowhere", **arguments)
+
+
+def test_posterior_asks_for_deepinv_first(tmp_path, benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepinv", None)
+    with pytest.raises(SystemExit, match=r"^benchmark\.py: posterior needs deepinv, .*\[inverse\]"):
+        benchmark.posterior("nowhere", "nowhere", output=str(tmp_path / "all"))
+
+
+@needs_deepinv
+@pytest.mark.parametrize(
+    ("size", "num_images", "message"),
+    [(8, 3, "for 28×28 grayscale digits, not images of"), (28, 99, "must be 100 at most, taken together")],
+)
+def test_posterior_refuses_what_does_not_fit(tmp_path, benchmark, folders, size, num_images, message):
+    pipeline = tmp_path / "pipeline"
+    NCSNPipeline(small_unet(sample_size=size), AnnealedLangevinScheduler()).save_pretrained(pipeline)
+    with pytest.raises(SystemExit, match=message):
+        benchmark.posterior(str(pipeline), str(folders[1]), num_images=num_images, output=str(tmp_path / "all"))

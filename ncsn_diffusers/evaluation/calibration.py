@@ -1,0 +1,423 @@
+"""
+Whether samples of a posterior are spread as they should be: coverage, variance over squared error, misfit and PSNR.
+
+n images x0 are measured, y = A x0 + noise, and k samples are drawn of each posterior p(x0 | y). If the sampler is
+right, the truth and the k samples of one image are k + 1 independent draws of one distribution, and nothing but their
+names tells them apart. What follows from that holds for any distribution, and needs no knowledge of the posterior:
+
+* The number of samples below the truth, its rank, is each of 0, ..., k with the same probability, pixel by pixel. So
+  the truth lies between the least and the largest of the k samples with probability (k - 1)/(k + 1), and between the
+  (j + 1)-th from below and the (j + 1)-th from above with probability (k - 1 - 2 j)/(k + 1): [`nominal_coverage`].
+* With v the posterior's variance, the samples' own variance (divided by k - 1) has the mean v, and the squared error of
+  their mean the mean v (1 + 1/k): the truth's own scatter, and that of a mean of k. So (1 + 1/k) times the one, over
+  the other, is 1: [`variance_ratio`]. Below 1 the samples are too sure of themselves.
+* The sample fits the measurement as well as the truth does: ‖y - A x‖²/(m noise_std²), for m numbers in y, is 1 on
+  average: [`misfit`].
+
+Images have the shape `(n, channels, height, width)` and samples `(n, k, channels, height, width)`, in [0, 1] unless
+another range is named. Pixels of one image depend on each other: standard errors are those of n independent images.
+
+Pixels that hardly vary
+-----------------------
+The background of digits is black in every image. Truth and samples agree there, up to noise below a grey level, and who
+lies above whom says nothing of the posterior. But such pixels cannot be left out by the spread of the samples: that
+keeps wide intervals and drops narrow ones, and makes a bad sampler look good. Two rules treat the truth and the samples
+alike, so that what is right stays exactly what it was:
+
+* All values are rounded to multiples of `tolerance` first. Where the truth equals some of the samples, its rank is each
+  of those that it could have with the same weight.
+* A pixel counts where the k + 1 values are not all equal then.
+
+The variance ratio sums variances and errors before it divides, so that such pixels add nothing to either.
+
+The floor
+---------
+How far from right may n images and k samples be by chance? [`simulate_exact`] draws them from the exact posterior of
+the Gaussian that has the mean and the covariance of N images x_i, with centred rows X = (x_i - mean)/√(N - 1):
+
+    x0 = mean + Xᵀ g,  g ~ N(0, I),    y = A mean + Bᵀ g + noise_std e,  B = X Aᵀ,
+
+where g is again Gaussian given y. A sample is a prior one, g' and e', with the part taken back by which its own
+measurement is not y (Hoffman & Ribak 1991, "Constrained realizations of Gaussian fields"):
+
+    g' + (noise_std² + B Bᵀ)⁻¹ B (y - A mean - Bᵀ g' - noise_std e').
+
+The system has N rows, however large the images are.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from .metrics import Metric, mean_and_error
+
+TOLERANCE = 0.02  # of [0, 1] images: 5 of 255 grey levels
+MISSING = 0.7  # of the pixels
+BLOCK = 4  # pixels, along each axis
+BLUR_STD, BLUR_RADIUS = 1.5, 4  # pixels
+NUM_SIMULATIONS = 20  # of the floor
+
+# Operators
+
+
+def make_missing_pixels(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    height, width = shape[1:]
+    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
+    kept = order[round(MISSING * height * width) :].sort().values
+    if not len(kept):
+        raise ValueError(f"`missing-pixels` leaves nothing of images of {height} × {width} pixels.")
+    return lambda x: x.flatten(2)[..., kept.to(x.device)]
+
+
+def make_pixelated(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    height, width = shape[1:]
+    if height % BLOCK or width % BLOCK:
+        raise ValueError(f"`pixelated` needs height and width in multiples of {BLOCK}, not {height} × {width} pixels.")
+    return lambda x: F.avg_pool2d(x, BLOCK)
+
+
+def make_blurred(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    channels, height, width = shape
+    if min(height, width) <= BLUR_RADIUS:
+        raise ValueError(f"`blurred` needs more than {BLUR_RADIUS} pixels each way, not {height} × {width} pixels.")
+    weights = torch.exp(-(torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1.0) ** 2) / (2 * BLUR_STD**2))
+    kernel = torch.outer(weights, weights).div(weights.sum() ** 2).expand(channels, 1, -1, -1)
+
+    def blur(x):
+        padded = F.pad(x, [BLUR_RADIUS] * 4, mode="reflect")
+        return F.conv2d(padded, kernel.to(x.device), groups=channels)
+
+    return blur
+
+
+# Each makes an operator for images of a shape `(channels, height, width)`.
+OPERATORS = {"missing-pixels": make_missing_pixels, "pixelated": make_pixelated, "blurred": make_blurred}
+
+
+def make_operator(name: str, shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    A linear operator by its name.
+
+    Args:
+        name (`str`):
+            `"missing-pixels"` measures 30 % of the pixels, always the same ones; `"pixelated"` the means of blocks of
+            4 × 4 pixels; `"blurred"` every pixel after a Gaussian blur of standard deviation 1.5 pixels, with
+            reflection at the edges.
+        shape (`tuple[int, int, int]`): `(channels, height, width)` of the images.
+
+    Returns:
+        function: A, from `(batch_size, channels, height, width)` to `(batch_size, ...)`.
+
+    Raises:
+        ValueError: there is no such operator, or it does not fit the images.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"There is no operator {name!r}; there are {', '.join(OPERATORS)}.")
+    return OPERATORS[name](shape)
+
+
+# Statistics
+
+
+def nominal_coverage(num_samples: int, trim: int = 0) -> float:
+    """
+    The probability that a value lies between the least and the largest of `num_samples` others from its distribution,
+    when the `trim` least and the `trim` largest are dropped.
+
+    Raises:
+        ValueError: fewer than 2 samples would be left.
+    """
+    if num_samples < 2 or not 0 <= trim <= num_samples / 2 - 1:
+        raise ValueError(f"`trim`={trim} of each end must leave at least 2 of `num_samples`={num_samples}.")
+    return (num_samples - 1 - 2 * trim) / (num_samples + 1)
+
+
+def coverage(
+    samples: torch.Tensor, truths: torch.Tensor, trim: int = 0, tolerance: float = TOLERANCE
+) -> tuple[float, float]:
+    """
+    How often the truth lies between the least and the largest sample, pixel by pixel.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): k samples for each of n images.
+        truths (`torch.Tensor` of shape `(n, channels, height, width)`): the images.
+        trim (`int`, defaults to 0): how many of the least and of the largest samples are dropped first.
+        tolerance (`float`, defaults to 0.02):
+            Values are compared as multiples of it, and pixels where all are equal do not count; above 0, in units of
+            the images.
+
+    Returns:
+        `tuple[float, float]`: the share of the pixels of all images, right where it is
+        `nominal_coverage(k, trim)`, and its standard error. NaN where no pixel varies; the error is NaN for one image.
+
+    Raises:
+        ValueError: shapes do not fit, values are not finite, `tolerance` is not above 0, or `trim` leaves fewer than 2.
+    """
+    _check(samples, truths)
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"`tolerance` must be above 0, not {tolerance}.")
+    k = samples.shape[1]
+    nominal_coverage(k, trim)
+    samples, truths = ((images.double() / tolerance).round() for images in (samples, truths))
+    truths = truths[:, None]
+    below, equal = (samples < truths).sum(1), (samples == truths).sum(1)
+    # of the ranks below, ..., below + equal, those from trim + 1 to k - 1 - trim
+    inside = ((below + equal).clamp(max=k - 1 - trim) - below.clamp(min=trim + 1) + 1).clamp(min=0)
+    covered = inside / (equal + 1.0)
+    counts = equal < k
+    return ratio_and_error((covered * counts).flatten(1).sum(1), counts.flatten(1).sum(1))
+
+
+def variance_ratio(samples: torch.Tensor, truths: torch.Tensor) -> tuple[float, float]:
+    """
+    The samples' variance over the squared error of their mean, times 1 + 1/k, summed over the pixels of all images.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): k samples for each of n images, k >= 2.
+        truths (`torch.Tensor` of shape `(n, channels, height, width)`): the images.
+
+    Returns:
+        `tuple[float, float]`: the ratio, right where it is 1 and below 1 where the samples are too sure, and its
+        standard error, NaN for one image.
+
+    Raises:
+        ValueError: shapes do not fit, or values are not finite.
+    """
+    _check(samples, truths)
+    samples, truths, k = samples.double(), truths.double(), samples.shape[1]
+    variances = (1 + 1 / k) * samples.var(1).flatten(1).sum(1)
+    errors = (samples.mean(1) - truths).square().flatten(1).sum(1)
+    return ratio_and_error(variances, errors)
+
+
+def misfit(
+    samples: torch.Tensor,
+    measurements: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+) -> torch.Tensor:
+    """
+    ‖y - A x‖²/(m noise_std²) of each sample x, for m numbers in y (the real and the imaginary part of complex ones).
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): k samples for each of n images.
+        measurements (`torch.Tensor` of shape `(n, ...)`): y, in the units that A gives for `samples`.
+        operator (function): A, of `(batch_size, channels, height, width)`.
+        noise_std (`float`): the standard deviation of the measurements' noise, above 0, in the same units.
+
+    Returns:
+        `torch.Tensor` of shape `(n, k)`: float64, with the mean 1 for the right posterior.
+
+    Raises:
+        ValueError: shapes do not fit, or `noise_std` is not above 0.
+    """
+    if samples.ndim != 5 or len(samples) != len(measurements):
+        raise ValueError(
+            f"`samples` of shape (n, k, channels, height, width) and `measurements` of shape (n, ...) must be for the "
+            f"same n images, not of shape {tuple(samples.shape)} and {tuple(measurements.shape)}."
+        )
+    if not 0 < noise_std < math.inf:
+        raise ValueError(f"`noise_std` must be above 0, not {noise_std}: without noise there is nothing to divide by.")
+    rows = []
+    for x, y in zip(samples, measurements, strict=True):
+        measured = operator(x)
+        if measured.shape[1:] != y.shape:
+            raise ValueError(
+                f"`measurements` must have the shape (n, {', '.join(map(str, measured.shape[1:]))}), as `operator` "
+                f"returns it, not {tuple(measurements.shape)}."
+            )
+        residual = (torch.view_as_real(y - measured) if y.is_complex() else y - measured).double()
+        rows.append(residual.square().flatten(1).mean(1) / noise_std**2)
+    return torch.stack(rows)
+
+
+def psnr(images: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
+    """
+    -10 log10 of the mean squared error of each image, in decibels: for images in [0, 1], whose range is 1.
+
+    Args:
+        images (`torch.Tensor` of shape `(..., channels, height, width)`): samples or their mean.
+        truths (`torch.Tensor` of a shape that fits): the images that are meant; `truths[:, None]` for samples.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: float64, infinite where the two are equal.
+    """
+    return -10 * (images.double() - truths.double()).square().mean((-3, -2, -1)).log10()
+
+
+def ratio_and_error(numerators: torch.Tensor, denominators: torch.Tensor) -> tuple[float, float]:
+    """Σ a_i/Σ b_i over n independent images, both of shape `(n,)`, and its standard error to first order."""
+    a, b, n = numerators.double(), denominators.double(), len(numerators)
+    ratio = a.sum() / b.sum()
+    error = ((a - ratio * b).square().sum() * n / (n - 1)).sqrt() / b.sum() if n > 1 else torch.tensor(math.nan)
+    return ratio.item(), error.item()
+
+
+def _check(samples: torch.Tensor, truths: torch.Tensor) -> None:
+    if samples.ndim != 5 or samples.shape[1] < 2 or truths.shape != samples[:, 0].shape or not samples.numel():
+        raise ValueError(
+            "`samples` must have the shape (n, k, channels, height, width), with k of at least 2, and `truths` "
+            f"(n, channels, height, width), not {tuple(samples.shape)} and {tuple(truths.shape)}."
+        )
+    for name, values in (("samples", samples), ("truths", truths)):
+        if not values.isfinite().all():
+            raise ValueError(f"`{name}` has values that are not finite.")
+
+
+# The floor
+
+
+def simulate_exact(
+    images: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    num_images: int,
+    num_samples: int,
+    seed: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """
+    Images, their measurements and exact posterior samples of a Gaussian with the mean and covariance of `images`, again
+    and again. The module's docstring has the equations.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, channels, height, width)`): at least 2, in units of `noise_std`.
+        operator (function): A, linear and real, of `(batch_size, channels, height, width)`.
+        noise_std (`float`): the standard deviation of the measurements' noise, above 0.
+        num_images, num_samples (`int`): n and k.
+        seed (`int`, defaults to 0): of the random numbers.
+
+    Yields:
+        `tuple`: samples `(n, k, channels, height, width)`, truths `(n, channels, height, width)` and measurements
+        `(n, ...)`, in the units of `images`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num, shape = len(images), images.shape[1:]
+    mean = images.float().mean(0, keepdim=True)
+    rows = (images.float() - mean) / (num - 1) ** 0.5
+    measured_mean = operator(mean)
+    measured_rows = torch.cat([operator(part) for part in rows.split(100)]).flatten(1)
+    system = measured_rows.double() @ measured_rows.double().T + noise_std**2 * torch.eye(num, dtype=torch.float64)
+    gain = torch.linalg.solve(system, measured_rows.double()).float()
+    rows = rows.flatten(1)
+
+    def draw(*sizes):
+        """g and Bᵀ g + noise_std e."""
+        g = torch.randn(*sizes, num, generator=generator)
+        noise = torch.randn(*sizes, measured_rows.shape[1], generator=generator)
+        return g, g @ measured_rows + noise_std * noise
+
+    while True:
+        g, y = draw(num_images)
+        other, measured = draw(num_images, num_samples)
+        given_y = other + (y[:, None] - measured) @ gain.T
+        samples, truths = (mean + (g @ rows).reshape(*g.shape[:-1], *shape) for g in (given_y, g))
+        yield samples, truths, measured_mean + y.reshape(-1, *measured_mean.shape[1:])
+
+
+# What is reported of an operator
+
+
+def calibrate(
+    samples: torch.Tensor,
+    truths: torch.Tensor,
+    measurements: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    data_min: float = -1.0,
+) -> tuple[list[Metric], list[dict[str, float]]]:
+    """
+    All that is reported of the posterior samples of one operator.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): in [0, 1].
+        truths (`torch.Tensor` of shape `(n, channels, height, width)`): in [0, 1].
+        measurements (`torch.Tensor` of shape `(n, ...)`): in units of the data.
+        operator (function): A.
+        noise_std (`float`): the standard deviation of the measurements' noise, above 0, in units of the data.
+        data_min (`float`, defaults to -1): black in the data.
+
+    Returns:
+        `tuple`: the metrics in the order of the report, and for each central interval its `"nominal"` and `"actual"`
+        coverage and the latter's `"standard_error"`, the widest first.
+    """
+    k = samples.shape[1]
+    of_samples, of_mean = psnr(samples, truths[:, None]).mean(1), psnr(samples.mean(1), truths)
+    misfits = misfit(samples * (1 - data_min) + data_min, measurements, operator, noise_std)
+    ratio, ratio_error = variance_ratio(samples, truths)
+    reliability = []
+    for trim in range(k // 2):
+        actual, error = coverage(samples, truths, trim)
+        reliability.append({"nominal": nominal_coverage(k, trim), "actual": actual, "standard_error": error})
+    metrics = []
+    for key, title, values in (
+        ("psnr", "PSNR of a sample", of_samples),
+        ("psnr_of_mean", f"PSNR of the mean of {k}", of_mean),
+        ("misfit", "misfit (right: 1)", misfits.mean(1)),
+    ):
+        value, error = mean_and_error(values)
+        metrics.append(Metric(key, title, value, "{:.2f}", standard_error=error))
+    metrics += [
+        Metric("largest_misfit", "largest misfit", misfits.max().item(), "{:.2f}"),
+        Metric(
+            "coverage",
+            f"coverage (right: {nominal_coverage(k):.3f})",
+            reliability[0]["actual"],
+            "{:.3f}",
+            standard_error=reliability[0]["standard_error"],
+            card_type="posterior-coverage",
+            card_title="Coverage of the posterior's intervals",
+        ),
+        Metric(
+            "variance_ratio",
+            "variance over squared error (right: 1)",
+            ratio,
+            "{:.2f}",
+            standard_error=ratio_error,
+            card_type="posterior-variance-ratio",
+            card_title="Posterior variance over squared error",
+        ),
+    ]
+    return metrics, reliability
+
+
+def calibrate_exact(
+    images: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    num_images: int,
+    num_samples: int,
+    data_min: float = -1.0,
+) -> tuple[list[Metric], list[dict[str, float]]]:
+    """
+    What [`calibrate`] says of exact samples: the floor.
+
+    Args:
+        images, operator, noise_std, num_images, num_samples: as of [`simulate_exact`], in units of the data.
+        data_min (`float`, defaults to -1): black in the data.
+
+    Returns:
+        `tuple`: as of [`calibrate`]. Values are means of 20 simulations, and each standard error the standard deviation
+        of one of them. There is no PSNR: it depends on the images, and these are a Gaussian's.
+    """
+    runs = []
+    simulations = simulate_exact(images, operator, noise_std, num_images, num_samples)
+    for _, (samples, truths, measurements) in zip(range(NUM_SIMULATIONS), simulations, strict=False):
+        samples, truths = ((x - data_min) / (1 - data_min) for x in (samples, truths))
+        runs.append(calibrate(samples, truths, measurements, operator, noise_std, data_min))
+
+    def mean_and_deviation(values):
+        values = torch.tensor(values, dtype=torch.float64)
+        return values.mean().item(), values.std().item()
+
+    metrics = []
+    for same in zip(*(metrics for metrics, _ in runs), strict=True):
+        if not same[0].key.startswith("psnr"):
+            value, deviation = mean_and_deviation([metric.value for metric in same])
+            metrics.append(Metric(same[0].key, same[0].title, value, same[0].form, standard_error=deviation))
+    reliability = []
+    for same in zip(*(reliability for _, reliability in runs), strict=True):
+        actual, deviation = mean_and_deviation([interval["actual"] for interval in same])
+        reliability.append({"nominal": same[0]["nominal"], "actual": actual, "standard_error": deviation})
+    return metrics, reliability

@@ -547,6 +547,10 @@ class Problem:
     def physics(self):
         return self.make_physics(self.noise_std)
 
+    @property
+    def device(self) -> torch.device:
+        return self.y.device
+
     def to_unit_range(self, x: torch.Tensor) -> torch.Tensor:
         """From units of the data to those of [0, 1], without clipping."""
         black = self.pipe.config.data_min
@@ -563,7 +567,9 @@ def make_masking(kept: torch.Tensor) -> Callable[[float], Any]:
     """The measurement of the pixels where `kept`, `(height, width)`, is 1."""
     from deepinv.physics import DecomposablePhysics, GaussianNoise
 
-    return lambda noise_std: DecomposablePhysics(mask=kept[None, None], noise_model=GaussianNoise(noise_std))
+    return lambda noise_std: DecomposablePhysics(
+        mask=kept[None, None], noise_model=GaussianNoise(noise_std), device=kept.device
+    )
 
 
 def make_separable(matrix: torch.Tensor) -> Callable[[float], Any]:
@@ -580,16 +586,18 @@ def make_separable(matrix: torch.Tensor) -> Callable[[float], Any]:
         V_adjoint=lambda x: vh @ x @ vh.mT,
         mask=F.pad(torch.outer(s, s), rest)[None, None],
         noise_model=GaussianNoise(noise_std),
+        device=matrix.device,
     )
 
 
-def make_task(name: str, seed: int) -> Callable[[float], Any]:
+def make_task(name: str, seed: int, device: torch.device) -> Callable[[float], Any]:
     """The measurement of 28×28 digits that a row of [`posterior`] is about."""
     if name.startswith("missing pixels"):
-        return make_masking((torch.rand(28, 28, generator=torch.Generator().manual_seed(seed)) < 0.3).float())
+        kept = torch.rand(28, 28, generator=torch.Generator().manual_seed(seed)) < 0.3
+        return make_masking(kept.float().to(device))
     if name == "4x smaller":
-        return make_separable(torch.eye(7).repeat_interleave(4, 1) / 4)
-    axis = torch.arange(28.0)
+        return make_separable(torch.eye(7, device=device).repeat_interleave(4, 1) / 4)
+    axis = torch.arange(28.0, device=device)
     weights = torch.exp(-0.5 * ((axis[:, None] - axis) / 1.5) ** 2)  # a Gaussian of 1.5 pixels
     return make_separable(weights / weights.sum(1, keepdim=True))
 
@@ -633,7 +641,8 @@ def make_solver(problem: Problem):
 def draw_dps(problem: Problem, guidance: str, weight: float) -> torch.Tensor:
     from deepinv.sampling import DPS
 
-    sampler = DPS(NCSNDenoiser(problem.pipe), solver=make_solver(problem), guidance=guidance, weight=weight)
+    settings = {"guidance": guidance, "weight": weight, "device": problem.device}
+    sampler = DPS(NCSNDenoiser(problem.pipe), solver=make_solver(problem), **settings)
     return sampler(problem.y, problem.physics).float()
 
 
@@ -641,8 +650,9 @@ def draw_moment_matching(problem: Problem, cg_max_iter: int) -> torch.Tensor:
     from deepinv.sampling import MomentMatchingDataFidelity, PosteriorDiffusion, VariancePreservingDiffusion
 
     fidelity = MomentMatchingDataFidelity(cg_max_iter=cg_max_iter)
-    diffusion = VariancePreservingDiffusion(alpha=1.0)
-    sampler = PosteriorDiffusion(fidelity, NCSNDenoiser(problem.pipe), diffusion, make_solver(problem))
+    diffusion = VariancePreservingDiffusion(alpha=1.0, device=problem.device)
+    denoiser, solver = NCSNDenoiser(problem.pipe), make_solver(problem)
+    sampler = PosteriorDiffusion(fidelity, denoiser, diffusion, solver, device=problem.device)
     return sampler(problem.y, problem.physics).float()
 
 
@@ -657,7 +667,7 @@ def draw_diffpir(problem: Problem, lambda_: float, zeta: float) -> torch.Tensor:
         share = min(1.0, largest / sigma.item())
         return denoiser(0.5 + share * (x - 0.5), share * sigma)
 
-    settings = {"max_iter": problem.evaluations, "lambda_": lambda_, "zeta": zeta}
+    settings = {"max_iter": problem.evaluations, "lambda_": lambda_, "zeta": zeta, "device": problem.device}
     return DiffPIR(denoise, L2(), sigma=problem.noise_std, **settings)(problem.y, problem.physics)
 
 
@@ -714,7 +724,7 @@ def draw_counted(draw: Callable, problem: Problem, batch_size: int, seed: int, s
     start = time.perf_counter()
     batches = problem.y.split(batch_size)
     try:
-        samples = torch.cat([draw(replace(problem, y=y), **settings).detach() for y in batches])
+        samples = torch.cat([draw(replace(problem, y=y), **settings).detach() for y in batches]).cpu()
     finally:
         handle.remove()
     seconds = time.perf_counter() - start
@@ -802,17 +812,17 @@ def posterior(
     settings |= {"num_search_samples": num_search_samples, "noise_std": noise_std, "seed": seed}
     settings |= {"coverage_that_is_right": nominal_coverage(num_samples), "deepinv": deepinv.__version__}
 
-    def measure(task, images, count, seed):
+    def measure(task, images, count, noise_seed):
         """The measurements, `count` times each, of digits."""
         std = 0.0 if task == NOISELESS else noise_std / (1 - pipe.config.data_min)
-        make_physics = make_task(task, settings["seed"])
-        y = make_physics(std).A(images)
-        noise = std * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
-        y = torch.where(y_is_measured(make_physics), y + noise, 0.0)
+        make_physics = make_task(task, seed, pipe.device)
+        y = make_physics(std).A(images.to(pipe.device))
+        noise = std * torch.randn(y.shape, generator=torch.Generator().manual_seed(noise_seed)).to(y.device)
+        y = torch.where(find_measured(make_physics), y + noise, 0.0)
         return Problem(pipe, make_physics, y.repeat_interleave(count, 0), std, evaluations)
 
-    def y_is_measured(make_physics):
-        return make_physics(0.0).A(torch.ones(1, 1, 28, 28)) != 0
+    def find_measured(make_physics):
+        return make_physics(0.0).A(torch.ones(1, 1, 28, 28, device=pipe.device)) != 0
 
     widths = (26, 20, 7, 7, 8, 8, 7, 9, 9, 12, 9, 9)
     titles = ("measurement", "method", "PSNR", "of mean", "misfit", "worst", "named", "coverage", "variance")
@@ -821,7 +831,7 @@ def posterior(
     for task in tasks:
         methods = NOISELESS_METHODS if task == NOISELESS else {name: POSTERIOR_METHODS[name] for name in names}
         problem, trial = measure(task, shown, num_samples, seed), measure(task, searched, num_search_samples, seed + 1)
-        measured = y_is_measured(problem.make_physics)[0]
+        measured = find_measured(problem.make_physics)[0].cpu()
         for name, (draw, candidates) in methods.items():
             best = []
             for candidate in candidates if len(candidates) > 1 else ():
@@ -832,9 +842,9 @@ def posterior(
             chosen = min(best, key=lambda pair: pair[0])[1] if best else candidates[0]
             samples, calls, seconds = draw_counted(draw, problem, batch_size, seed, chosen)
             samples = samples.unflatten(0, (-1, num_samples))
-            y, std, physics = problem.y[::num_samples][:, measured], problem.noise_std, problem.physics
-            # without noise, in units of a grey level
-            fits = misfit(samples, y, lambda x: physics.A(x)[:, measured], std or 1 / 255)  # noqa: B023
+            y, physics = problem.y[::num_samples].cpu()[:, measured], problem.physics
+            std = problem.noise_std or 1 / 255  # without noise, in units of a grey level
+            fits = misfit(samples, y, lambda x: physics.A(x.to(pipe.device)).cpu()[:, measured], std)  # noqa: B023
             clipped = samples.clamp(0, 1)
             classes = extract_features(clipped.flatten(0, 1), classifier).argmax(1).reshape(-1, num_samples)
             rows.append(

@@ -274,15 +274,15 @@ def test_crps_of_gaussians(benchmark, deviation, expected):
 @needs_deepinv
 def test_measurements_of_digits(benchmark):
     x = torch.randn(2, 1, 28, 28, generator=seeded())
-    smaller = benchmark.make_task("4x smaller", 0)(0.1)
+    smaller = benchmark.make_task("4x smaller", 0, "cpu")(0.1)
     torch.testing.assert_close(smaller.A(x), F.avg_pool2d(x, 4))
-    blur = benchmark.make_task("blur", 0)(0.1)
+    blur = benchmark.make_task("blur", 0, "cpu")(0.1)
     axis = torch.arange(-14.0, 14)
     weights = torch.exp(-axis.square() / 4.5)
     kernel = torch.outer(weights, weights) / weights.sum() ** 2
     inner = F.conv2d(x, kernel[None, None], padding=14)[..., :28, :28]
     torch.testing.assert_close(blur.A(x)[..., 8:20, 8:20], inner[..., 8:20, 8:20], rtol=1e-3, atol=1e-4)
-    missing = benchmark.make_task("missing pixels", 0)(0.1)
+    missing = benchmark.make_task("missing pixels", 0, "cpu")(0.1)
     assert missing.A(x).count_nonzero().item() / x.numel() == pytest.approx(0.3, abs=0.05)
     for physics in (smaller, blur, missing):
         y = torch.randn(physics.A(x).shape, generator=seeded(1))

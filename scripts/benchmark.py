@@ -559,7 +559,7 @@ class Problem:
     @property
     def largest_level(self) -> float:
         """Of the network, in units of [0, 1]."""
-        scheduler = self.pipe.scheduler
+        scheduler = AnnealedLangevinScheduler.from_config(self.pipe.scheduler.config)
         return scheduler.index_to_sigma(torch.tensor([len(scheduler) - 1.0])).item() / (1 - self.pipe.config.data_min)
 
 

@@ -547,7 +547,7 @@ class NCSNPipeline(DiffusionPipeline):
         _, class_labels = self._check_batch(len(x), class_labels, name="len(x)")
         labels = self.embedding_indices(class_labels, len(x), x.device)
         levels = sigmas.clamp(smallest, largest)
-        timesteps = self._timesteps_at(levels.numpy()).to(x.device)
+        timesteps = self._timesteps_at(levels.tolist()).to(x.device)
         share = ((sigmas / levels) ** 2).to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         levels = levels.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         x = x.float()
@@ -802,7 +802,8 @@ class NCSNPipeline(DiffusionPipeline):
     def _log_ladder(self) -> np.ndarray:
         """log sigma of the levels that the network was trained on, rising, in float64."""
         with np.errstate(divide="ignore"):
-            log_alphas = np.log1p(-self.scheduler.betas.numpy(force=True).astype(np.float64))
+            # by a list: inside torch.func.vjp, which deepinv uses, tensors cannot be read by numpy
+            log_alphas = np.log1p(-np.array(self.scheduler.betas.tolist()))
             return 0.5 * np.log(np.expm1(-np.cumsum(log_alphas)))  # 1 + sigma² = Π 1/(1 - beta)
 
     def _noise_levels(self, timesteps: torch.Tensor) -> np.ndarray:

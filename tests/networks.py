@@ -128,8 +128,9 @@ class AnalyticUNet(ModelMixin, ConfigMixin):
         if self.config.conditioning == "sigma":
             sigma = t
         else:
-            log_sigmas = self.log_sigmas.numpy()
-            sigma = torch.from_numpy(np.exp(np.interp(t.numpy(), np.arange(len(log_sigmas)), log_sigmas)))
+            # by lists, which work inside torch.func.vjp, too
+            log_sigmas = self.log_sigmas.tolist()
+            sigma = torch.from_numpy(np.exp(np.interp(t.tolist(), np.arange(len(log_sigmas)), log_sigmas)))
             x = x * (1 + sigma**2).sqrt()  # the network sees x/√(1 + sigma²)
         output = to_model_output(self.denoised(x, sigma, class_labels), x, sigma, self.config.prediction_type)
         output = output.reshape(sample.shape).to(sample.dtype)

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from networks import small_unet
+from networks import Gaussian, GaussianUNet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image
+from torch.nn import functional as F  # noqa: N812
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 
@@ -257,3 +259,204 @@ def test_training(tmp_path, benchmark, capsys, monkeypatch):
         "plain loop": ["4.000", "(4.000", "to", "4.000)"],
         "a constant batch": ["0.500", "(0.500", "to", "0.500)"],
     }
+
+
+# --- Posterior samples ---
+
+needs_deepinv = pytest.mark.skipif(
+    importlib.util.find_spec("deepinv") is None, reason="the posterior benchmark needs deepinv"
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("deviation", "expected"), [(1.0, 0.5642), (0.0, 0.7979), (3.0, 0.8307)])
+def test_crps_of_gaussians(benchmark, deviation, expected):
+    # E|X - x0| - E|X - X'|/2 = √(2 (1 + s²)/π) - s/√π for x0 of deviation 1 and samples of deviation s: least at s = 1
+    truths = torch.randn(40_000, 1, generator=seeded())
+    samples = deviation * torch.randn(40_000, 4, 1, generator=seeded(1))
+    assert benchmark.crps(samples, truths) == pytest.approx(expected, abs=0.02)
+
+
+@needs_deepinv
+def test_measurements_of_digits(benchmark):
+    x = torch.randn(2, 1, 28, 28, generator=seeded())
+    smaller = benchmark.make_task("4x smaller", 0, "cpu")(0.1)
+    torch.testing.assert_close(smaller.A(x), F.avg_pool2d(x, 4))
+    blur = benchmark.make_task("blur", 0, "cpu")(0.1)
+    axis = torch.arange(-14.0, 14)
+    weights = torch.exp(-axis.square() / 4.5)
+    kernel = torch.outer(weights, weights) / weights.sum() ** 2
+    inner = F.conv2d(x, kernel[None, None], padding=14)[..., :28, :28]
+    torch.testing.assert_close(blur.A(x)[..., 8:20, 8:20], inner[..., 8:20, 8:20], rtol=1e-3, atol=1e-4)
+    missing = benchmark.make_task("missing pixels", 0, "cpu")(0.1)
+    assert missing.A(x).count_nonzero().item() / x.numel() == pytest.approx(0.3, abs=0.05)
+    for physics in (smaller, blur, missing):
+        y = torch.randn(physics.A(x).shape, generator=seeded(1))
+        assert (physics.A(x) * y).sum().item() == pytest.approx((x * physics.A_adjoint(y)).sum().item(), rel=1e-3)
+        # the singular vectors are orthonormal
+        torch.testing.assert_close(physics.V(physics.V_adjoint(x)), x, rtol=1e-4, atol=1e-4)
+        assert physics.noise_model.sigma == pytest.approx(0.1)
+
+
+def make_problem(benchmark, prior, num_samples, evaluations, noise_std):
+    """Half of 4 × 4 Gaussian pixels measured, and the posterior in units of the data."""
+    kept = (torch.arange(16) % 2 == 0).double()
+    generator = seeded(4)
+    x = prior.mean + torch.linalg.cholesky(prior.covariance) @ torch.randn(16, dtype=torch.float64, generator=generator)
+    y = kept * (x + noise_std * torch.randn(16, dtype=torch.float64, generator=generator))
+    a = torch.diag(kept)[kept > 0]
+    gain = prior.covariance @ a.T @ torch.linalg.inv(a @ prior.covariance @ a.T + noise_std**2 * torch.eye(8).double())
+    posterior = Gaussian(prior.mean + gain @ (a @ y - a @ prior.mean), prior.covariance - gain @ a @ prior.covariance)
+    pipe = quiet_pipeline(GaussianUNet(prior, 4, 4, train_sigmas(AnnealedLangevinScheduler()).tolist()))
+    y = (kept * (y + 1) / 2).float().reshape(1, 1, 4, 4).expand(num_samples, -1, -1, -1)
+    physics = benchmark.make_masking(kept.float().reshape(4, 4))
+    return benchmark.Problem(pipe, physics, y, noise_std / 2, evaluations), posterior, kept > 0
+
+
+def smooth_prior():
+    positions = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    return Gaussian(torch.linspace(-0.3, 0.3, 16), 0.25 * torch.exp(-torch.cdist(positions, positions) / 3))
+
+
+def ddpm_moments(mean, variances, num_steps, y=0.0, weight=0.0, noise_std=1.0):
+    """
+    The mean and variance to which deepinv's DDPM steps lead for a Gaussian, whose score is exact, by their definition;
+    with a `weight` under DPS's "annealed" guidance towards pixels y.
+    """
+    times = torch.linspace((math.sqrt(0.01 + 39.8 * math.log1p(2500)) - 0.1) / 19.9, 0, num_steps + 1).double()
+    sigmas = torch.expm1(0.1 * times + 9.95 * times**2).sqrt()
+    m, v = 0.0, sigmas[0] ** 2
+    for sigma, following in itertools.pairwise(sigmas):
+        ratio, gain = (following / sigma) ** 2, variances / (variances + sigma**2)
+        pull = weight * gain * sigma**2 / (noise_std**2 + sigma**2)
+        m = ratio * m + (1 - ratio) * ((1 - pull) * (mean + gain * (m - mean)) + pull * y)
+        v = (ratio + (1 - ratio) * (1 - pull) * gain) ** 2 * v + following**2 * (1 - ratio)
+    return m, v
+
+
+@needs_deepinv
+@pytest.mark.parametrize("name", ["ours", "moment matching"])
+def test_methods_that_are_right_for_gaussians(benchmark, name):
+    # in the units of [0, 1], with the factors of the wrappers, and counted
+    problem, expected, _ = make_problem(benchmark, smooth_prior(), 1000, 50, 0.2)
+    draw, settings = benchmark.POSTERIOR_METHODS[name][0], {} if name == "ours" else {"cg_max_iter": 8}
+    samples, calls, _ = benchmark.draw_counted(draw, problem, 1000, 0, settings)
+    shares = torch.ones(16) if name == "ours" else ddpm_moments(0.0, expected.variances, 50)[1] / expected.variances
+    w = (2 * samples.flatten(1).double() - 1 - expected.mean) @ expected.eigenvectors / expected.variances.sqrt()
+    assert w.mean(0).abs().max() < 0.02 + 3.5 / 1000**0.5
+    assert (w.var(0) / shares).mean().item() == pytest.approx(1, abs=0.04 + 3 * (2 / 16_000) ** 0.5)
+    assert (w.var(0) / shares - 1).abs().max() < 0.14 + 3.5 * (2 / 1000) ** 0.5
+    assert calls["evaluations"] == 50
+    fewest, most = (0, 0) if name == "ours" else (50 * 3, 50 * 10)  # it stops where the residual is small
+    assert fewest <= calls["backward_passes"] <= most
+
+
+@needs_deepinv
+@pytest.mark.parametrize(("noise", "share"), [("scaled", 0.74), ("as it is", 0.37)])
+def test_ddrm_of_independent_pixels(benchmark, noise, share):
+    """
+    Measured pixels are theirs up to the noise, which is small here. The others have the prior's mean, and less than its
+    variance: in small steps (1 + √(1 - eta²))/2 = 0.76 of it by the paper's rule, half of that by deepinv's.
+    """
+    prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.25 * torch.eye(16))
+    problem, expected, measured = make_problem(benchmark, prior, 2000, 200, 0.02)
+    torch.manual_seed(0)
+    samples = 2 * benchmark.draw_ddrm(problem, eta=0.85, noise=noise).flatten(1).double() - 1
+    assert (samples.mean(0) - expected.mean)[measured].abs().max() < 0.02
+    assert (samples.mean(0) - expected.mean)[~measured].abs().max() < 3.5 * 0.5 / 2000**0.5
+    assert samples.var(0)[~measured].mean().item() == pytest.approx(0.25 * share, rel=0.05)
+
+
+@needs_deepinv
+def test_dps_of_independent_pixels(benchmark):
+    prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.04 * torch.eye(16))
+    problem, _, measured = make_problem(benchmark, prior, 2000, 50, 0.1)
+    samples, calls, _ = benchmark.draw_counted(
+        benchmark.draw_dps, problem, 2000, 0, {"guidance": "annealed", "weight": 1.0}
+    )
+    samples = 2 * samples.flatten(1).double() - 1
+    y = 2 * problem.y[0].flatten().double() - 1
+    mean, variance = ddpm_moments(prior.mean, torch.full((16,), 0.04).double(), 50, y, measured.double(), 0.1)
+    assert ((samples.mean(0) - mean) / variance.sqrt()).abs().max() < 0.01 + 3.5 / 2000**0.5
+    assert (samples.var(0) / variance - 1).abs().max() < 0.01 + 3.5 * (2 / 2000) ** 0.5
+    assert calls == {"evaluations": 50, "backward_passes": 50}
+
+
+@needs_deepinv
+def test_diffpir_of_independent_pixels(benchmark):
+    # measured pixels are theirs up to the noise, which is small here, and the others have the prior's mean
+    prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.04 * torch.eye(16))
+    problem, expected, measured = make_problem(benchmark, prior, 2000, 50, 0.02)
+    samples, calls, _ = benchmark.draw_counted(benchmark.draw_diffpir, problem, 2000, 0, {"lambda_": 2.0, "zeta": 1.0})
+    error = (2 * samples.flatten(1).double() - 1).mean(0) - expected.mean
+    assert error[measured].abs().max() < 0.01
+    assert error[~measured].abs().max() < 0.005 + 3.5 * 0.2 / 2000**0.5
+    assert calls == {"evaluations": 50, "backward_passes": 0}
+
+
+@needs_deepinv
+def test_posterior(tmp_path, benchmark, folders, capsys):
+    pipeline, digits = folders
+    tasks = ("4x smaller", "missing pixels, noiseless")
+    arguments = {"num_images": 3, "num_samples": 3, "num_search_images": 2, "evaluations": 4, "batch_size": 5}
+    output = tmp_path / "posterior"
+    benchmark.posterior(str(pipeline), str(digits), tasks, **arguments, output=str(output))
+    saved = json.loads((tmp_path / "posterior.json").read_text())
+    assert saved["coverage_that_is_right"] == 0.5
+    rows = {(row["task"], row["method"]): row for row in saved["rows"]}
+    names = list(benchmark.POSTERIOR_METHODS)
+    assert list(rows) == [(tasks[0], name) for name in names] + [(tasks[1], n) for n in benchmark.NOISELESS_METHODS]
+    assert {name: rows[tasks[0], name]["evaluations"] for name in names} == dict.fromkeys(names, 4)
+    backward = {name: rows[tasks[0], name]["backward_passes"] for name in names}
+    assert backward == {"ours": 0, "DDRM": 0, "DiffPIR": 0, "DPS": 4, "moment matching": 12}
+    # known pixels are kept exactly, up to the rounding of float32
+    assert all(rows[tasks[1], name]["misfit_worst"] < 1e-6 for name in benchmark.NOISELESS_METHODS)
+    for name in names[1:-1]:
+        tried = [trial for trial in saved["search"] if trial["method"] == name]
+        assert [trial["settings"] for trial in tried] == benchmark.POSTERIOR_METHODS[name][1]
+        assert rows[tasks[0], name]["settings"] == min(tried, key=lambda trial: trial["crps"])["settings"]
+    printed = capsys.readouterr().out
+    assert all(f"{row['psnr_of_a_sample']:.4g}" in printed for row in saved["rows"])
+    # the same again, and no other row changes one
+    benchmark.posterior(str(pipeline), str(digits), tasks[:1], ("DDRM",), **arguments, output=str(output))
+    (again,) = rows_of(output)
+    times = {"seconds": 0.0}
+    assert again | times == rows[tasks[0], "DDRM"] | times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ("rotation",)}, "--tasks must be among missing pixels, 4x smaller, .*, not rotation"),
+        ({"names": ("ours", "DAPS")}, "--names must be among ours, DDRM, .*, not DAPS"),
+        ({"num_samples": 1}, "--num_samples must be at least 2, not 1"),
+        ({"num_search_images": 0}, "--num_search_images must be at least 1, not 0"),
+        ({"evaluations": 49}, "--evaluations must be even and at least 4, not 49"),
+        ({"noise_std": 0.0}, "--noise_std must be above 0, not 0.0: 'missing pixels, noiseless' is"),
+        ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
+    ],
+)
+def test_posterior_refuses_bad_flags(benchmark, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.posterior("nowhere", "nowhere", **arguments)
+
+
+def test_posterior_asks_for_deepinv_first(tmp_path, benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepinv", None)
+    with pytest.raises(SystemExit, match=r"^benchmark\.py: posterior needs deepinv, .*\[inverse\]"):
+        benchmark.posterior("nowhere", "nowhere", output=str(tmp_path / "all"))
+
+
+@needs_deepinv
+@pytest.mark.parametrize(
+    ("size", "num_images", "message"),
+    [(8, 3, "for 28×28 grayscale digits, not images of"), (28, 99, "must be 100 at most, taken together")],
+)
+def test_posterior_refuses_what_does_not_fit(tmp_path, benchmark, folders, size, num_images, message):
+    pipeline = tmp_path / "pipeline"
+    NCSNPipeline(small_unet(sample_size=size), AnnealedLangevinScheduler()).save_pretrained(pipeline)
+    with pytest.raises(SystemExit, match=message):
+        benchmark.posterior(str(pipeline), str(folders[1]), num_images=num_images, output=str(tmp_path / "all"))

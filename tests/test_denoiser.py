@@ -78,6 +78,10 @@ def test_gradients_flow():
     x = torch.rand(1, 1, 8, 8, requires_grad=True)
     denoiser(x, 0.3).sum().backward()
     assert x.grad.abs().sum() > 0
+    # as deepinv's moment matching asks for them
+    _, pull_back = torch.func.vjp(lambda x: denoiser(x, torch.full((1, 1, 1, 1), 0.3)), x.detach())
+    (found,) = pull_back(torch.ones_like(x))
+    torch.testing.assert_close(found, x.grad)
 
 
 def test_deepinv_samples_with_it():

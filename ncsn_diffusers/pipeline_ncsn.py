@@ -688,13 +688,13 @@ class NCSNPipeline(DiffusionPipeline):
         before_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         variance_noise: Callable[[int], torch.Tensor | None] | None = None,
         schedulers: Sequence[SchedulerMixin] | None = None,
-        predict: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        estimate: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         The loop: the sample after the last step, or the denoised estimate where it was interrupted.
 
         `before_step(i, latents)` returns the sample to take step i from, `variance_noise(i)` its noise, and
-        `schedulers[i]` takes it. `predict(i, model_input, t)` takes the place of the network's own output.
+        `schedulers[i]` takes it. `estimate(i, x, t)` returns what takes the place of the network's own D(x, sigma).
         """
         schedulers = schedulers or [self.scheduler] * len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -710,7 +710,11 @@ class NCSNPipeline(DiffusionPipeline):
             if variance_noise is not None:
                 extra["variance_noise"] = variance_noise(i)
             model_input = schedulers[i].scale_model_input(latents, t)
-            model_output = self._predict(model_input, t, labels) if predict is None else predict(i, model_input, t)
+            if estimate is None:
+                model_output = self._predict(model_input, t, labels)
+            else:
+                denoised = estimate(i, self._to_x(model_input, sigmas[i]), t)
+                model_output = self._from_denoised(denoised, model_input, sigmas[i])
             latents = schedulers[i].step(model_output, t, latents, return_dict=False, **extra)[0]
 
             if callback_on_step_end is not None:
@@ -826,6 +830,12 @@ class NCSNPipeline(DiffusionPipeline):
         model_input = x if self.scheduler.config.get("conditioning") == "sigma" else x / (1 + sigma**2) ** 0.5
         return self._to_denoised(self._predict(model_input, timestep, labels), model_input, sigma)
 
+    def _to_x(self, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The noisy sample, in units of the data, that the network is given as `model_input` at the level `sigma`."""
+        return (
+            model_input if self.scheduler.config.get("conditioning") == "sigma" else model_input * (1 + sigma**2) ** 0.5
+        )
+
     def _to_denoised(self, model_output: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """
         Convert the network's output to the denoised estimate D, in units of the data.
@@ -834,8 +844,7 @@ class NCSNPipeline(DiffusionPipeline):
         scheduler because the network's convention is. (AnnealedLangevinScheduler has it as well, but stock schedulers
         do not, and on the Hub this file stands alone.)
         """
-        scale = (1 + sigma**2) ** 0.5
-        x = model_input if self.scheduler.config.get("conditioning") == "sigma" else model_input * scale
+        x, scale = self._to_x(model_input, sigma), (1 + sigma**2) ** 0.5
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "v_prediction":
             return x / scale**2 - model_output * (sigma / scale)
@@ -844,6 +853,18 @@ class NCSNPipeline(DiffusionPipeline):
         if prediction_type == "score":
             return x + sigma**2 * model_output
         return model_output
+
+    def _from_denoised(self, denoised: torch.Tensor, model_input: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The output of the network that means the estimate `denoised`: undoes [`_to_denoised`]."""
+        x, scale = self._to_x(model_input, sigma), (1 + sigma**2) ** 0.5
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "v_prediction":
+            return (x / scale**2 - denoised) * (scale / sigma)
+        if prediction_type == "epsilon":
+            return (x - denoised) / sigma
+        if prediction_type == "score":
+            return (denoised - x) / sigma**2
+        return denoised
 
     # Checks: a ValueError for what cannot work, before the first network evaluation
 

@@ -12,27 +12,29 @@ One pass
 --------
 Here a pass at noise level sigma is, with fresh standard normal z,
 
-    x' = D(x + sigma z, √2 sigma) + sigma z.                                                        (1)
+    x' = D_y(x + sigma z, √2 sigma) + sigma z,    D_y(x, sigma) = E[x0 | x, y].                             (1)
 
-Noise is added, the result is denoised, and *the same* noise is added again. For Gaussian data of variance s² along an
-eigenvector D(x, √2 sigma) = g x with g = s²/(s² + 2 sigma²), so that (1) turns the variance v into
+Noise is added, the result is denoised, and *the same* noise is added again. For Gaussian p(x0 | y) of variance s² along
+an eigenvector D_y(x, √2 sigma) = g x with g = s²/(s² + 2 sigma²), so that (1) turns the variance v into
 g² v + (1 + g)² sigma², whose fixed point is exactly s² + sigma²: passes may be repeated at will. (It is the Langevin
 step of Leimkuhler & Matthews 2013, 10.1093/amrx/abs010, at the level √2 sigma with relative step size 1, seen
 between its two half-noises; with fresh noise the variance would end up to a half too low.)
 
 What the drawn pixels are told
 ------------------------------
-Known pixels that are given as y + tau z are taken to be noisy: D, and with it the drawn pixels, follows them less than
-it should. D_k, the network's own estimate of the known pixels, shows by how much: by the tower rule, for Gaussian data
-D_u = E[x_u | x_u(tau), y] exactly where D_k = y. By Tweedie's formula that is so where the known pixels are centred on
+D_y is that of `pipeline_ncsn_posterior.py`, whose docstring derives it, for the operator that picks the known pixels
+and no noise. For Gaussian data it is
 
-    y + tau² lambda,    lambda = -(the score of the known pixels),                                  (2)
+    D_y(x, sigma) = D(x + sigma² lambda, sigma),                                                            (2)
 
-and every pass moves lambda a part of the way (iterated Tikhonov regularisation, or "adding the residual back"):
+where lambda is 0 on the drawn pixels, and on the known ones such that D_y is y there. lambda belongs to the data, not
+to the level. It begins at 0 and is carried down the ladder; each evaluation, those of the scheduler's steps too, puts y
+for the known pixels of D and mends it by
 
-    lambda' = lambda + FEEDBACK (y - D_k)/(2 sigma²).                                               (3)
+    lambda' = lambda + (y - D)/sigma²,                                                                      (3)
 
-lambda belongs to the data, not to the level, so it is carried down the ladder. At the end, at sigma = 0, (2) is y.
+which is step 3 of that module, in closed form. Its step 2, a second evaluation at each level, is not taken: a pass
+mends lambda as well, and besides repairs what the scheduler does to the variance.
 """
 
 import copy
@@ -47,10 +49,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from .hub.loading import NCSNPipeline
 from .pipeline_ncsn import _callback_inputs
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler
-
-# The part of the residual that (3) adds back. It carries the noise of the known pixels along, whose variance grows by
-# the factor 2/(2 - FEEDBACK) at most: 1 is fastest, and leaves specks in the images.
-FEEDBACK = 0.5
 
 
 class NCSNInpaintPipeline(NCSNPipeline):
@@ -99,7 +97,8 @@ class NCSNInpaintPipeline(NCSNPipeline):
             num_inference_steps (`int`, *optional*): The number of noise levels; the pipeline's own when not given.
             num_resamplings (`int`, defaults to 3):
                 Passes (1) at each level, or each step where a level has several; each takes one network evaluation
-                more. 0 is plain replacement. A multistep scheduler restarts after them.
+                more. With 0, (3) is mended by the steps alone and lags behind. A multistep scheduler restarts after
+                passes.
             strength (`float`, defaults to 1.0):
                 The share of the steps that is taken, above 0 and up to 1. Below 1 the masked pixels are drawn from
                 what `image` holds there, noised to the level where the steps begin; 1 pays no regard to it.
@@ -146,17 +145,19 @@ class NCSNInpaintPipeline(NCSNPipeline):
         order = self.scheduler.order
         multiplier = torch.zeros(shape, device=device)  # lambda
 
-        def prepare(i, latents):
-            x, sigma, upper_sigma = latents * units[i], sigmas[i], upper_sigmas[i]
-            if i % order == 0 and upper_sigma <= largest_sigma:  # above there is nothing but noise
-                for _ in range(num_resamplings):
-                    z = draw_noise()
-                    known = image + upper_sigma**2 * multiplier + upper_sigma * z  # (2)
-                    x = torch.where(mask, x + sigma * z, known)
-                    denoised = self._denoise(x, upper_timesteps[i], upper_sigma, labels)
-                    multiplier.add_(image - denoised, alpha=FEEDBACK / upper_sigma**2)  # (3)
-                    x = denoised + sigma * z  # (1)
-            x = torch.where(mask, x, image + sigma**2 * multiplier + sigma * draw_noise())
+        def estimate(x, timestep, sigma):
+            """E[x0 | x, y] by (2), and the multiplier by (3)."""
+            denoised = self._denoise(x + sigma**2 * multiplier, timestep, sigma, labels)
+            multiplier.add_(torch.where(mask, 0.0, image - denoised), alpha=1 / sigma**2)
+            return torch.where(mask, denoised, image)
+
+        def settle(i, latents):
+            if i % order or upper_sigmas[i] > largest_sigma:  # above there is nothing but noise
+                return latents
+            x = latents * units[i]
+            for _ in range(num_resamplings):
+                z = sigmas[i] * draw_noise()
+                x = estimate(x + z, upper_timesteps[i], upper_sigmas[i]) + z  # (1)
             return x / units[i]
 
         images = self._sample(
@@ -167,8 +168,9 @@ class NCSNInpaintPipeline(NCSNPipeline):
             generator=generator,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=names,
-            before_step=prepare,
+            before_step=settle if num_resamplings else None,
             schedulers=self._fresh_schedulers(chain, len(timesteps)) if num_resamplings else None,
+            estimate=lambda i, x, t: estimate(x, t, sigmas[i]),
         )
         return self._finish(torch.where(mask, images, image), output_type, return_dict)
 

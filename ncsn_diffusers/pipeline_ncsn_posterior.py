@@ -168,29 +168,27 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             generator=generator,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=names,
-            predict=self._predictor(operator, measurement, noise_std, timesteps, labels, generator),
+            estimate=self._estimator(operator, measurement, noise_std, timesteps, labels, generator),
         )
         if noise_std == 0 and not self.interrupt:
             # what rounding has moved
             images = images + operator.solve(measurement - operator.A(images), 1.0, 0.0)[1]
         return self._finish(images, output_type, return_dict)
 
-    def _predictor(self, operator, y, noise_std, timesteps, labels, generator) -> Callable:
-        """`predict` of [`_sample`]: the network's output for E[x0 | x, y] in the place of that for E[x0 | x]."""
+    def _estimator(self, operator, y, noise_std, timesteps, labels, generator) -> Callable:
+        """`estimate` of [`_sample`]: E[x0 | x, y] in the place of E[x0 | x]."""
         sigmas, variance = self._noise_levels(timesteps).tolist(), noise_std**2
         last = len(sigmas) - 1 if noise_std > 0 else None
         mu = torch.zeros_like(y)
         shift = torch.zeros(operator.shape, device=y.device)  # Aᵀ mu
 
-        def predict(i, model_input, t):
+        def estimate(i, x, t):
             nonlocal mu, shift
             sigma, c = sigmas[i], sigmas[i] ** 2
-            scale = 1.0 if self.scheduler.config.get("conditioning") == "sigma" else (1 + c) ** 0.5
 
             def denoise(x):
                 return self._denoise(x, t, sigma, labels)
 
-            x = model_input * scale
             shifted = x + c * shift  # 1.
             denoised = denoise(shifted)
             r = y - operator.A(denoised) - variance * mu
@@ -211,21 +209,9 @@ class NCSNPosteriorPipeline(NCSNPipeline):
                 denoised, r = denoised + moved, r + noise_std * n - operator.A(moved)
             z, u = operator.solve(r, c, variance)  # 3.
             mu, shift = mu + z, shift + u / c
-            return self._from_denoised(denoised + u, x, sigma)
+            return denoised + u
 
-        return predict
-
-    def _from_denoised(self, denoised: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The network's output at the noisy sample x that means the estimate `denoised`: undoes [`_to_denoised`]."""
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "v_prediction":
-            scale = (1 + sigma**2) ** 0.5
-            return (x / scale**2 - denoised) * (scale / sigma)
-        if prediction_type == "epsilon":
-            return (x - denoised) / sigma
-        if prediction_type == "score":
-            return (denoised - x) / sigma**2
-        return denoised
+        return estimate
 
     # Checks
 

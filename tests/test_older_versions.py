@@ -3,7 +3,7 @@ What older versions have left goes on working: saved pipelines, checkpoints, pub
 
 assets/b1b09e3 was made by that commit: `run` is the folder of a training of 4 steps when its checkpoint at step 2 was
 complete, `pipeline` is what came out of it, `repository` is what `collect_files` made of that, and expected.json holds
-what that commit drew with it and how its training ended.
+what that commit drew with it and how its training ended; "inpainted" is of the present inpainting, which draws others.
 """
 
 import importlib

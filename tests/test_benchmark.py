@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from networks import small_unet
+from networks import Gaussian, GaussianUNet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
@@ -69,11 +69,65 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     assert all(real["distance"] < row["distance"] / 5 for row in rows)
     assert abs(real["kernel_distance"]) < 5 * real["kernel_distance_standard_error"]
     assert all(row["kernel_distance"] > 5 * row["kernel_distance_standard_error"] for row in rows)
+    assert abs(real["pixel_kernel_distance"]) < 5 * real["pixel_kernel_distance_standard_error"]
+    assert all(row["pixel_kernel_distance"] > 5 * row["pixel_kernel_distance_standard_error"] for row in rows)
     assert real["class_entropy"] > 2 > max(row["class_entropy"] for row in rows)
     assert real["recall"] > 0.5 > max(row["recall"] for row in rows)
     printed = "".join(capsys.readouterr())
     assert all(f"{row['distance']:.4f}" in printed for row in saved["rows"])
     assert Image.open(tmp_path / "all.png").width > 100
+
+
+GAUSSIAN = Gaussian(
+    mean=[0.4, -0.3, 0.2, -0.1],
+    covariance=[[1.0, 0.3, 0.1, 0.0], [0.3, 0.5, 0.0, 0.1], [0.1, 0.0, 0.25, 0.05], [0.0, 0.1, 0.05, 0.16]],
+)
+
+
+def draw_gaussian(benchmark, name, num_levels, num_images=20_000):
+    scheduler = AnnealedLangevinScheduler()
+    pipe = quiet_pipeline(GaussianUNet(GAUSSIAN, 2, 2, train_sigmas(scheduler).tolist()), scheduler)
+    pipe.scheduler = benchmark.make_scheduler(name, scheduler.config)
+    generator = torch.Generator().manual_seed(0)
+    x = pipe(num_images, num_levels, generator=generator, output_type="latent").images.flatten(1).double()
+    assert pipe.unet.evaluations == num_levels
+    return x
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "annealed Langevin",
+        "DPM-Solver++ at equal levels",
+        "SDE-DPM-Solver++ at equal levels",
+        "Euler ancestral at equal levels",
+    ],
+)
+def test_samplers_at_equal_levels_converge(benchmark, name):
+    """On an exact score the mean and the covariance become the data's, as the levels become many."""
+    x = draw_gaussian(benchmark, name, 200)
+    # standard errors of 20,000 samples: 0.007 of a deviation, and 0.01 of a variance; the ODE keeps (s/sigma_1) of the
+    # mean, 0.02 here; Euler's first order is 2 % off in the variance with 200 levels
+    deviations = GAUSSIAN.covariance.diag().sqrt()
+    assert ((x.mean(0) - GAUSSIAN.mean) / deviations).abs().max() < 0.03
+    errors = (x.T.cov() - GAUSSIAN.covariance) / torch.outer(deviations, deviations)
+    assert errors.abs().max() < (0.05 if name.startswith("Euler") else 0.035)
+
+
+def test_samplers_at_equal_levels_are_at_equal_levels(benchmark):
+    config = AnnealedLangevinScheduler().config
+    ours = benchmark.make_scheduler("annealed Langevin", config)
+    for name in benchmark.EQUAL_LEVELS:
+        theirs = benchmark.make_scheduler(name, config)
+        for num_levels in (6, 20):  # in turn: the levels are those of the last call
+            for scheduler in (ours, theirs):
+                scheduler.set_timesteps(num_levels)
+            assert torch.equal(theirs.sigmas, ours.sigmas)
+            assert torch.equal(theirs.timesteps, ours.timesteps)
+        # the start has the same variance: in the data's units, or over 1 + sigma_1²
+        sigma = ours.sigmas[0].item()
+        scale = 1 if name.startswith("Euler") else (1 + sigma**2) ** 0.5
+        assert float(theirs.init_noise_sigma) * scale == pytest.approx(ours.init_noise_sigma, rel=1e-5)
 
 
 @needs_statistics

@@ -350,14 +350,14 @@ def samplers(
         )
         settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images, "seed": seed}
         save_json(output, rows, **settings, dtype=dtype)
-        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>30}" for v in rows[-1].values()))
+        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>32}" for v in rows[-1].values()))
 
     def draw(indices):
         generators = make_generators(seed, indices)
         images = to_uint8(pipe(len(indices), num_levels, generator=generators, output_type="pt").images).cpu()
         return {"features": extract_features(images, classifier.features), "pixels": to_pixels(images)}
 
-    accelerator.print(" ".join(f"{title:>30}" for title in ("sampler", "evaluations")), end=" ")
+    accelerator.print(" ".join(f"{title:>32}" for title in ("sampler", "evaluations")), end=" ")
     titles = ("distance", "kernel", "standard error", "pixel kernel", "standard error")
     titles += ("class entropy", "precision", "recall")
     accelerator.print(" ".join(f"{title:>14}" for title in titles))

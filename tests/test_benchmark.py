@@ -15,6 +15,7 @@ from networks import Gaussian, GaussianUNet, quiet_pipeline, small_unet, train_s
 from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.data import decode_images
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +129,45 @@ def test_samplers_at_equal_levels_are_at_equal_levels(benchmark):
         sigma = ours.sigmas[0].item()
         scale = 1 if name.startswith("Euler") else (1 + sigma**2) ** 0.5
         assert float(theirs.init_noise_sigma) * scale == pytest.approx(ours.init_noise_sigma, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def gaussian_of_digits():
+    """The mean and the standard deviations of 2,000 digits in [-1, 1], in the directions of their covariance."""
+    embedded = str(ROOT / "ncsn_diffusers/assets/mnist_train_10k.parquet")
+    digits = decode_images(load_dataset("parquet", data_files=embedded, split="train").select(range(2000)))
+    digits = digits.flatten(1).double() / 127.5 - 1
+    variances, directions = torch.linalg.eigh(digits.T.cov())
+    return digits.mean(0) @ directions, variances.clamp(min=0).sqrt()
+
+
+def wasserstein(scheduler, num_levels, mean, deviations):
+    """
+    The squared Wasserstein distance of a Gaussian and of what the scheduler draws with its exact score, whose result is
+    linear in the start, in each step's noise and in the mean: a batch with one impulse for each has it all.
+    """
+    scheduler.set_timesteps(num_levels)
+    scheduler.set_begin_index(0)
+    means, x = torch.zeros(2, num_levels + 2, len(mean), dtype=torch.float64)
+    means[-1], x[0] = mean, float(scheduler.init_noise_sigma)
+    for i, t in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[i].item()
+        scale = 1 if isinstance(scheduler, AnnealedLangevinScheduler) else (1 + sigma**2) ** 0.5
+        noise = torch.zeros_like(x)
+        noise[i + 1] = 1
+        denoised = means + (scale * x - means) * deviations**2 / (deviations**2 + sigma**2)
+        x = scheduler.step(denoised, t, x, variance_noise=noise).prev_sample
+    return ((x[:-1].square().sum(0).sqrt() - deviations).square() + (x[-1] - mean).square()).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("num_levels", "expected"), [(6, (3.12, 3.39, 6.52)), (10, (0.707, 1.591, 2.708)), (20, (0.125, 0.449, 0.785))]
+)
+def test_second_order_is_ahead_at_equal_levels(benchmark, gaussian_of_digits, num_levels, expected):
+    config = AnnealedLangevinScheduler(prediction_type="sample").config
+    names = ("annealed Langevin", "SDE-DPM-Solver++ at equal levels", "DPM-Solver++ at equal levels")
+    found = [wasserstein(benchmark.make_scheduler(name, config), num_levels, *gaussian_of_digits) for name in names]
+    assert found == pytest.approx(expected, rel=0.02)  # the figures in docs/results.md
 
 
 @needs_statistics

@@ -107,8 +107,8 @@ def draw_gaussian(benchmark, name, num_levels, num_images=20_000):
 def test_samplers_at_equal_levels_converge(benchmark, name):
     """On an exact score the mean and the covariance become the data's, as the levels become many."""
     x = draw_gaussian(benchmark, name, 200)
-    # standard errors of 20,000 samples: 0.007 of a deviation, and 0.01 of a variance; the ODE leaves s/sigma_1 = 0.02 of
-    # the way from the start to the mean; Euler's variances are 4 % too small with 200 levels, as first order's are
+    # standard errors of 20,000 samples: 0.007 of a deviation, and 0.01 of a variance; the ODE leaves s/sigma_1 = 0.02
+    # of the way from the start to the mean; Euler's variances are 4 % too small with 200 levels, as first order's are
     deviations = GAUSSIAN.covariance.diag().sqrt()
     assert ((x.mean(0) - GAUSSIAN.mean) / deviations).abs().max() < 0.03
     errors = (x.T.cov() - GAUSSIAN.covariance) / torch.outer(deviations, deviations)

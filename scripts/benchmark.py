@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 from datasets import load_dataset
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
@@ -75,8 +75,41 @@ FAST_SAMPLERS = {
     "UniPC": ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
     "SA-Solver": ("SASolverScheduler", {"use_karras_sigmas": True}),
 }
+# The same solvers on the levels of annealed Langevin: what is left is the difference of the steps.
+EQUAL_LEVELS = {
+    "DPM-Solver++ at equal levels": ("DPMSolverMultistepScheduler", {}),
+    "SDE-DPM-Solver++ at equal levels": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    # the levels are replaced; of the spacings, "leading" is the one that starts with the variance sigma_1² + 1
+    "Euler ancestral at equal levels": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}),
+}
 # Their yardstick, with 1,161 evaluations: 232 levels of 5 steps, and the final denoising.
 NCSNV2 = {"NCSNv2": ("AnnealedLangevinScheduler", {"noise_rule": "euler_maruyama", "num_langevin_steps": 5})}
+
+SAMPLERS = FAST_SAMPLERS | EQUAL_LEVELS | NCSNV2
+
+
+def make_scheduler(name: str, config: dict[str, Any]) -> SchedulerMixin:
+    """The sampler of this name among `SAMPLERS`, for the network that the config describes."""
+    class_name, settings = SAMPLERS[name]
+    scheduler_class = getattr(diffusers, class_name)
+    if name in EQUAL_LEVELS:
+        scheduler_class = at_equal_levels(scheduler_class, AnnealedLangevinScheduler.from_config(config))
+    return scheduler_class.from_config(config, **settings)
+
+
+def at_equal_levels(scheduler_class: type[SchedulerMixin], langevin: AnnealedLangevinScheduler) -> type[SchedulerMixin]:
+    """
+    A multistep or Euler scheduler of diffusers on the levels that `langevin` chooses for the same number of
+    evaluations. Its timesteps are then fractional, like those of `langevin`.
+    """
+
+    class EqualLevels(scheduler_class):
+        def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+            super().set_timesteps(num_inference_steps, device)
+            langevin.set_timesteps(num_inference_steps, device)
+            self.sigmas, self.timesteps = langevin.sigmas, langevin.timesteps
+
+    return EqualLevels
 
 
 PipelineName = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")]
@@ -258,7 +291,7 @@ def samplers(
     pipeline: PipelineName = None,
     dataset_name: str = "ylecun/mnist",
     budgets: tuple[int, ...] = (6, 10, 20, 50),
-    names: tuple[str, ...] = tuple(FAST_SAMPLERS),
+    names: tuple[str, ...] = tuple(FAST_SAMPLERS | EQUAL_LEVELS),
     num_images: int = 1000,
     batch_size: int = 50,
     seed: int = 0,
@@ -271,10 +304,11 @@ def samplers(
 
     Distances are taken to the data set's `test` split, in the digit classifier's features. The floor is the distance of
     as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
-    digits), class entropy (2.303 for even shares), precision and recall. It is written to OUTPUT.json row by row, and
-    the plot to OUTPUT.png. The samples' features are kept in the folder OUTPUT, batch by batch: a run that was cut
-    short goes on where it stopped, and one with more images draws only the rest. Under `accelerate launch` processes
-    share the work, and the results do not depend on their number.
+    digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. Rows
+    "at equal levels" are solvers of diffusers on the levels of annealed Langevin. The table is written to OUTPUT.json
+    row by row, and the plot to OUTPUT.png. The samples' features are kept in the folder OUTPUT, batch by batch: a run
+    that was cut short goes on where it stopped, and one with more images draws only the rest. Under `accelerate launch`
+    processes share the work, and the results do not depend on their number.
 
     Args:
         pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
@@ -288,10 +322,9 @@ def samplers(
         output: Path of the two files, without their endings, and of the folder.
         overwrite_output_dir: Replace samples in the folder that were drawn with other settings.
     """
-    known = FAST_SAMPLERS | NCSNV2
-    unknown = set(names) - set(known)
+    unknown = set(names) - set(SAMPLERS)
     if unknown:
-        raise SystemExit(f"--names must be among {', '.join(known)}, not {', '.join(sorted(unknown))}.")
+        raise SystemExit(f"--names must be among {', '.join(SAMPLERS)}, not {', '.join(sorted(unknown))}.")
     check_output(output)
     try:
         require_torch_fidelity()
@@ -308,14 +341,16 @@ def samplers(
     config, weights = pipe.scheduler.config, fingerprint(*pipe.unet.state_dict().values())
     with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
         dataset = load_dataset(dataset_name)
-    real = extract_features(decode_images(dataset["test"].shuffle(seed=seed)), classifier.features)
+    real_images = decode_images(dataset["test"].shuffle(seed=seed))
+    real, real_pixels = extract_features(real_images, classifier.features), to_pixels(real_images)
     kept = KeptBatches(accelerator, Path(output))
     rows = []
 
-    def compare(name, evaluations, features):
+    def compare(name, evaluations, features, pixels):
         if not accelerator.is_main_process:
             return
         kernel, kernel_error = kernel_distance(real, features)
+        pixel_kernel, pixel_kernel_error = kernel_distance(real_pixels, pixels)
         precision, recall = precision_recall(real, features)
         rows.append(
             {
@@ -324,6 +359,8 @@ def samplers(
                 "distance": frechet_distance(real, features),
                 "kernel_distance": kernel,
                 "kernel_distance_standard_error": kernel_error,
+                "pixel_kernel_distance": pixel_kernel,
+                "pixel_kernel_distance_standard_error": pixel_kernel_error,
                 "class_entropy": class_entropy(classifier.head(features.to(classifier.head.weight))),
                 "precision": precision,
                 "recall": recall,
@@ -331,37 +368,43 @@ def samplers(
         )
         settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images, "seed": seed}
         save_json(output, rows, **settings, dtype=dtype)
-        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>18}" for v in rows[-1].values()))
+        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>32}" for v in rows[-1].values()))
 
     def draw(indices):
         generators = make_generators(seed, indices)
-        images = pipe(len(indices), num_levels, generator=generators, output_type="pt").images
-        return {"features": extract_features(to_uint8(images).cpu(), classifier.features)}
+        images = to_uint8(pipe(len(indices), num_levels, generator=generators, output_type="pt").images).cpu()
+        return {"features": extract_features(images, classifier.features), "pixels": to_pixels(images)}
 
-    accelerator.print(" ".join(f"{title:>18}" for title in ("sampler", "evaluations")), end=" ")
-    titles = ("distance", "kernel", "standard error", "class entropy", "precision", "recall")
+    accelerator.print(" ".join(f"{title:>32}" for title in ("sampler", "evaluations")), end=" ")
+    titles = ("distance", "kernel", "standard error", "pixel kernel", "standard error")
+    titles += ("class entropy", "precision", "recall")
     accelerator.print(" ".join(f"{title:>14}" for title in titles))
     held_out = torch.randperm(len(dataset["train"]), generator=torch.Generator().manual_seed(seed))[:num_images]
-    compare("real digits", 0, extract_features(decode_images(dataset["train"].select(held_out)), classifier.features))
+    held_out_images = decode_images(dataset["train"].select(held_out))
+    compare("real digits", 0, extract_features(held_out_images, classifier.features), to_pixels(held_out_images))
     for name, evaluations in itertools.product(names, budgets):
-        class_name, settings = known[name]
-        num_levels = max(1, evaluations // settings.get("num_langevin_steps", 1))
-        pipe.scheduler = getattr(diffusers, class_name).from_config(config, **settings)
+        num_levels = max(1, evaluations // SAMPLERS[name][1].get("num_langevin_steps", 1))
+        pipe.scheduler = make_scheduler(name, config)
         pipe.scheduler.set_timesteps(num_levels)
         evaluations = len(pipe.scheduler.timesteps)
         depends_on = {"pipeline": weights, "timesteps": pipe.scheduler.timesteps.tolist()}
         depends_on |= {"batch_size": batch_size, "seed": seed}
         depends_on |= describe_scheduler(pipe.scheduler)
         try:
-            features = kept.compute(
+            drawn = kept.compute(
                 f"{name}, {evaluations}", depends_on, num_images, batch_size, draw, may_replace=overwrite_output_dir
-            )["features"]
+            )
         except (ValueError, FloatingPointError) as error:
             raise SystemExit(f"benchmark.py: {error}") from error
-        compare(name, evaluations, features)
+        compare(name, evaluations, drawn["features"], drawn["pixels"])
     if accelerator.is_main_process:
         plot_samplers(rows, num_images, output)
     accelerator.end_training()
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as features of shape `(n, channels · height · width)` in [0, 1], which no sampler was tuned on."""
+    return images.flatten(1).float() / 255
 
 
 def plot_samplers(rows: list[dict[str, Any]], num_images: int, output: str) -> None:

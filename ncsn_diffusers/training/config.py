@@ -196,7 +196,7 @@ class OptimizerSettings:
     """no, fp16 or bf16; by default that of the checkpoint to resume from, or what `accelerate launch` was given, or
     else bf16 on a GPU that supports it or a CPU with instructions for it."""
     compile: bool | None = None
-    """Compile the network; by default a unet on a GPU, for runs of 1000 steps or more."""
+    """Compile the network, a unet; by default on a GPU for runs of 1000 steps or more."""
     seed: int = 0
     """Seed of everything random; the same seed gives the same weights on the same machine."""
 
@@ -269,7 +269,11 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
             if value != only:
                 raise ValueError(f"`{name}` must be {only} with {architecture}, not {value!r}.")
         if self.class_conditional:
-            raise ValueError(f"`class_conditional` needs `architecture`='unet': with {architecture} there are no classes.")
+            raise ValueError(
+                f"`class_conditional` needs `architecture`='unet': with {architecture} it knows no classes."
+            )
+        if self.compile:
+            raise ValueError(f"`compile` needs `architecture`='unet'; with {architecture} it has not been tried.")
         if self.layers_per_block is not None:
             raise ValueError(
                 f"`layers_per_block`={self.layers_per_block} is for `architecture`='unet': with {architecture} each "

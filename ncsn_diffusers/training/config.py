@@ -18,8 +18,8 @@ from ..score_matching import DISTRIBUTIONS, WEIGHTINGS
 # piecewise_constant needs a list of rules, for which there is no setting
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
 
-# The settings whose defaults depend on the architecture. Those of the papers are the papers', for images in [-1, 1]
-# instead of [0, 1], but for the number of channels.
+# The settings whose defaults depend on the architecture. Those of ncsn and ncsnv2 are the papers', for images in
+# [-1, 1] instead of [0, 1], with fewer channels.
 _REFINENET = {"block_out_channels": (32, 64, 64, 64), "prediction_type": "score", "conditioning": "sigma"}
 _PAPERS = {"sigma_min": 0.02, "noise_distribution": "uniform", "loss_weighting": "sigma_squared"}
 ARCHITECTURES = {
@@ -270,7 +270,7 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
                 raise ValueError(f"`{name}` must be {only} with {architecture}, not {value!r}.")
         if self.class_conditional:
             raise ValueError(
-                f"`class_conditional` needs `architecture`='unet': with {architecture} it knows no classes."
+                f"`class_conditional` needs `architecture`='unet': with {architecture} the network knows no classes."
             )
         if self.compile:
             raise ValueError(f"`compile` needs `architecture`='unet'; with {architecture} it has not been tried.")

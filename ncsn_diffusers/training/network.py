@@ -7,34 +7,13 @@ from diffusers import UNet2DModel
 
 from ..networks_ncsn import RefineNet2DModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
-from .config import NetworkSettings
+from .config import TrainingConfig
 
 
-def make_network(
-    config: NetworkSettings,
-    scheduler: AnnealedLangevinScheduler,
-    channels: int,
-    height: int,
-    width: int,
-    num_classes: int | None = None,
-) -> UNet2DModel | RefineNet2DModel:
+def check_size(config: TrainingConfig, height: int, width: int) -> None:
     """
-    The network that `config.architecture` names: that of [`make_unet`] or of [`make_refinenet`].
+    Whether the network that `config` names takes images of this height and width, in pixels.
 
-    Args:
-        config ([`TrainingConfig`] or `NetworkSettings`): the settings of the network.
-        scheduler ([`AnnealedLangevinScheduler`]): whose noise levels the network of 2019 knows.
-        channels (`int`), height (`int`), width (`int`), num_classes (`int`, *optional*): see [`make_unet`].
-    """
-    if config.architecture == "unet":
-        return make_unet(config, channels, height, width, num_classes)
-    levels = torch.arange(len(scheduler), dtype=torch.float64).flip(0)
-    sigmas = scheduler.index_to_sigma(levels).tolist() if config.architecture == "ncsn" else None
-    return make_refinenet(config, channels, height, width, sigmas)
-
-
-def check_size(config: NetworkSettings, height: int, width: int) -> None:
-    """
     Raises:
         ValueError: a side cannot be halved as often as `block_out_channels` requires.
     """
@@ -55,39 +34,47 @@ def check_size(config: NetworkSettings, height: int, width: int) -> None:
         )
 
 
-def make_refinenet(
-    config: NetworkSettings, channels: int, height: int, width: int, sigmas: list[float] | None = None
-) -> RefineNet2DModel:
+def make_network(
+    config: TrainingConfig,
+    scheduler: AnnealedLangevinScheduler,
+    channels: int,
+    height: int,
+    width: int,
+    num_classes: int | None = None,
+) -> UNet2DModel | RefineNet2DModel:
     """
-    A [`RefineNet2DModel`] for images of this shape. As in the papers' networks, the last two stages have the dilations
-    2 and 4, and those between them and the first halve the image.
+    The network that `config.architecture` names: that of [`make_unet`], or a [`RefineNet2DModel`]. As in the papers'
+    networks, its last two stages have the dilations 2 and 4, and those between them and the first halve the image.
 
     Args:
-        config ([`TrainingConfig`] or `NetworkSettings`): `block_out_channels`, of which there are at least three.
-        channels (`int`), height (`int`), width (`int`): see [`make_unet`].
-        sigmas (`list[float]`, *optional*): the noise levels, falling: then the network is that of 2019.
+        config ([`TrainingConfig`]): the settings of the network.
+        scheduler ([`AnnealedLangevinScheduler`]): whose noise levels the network of 2019 has embeddings for.
+        channels (`int`), height (`int`), width (`int`), num_classes (`int`, *optional*): see [`make_unet`].
 
     Raises:
         ValueError: a side cannot be halved as often as `block_out_channels` requires.
     """
+    if config.architecture == "unet":
+        return make_unet(config, channels, height, width, num_classes)
     check_size(config, height, width)
+    levels = torch.arange(len(scheduler), dtype=torch.float64).flip(0)
     return RefineNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=channels,
         block_out_channels=config.block_out_channels,
         dilations=(1,) * (len(config.block_out_channels) - 2) + (2, 4),
-        sigmas=sigmas,
+        sigmas=scheduler.index_to_sigma(levels).tolist() if config.architecture == "ncsn" else None,
     )
 
 
 def make_unet(
-    config: NetworkSettings, channels: int, height: int, width: int, num_classes: int | None = None
+    config: TrainingConfig, channels: int, height: int, width: int, num_classes: int | None = None
 ) -> UNet2DModel:
     """
     A [`UNet2DModel`] for images of this shape, with attention on its last level.
 
     Args:
-        config ([`TrainingConfig`] or `NetworkSettings`): `block_out_channels`, `layers_per_block`, `conditioning`.
+        config ([`TrainingConfig`]): `block_out_channels`, `layers_per_block`, `conditioning`.
         channels (`int`): of the images, and of what the network returns.
         height (`int`): of the images, in pixels.
         width (`int`): of the images, in pixels.

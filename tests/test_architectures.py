@@ -261,11 +261,11 @@ def test_how_it_is_drawn(run):
         assert (pipe.config.num_inference_steps, config.num_langevin_steps, config.rho) == (50, 1, 7.0)
 
 
-def test_levels_in_between_are_drawn_where_they_were_trained(small):
+def test_levels_in_between_are_drawn_where_they_were_trained_or_are_near(small):
     pipe = train(small(architecture="ncsn", noise_distribution="lognormal", max_train_steps=1))
     assert (pipe.config.num_inference_steps, pipe.scheduler.config.rho) == (50, 7.0)
     many = train(small(architecture="ncsn", num_train_timesteps=60, max_train_steps=1, overwrite_output_dir=True))
-    assert (many.config.num_inference_steps, many.scheduler.config.num_langevin_steps) == (60, 1)
+    assert (many.config.num_inference_steps, many.scheduler.config.rho) == (50, 7.0)
 
 
 @pytest.mark.parametrize("architecture", PAPERS)

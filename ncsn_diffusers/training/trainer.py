@@ -194,17 +194,16 @@ class Trainer:
         self.skipped_before = 0
         self.grad_norm = torch.zeros((), device=self.device)
 
-    def _sampler_settings(self, num_levels: int) -> dict:
-        """
-        The scheduler's settings that the saved pipeline draws with. A network of 2019 that was trained on its levels
-        alone is drawn from at these alone, with as many steps at each as make [`_EVALUATIONS`] in all.
-        """
-        if not self._knows_levels_only():
-            return {}
-        return {"rho": None, "num_langevin_steps": max(1, _EVALUATIONS // num_levels)}
+    def _knows_few_levels_only(self, num_levels: int) -> bool:
+        """Whether the network was trained on a few levels, far from each other, and must not be asked in between."""
+        config = self.config
+        return config.architecture == "ncsn" and config.noise_distribution == "uniform" and num_levels < _EVALUATIONS
 
-    def _knows_levels_only(self) -> bool:
-        return self.config.architecture == "ncsn" and self.config.noise_distribution == "uniform"
+    def _sampler_settings(self, num_levels: int) -> dict:
+        """The scheduler's settings that the saved pipeline draws with: of few levels each takes several steps."""
+        if not self._knows_few_levels_only(num_levels):
+            return {}
+        return {"rho": None, "num_langevin_steps": _EVALUATIONS // num_levels}
 
     def _adamw_settings(self) -> dict:
         config = self.config
@@ -463,8 +462,9 @@ class Trainer:
         unet = self.eval_unet
         if to_save:
             unet = copy.deepcopy(unet).to(memory_format=torch.contiguous_format)
-        num_levels = len(self.scheduler) if self._knows_levels_only() else _EVALUATIONS
-        return NCSNPipeline(unet=unet, scheduler=self.scheduler, num_inference_steps=num_levels)
+        num_levels = len(self.scheduler)
+        num_inference_steps = num_levels if self._knows_few_levels_only(num_levels) else _EVALUATIONS
+        return NCSNPipeline(unet=unet, scheduler=self.scheduler, num_inference_steps=num_inference_steps)
 
     def _evaluate(self, name: str) -> None:
         """Save a grid of samples under this name and log the validation loss; every process does its share."""

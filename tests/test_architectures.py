@@ -13,7 +13,6 @@ from PIL import Image
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.commands import cli
 from ncsn_diffusers.commands.sample import SampleConfig, sample
-from ncsn_diffusers.evaluation import EvaluateConfig
 from ncsn_diffusers.hub.files import collect_files
 from ncsn_diffusers.likelihood import loss_per_level
 from ncsn_diffusers.networks_ncsn import RefineNet2DModel
@@ -329,9 +328,9 @@ def test_the_commands_take_it(run, tmp_path):
 
 
 def test_its_loss_at_each_level_is_below_that_of_the_score_0(run):
-    """As `evaluate` has it."""
+    """As `evaluate` computes it."""
     _, folder, _ = run
-    pipe = EvaluateConfig(str(folder)).open()[1]
+    pipe = NCSNPipeline.from_pretrained(folder)
     pixels, noise = torch.randn(2, 100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(MEAN).float() + DEVIATION * pixels
     sigmas = [1.0, 0.3, 0.1]

@@ -247,6 +247,12 @@ def test_what_was_saved_draws_the_same(run):
     assert images[0].std() > 0.1
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_ladder_has_at_least_two_levels(small, number):
+    with pytest.raises(ValueError, match="`num_train_timesteps` must be"):
+        train(small(architecture="ncsn", num_train_timesteps=number))
+
+
 def test_how_it_is_drawn(run):
     architecture, folder, _ = run
     pipe = NCSNPipeline.from_pretrained(folder)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from .. import precision
 from . import checkpoints
@@ -31,7 +31,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         ValueError: `logger` needs a package that is not installed, or `accelerate config` asks for a sharded network.
     """
-    mixed_precision, reason = choose_mixed_precision(config, PartialState().device)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as the Accelerator chooses it
+    mixed_precision, reason = choose_mixed_precision(config, device)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # it would hold a process to the precision of its first run
     accelerator = Accelerator(

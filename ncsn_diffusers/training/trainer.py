@@ -203,7 +203,7 @@ class Trainer:
         """The scheduler's settings that the saved pipeline draws with: of few levels each takes several steps."""
         if not self._knows_few_levels_only(num_levels):
             return {}
-        return {"rho": None, "num_langevin_steps": _EVALUATIONS // num_levels}
+        return {"rho": None, "num_langevin_steps": _EVALUATIONS // max(1, num_levels)}  # the scheduler checks it
 
     def _adamw_settings(self) -> dict:
         config = self.config

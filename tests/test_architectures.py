@@ -166,7 +166,8 @@ def test_the_network_of_2019_knows_the_levels_that_are_trained(small):
 def test_the_network_of_2020_takes_its_levels_from_the_data(small):
     trainer = Trainer(small(architecture="ncsnv2"))
     config = trainer.scheduler.config
-    assert config.sigma_max == pytest.approx(16.0)  # √(64 · 2²), see test_training.py
+    images = trainer.images.sample(200).flatten(1).double() / 127.5 - 1
+    assert config.sigma_max == pytest.approx(torch.pdist(images).max().item())
     assert config.num_train_timesteps == choose_num_train_timesteps(0.02, config.sigma_max, 64)
     assert trainer.unet.config.sigmas is None
 

@@ -235,7 +235,7 @@ class InstanceNorm2dPlus(nn.Module):
             gamma, alpha, beta = self.gamma, self.alpha, self.beta
         else:
             lower = level.long().clamp(max=self.num_levels - 2)
-            weight = (level - lower)[:, None].to(x.dtype)
+            weight = (level - lower)[:, None].to(self.embedding.dtype)
             gamma, alpha, beta = torch.lerp(self.embedding[lower], self.embedding[lower + 1], weight).chunk(3, dim=1)
         means = x.mean((2, 3))
         means = (means - means.mean(1, keepdim=True)) / (means.var(1, keepdim=True) + 1e-5).sqrt()

@@ -14,6 +14,7 @@ import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from . import precision
 from .hub.loading import NCSNPipeline
 from .pipeline_ncsn import SCHEDULERS, check_scheduler
 from .pretrained import pretrained
@@ -201,6 +202,11 @@ class SamplingConfig(ClassSettings, SamplerSettings, DrawSettings):
         pipe = load_pipeline(self.pipeline, self.scheduler_class, self.settings).to(accelerator.device)
         if self.num_inference_steps is None:
             self.num_inference_steps = pipe.config.num_inference_steps  # which a record of the run then states
+        if self.dtype is None:  # as in the command that draws, not in the one that measures
+            self.dtype = "float32"
+            if accelerator.device.type == "cpu" and precision.cpu_has_bfloat16():
+                self.dtype = "bfloat16"
+                accelerator.print("The network computes in bfloat16: this CPU has instructions for it.")
         cast(pipe, self.dtype)
         pipe.set_progress_bar_config(leave=False, disable=not accelerator.is_main_process)
         return accelerator, pipe

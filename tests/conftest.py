@@ -11,7 +11,16 @@ import pytest
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 
+from ncsn_diffusers import precision
 from ncsn_diffusers.hub import upload
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_cpu_without_bfloat16():
+    """The tests compute in float32 on every machine, except in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture

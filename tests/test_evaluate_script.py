@@ -17,7 +17,7 @@ from networks import small_unet
 from PIL import Image
 from safetensors.torch import load_file
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, NCSNPosteriorPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, NCSNPosteriorPipeline, precision
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import (
     class_shares,
@@ -207,6 +207,13 @@ def test_dtype_is_that_of_the_samples_and_not_of_the_likelihood(tmp_path, pipeli
     assert metrics["bits_per_dim"]["mean"] == pytest.approx(before["bits_per_dim"]["mean"], rel=1e-2)
     for level, other in zip(metrics["loss_per_level"], before["loss_per_level"], strict=True):
         assert level["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
+def test_dtype_does_not_depend_on_the_machine(pipeline, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    config = evaluate.EvaluateConfig(str(pipeline))
+    assert config.open()[1].unet.dtype == torch.float32
+    assert config.dtype == "float32"
 
 
 def test_the_report_states_what_the_metrics_depend_on(evaluation):

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from networks import small_unet
 from PIL import Image
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
 from ncsn_diffusers.commands.sample import SampleConfig, sample
 from ncsn_diffusers.settings import parse_settings
 
@@ -46,7 +46,7 @@ def pixels(path):
 def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
     # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
     arguments = [pipeline, "--num_images", 5, "--batch_size", 2, "--num_inference_steps", 4, "--save_images"]
-    arguments += ["--animation", "gif", "--class_labels", 0, 2]
+    arguments += ["--animation", "gif", "--class_labels", 0, 2, "--dtype", "float32"]
     launchers = {
         1: (sys.executable,),
         2: (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
@@ -75,6 +75,26 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
     gif = Image.open(tmp_path / "out1" / "samples.gif")
     gif.seek(gif.n_frames - 1)
     assert np.abs(np.asarray(gif.convert("L"), dtype=int) - grid).max() <= 1
+
+
+def test_a_cpu_with_bfloat16_draws_in_it(tmp_path, pipeline, monkeypatch, capsys):
+    def drawn(name, **arguments):
+        config = SampleConfig(str(pipeline), output_dir=str(tmp_path / name), num_inference_steps=2, **arguments)
+        sample(config)
+        return pixels(tmp_path / name / "samples.png"), config.dtype
+
+    plain, dtype = drawn("plain", num_images=2)
+    asked, _ = drawn("asked", num_images=2, dtype="bfloat16")
+    assert dtype == "float32"
+    assert "computes in" not in capsys.readouterr().out
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    chosen, dtype = drawn("chosen", num_images=2)
+    assert dtype == "bfloat16"
+    assert "The network computes in bfloat16: this CPU has instructions for it." in capsys.readouterr().out
+    assert np.array_equal(chosen, asked)
+    assert not np.array_equal(chosen, plain)
+    again, _ = drawn("again", num_images=2, dtype="float32")
+    assert np.array_equal(again, plain)
 
 
 def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):

@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,13 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision
 from ncsn_diffusers.noise_levels import choose_num_train_timesteps
 from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_unet, processes, train
 from ncsn_diffusers.training import trainer as training
 from ncsn_diffusers.training.config import training_command
 from ncsn_diffusers.training.log import LossPerLevel
 
+CPU_HAS_BFLOAT16 = precision.cpu_has_bfloat16  # which conftest.py replaces
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
 
 
@@ -60,6 +62,7 @@ def small_config(**arguments):
         "eval_batch_size": 3,
         "num_epochs": 2,
         "lr_warmup_steps": 1,
+        "mixed_precision": "no",  # also in processes of their own, and on any machine
     }
     return TrainingConfig(**defaults | arguments)
 
@@ -170,7 +173,7 @@ def test_the_command_is_recorded(small, tmp_path):
     train(config)
     saved = json.loads((tmp_path / "out" / "training_config.json").read_text())
     assert saved.pop("command") == training_command(config)
-    assert "--seed 3" in training_command(config)
+    assert "--mixed_precision no --seed 3" in training_command(config)
     assert saved == json.loads(json.dumps(vars(config)))
     manifest = json.loads((tmp_path / "out" / "checkpoint-1" / "manifest.json").read_text())
     assert manifest["config"] == saved  # a checkpoint keeps the settings alone, as ever
@@ -1053,7 +1056,7 @@ def test_validation_loss(small, tmp_path, monkeypatch):
         torch.nn.init.zeros_(unet.conv_out.bias)
         return unet
 
-    monkeypatch.setattr(training, "make_unet", zero_unet)
+    monkeypatch.setattr(training, "make_network", lambda config, scheduler, *shape: zero_unet(config, *shape))
     arguments = {"prediction_type": "score", "loss_weighting": "sigma_squared", "learning_rate": 1e-12}
     train(small(eval_steps=2, validation_split="train[:30]", **arguments))
     records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -1112,18 +1115,84 @@ def test_compiled_network_learns_the_same(small, tmp_path):
     assert (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 
-def test_what_is_chosen_for_the_device(small, monkeypatch):
+def test_what_is_compiled(small):
     assert not Trainer(small()).compiled
     assert Trainer(small(compile=True)).compiled
-    assert processes.choose_mixed_precision(TrainingConfig()) == "no"
-    assert processes.choose_mixed_precision(TrainingConfig(mixed_precision="fp16")) == "fp16"
+
+
+def test_the_precision_that_is_chosen(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    cpu, gpu, other = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+    def choose(device, **settings):
+        return processes.choose_mixed_precision(TrainingConfig(**settings), device)
+
+    assert choose(cpu) == ("no", "no faster format is known for this CPU")
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    assert choose(cpu) == ("bf16", "this CPU has instructions for it")
+    assert choose(other)[0] == "no"  # the CPU does not compute
+    for supported, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert choose(gpu)[0] == expected
+    for name in ("no", "fp16", "bf16"):
+        assert choose(cpu, mixed_precision=name) == (name, "`mixed_precision` says so")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert processes.choose_mixed_precision(TrainingConfig()) == "fp16"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    assert processes.choose_mixed_precision(TrainingConfig()) == "bf16"
-    assert processes.choose_mixed_precision(TrainingConfig(mixed_precision="no")) == "no"
+    assert choose(cpu) == choose(gpu) == ("fp16", "accelerate's settings say so")
+    assert choose(cpu, mixed_precision="no")[0] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` has it if nobody chose
+    assert choose(cpu)[0] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"get_capabilities": lambda: {"avx512_bf16": True, "amx_bf16": False}}, True),
+        ({"get_capabilities": lambda: {"avx512_bf16": False, "amx_bf16": True}}, True),
+        ({"get_capabilities": lambda: {"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}}, False),
+        ({"get_capabilities": lambda: {"architecture": "aarch64", "bf16": True}}, False),
+        ({"_is_avx512_bf16_supported": lambda: True, "_is_amx_tile_supported": lambda: False}, True),
+        ({"_is_avx512_bf16_supported": lambda: False, "_is_amx_tile_supported": lambda: True}, True),
+        ({"_is_avx512_bf16_supported": lambda: False, "_is_amx_tile_supported": lambda: False}, False),
+        ({"_is_cpu_support_avx512": lambda: True}, False),  # torch 2.4
+    ],
+)
+def test_how_a_cpu_is_known_to_have_bfloat16(found, expected):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cpu", SimpleNamespace(**found))
+        assert CPU_HAS_BFLOAT16() is expected
+
+
+def test_this_cpu_is_found_out():
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        pytest.skip("needs Linux and torch 2.6")
+    words = flags.read_text().split()
+    assert CPU_HAS_BFLOAT16() == bool({"avx512_bf16", "amx_bf16"} & set(words))
+
+
+def test_a_run_keeps_the_precision_that_was_chosen(small, tmp_path, monkeypatch, capsys):
+    arguments = {"max_train_steps": 2, "checkpointing_steps": 1}
+    with_bf16 = trained_weights(small(mixed_precision="bf16", output_dir=str(tmp_path / "explicit"), **arguments))
+    arguments["mixed_precision"] = None
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+        assert torch.equal(trained_weights(small(**arguments)), with_bf16)
+    assert "The network computes in bfloat16: this CPU has instructions for it." in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "training_config.json").read_text())
+    assert saved["mixed_precision"] == "bf16"
+    assert "--mixed_precision bf16" in saved["command"]
+    for name in ("checkpoint-2", "model_index.json"):
+        path = tmp_path / "out" / name
+        path.rename(tmp_path / name)
+    again = trained_weights(small(resume_from_checkpoint="latest", **arguments))  # on a CPU without
+    assert torch.equal(again, with_bf16)
+    said = capsys.readouterr().out
+    assert "The network computes in bfloat16: the run that resumes did." in said
+    assert "other settings" not in said
+    train(small(resume_from_checkpoint="latest", **arguments | {"mixed_precision": "no"}))
+    said = capsys.readouterr().out
+    assert "The network computes in float32: `mixed_precision` says so." in said
+    assert "mixed_precision: bf16 → no" in said
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..hub.loading import NCSNPipeline
 from ..images import class_columns, make_grid
-from ..settings import SamplingConfig, make_batches
+from ..settings import DType, SamplingConfig, make_batches
 from .cli import run
 
 EXAMPLE = "ncsn-diffusers sample my-ncsn --num_images 16 --num_inference_steps 20"
@@ -27,6 +27,10 @@ class SampleConfig(SamplingConfig):
     A class-conditional pipeline draws its classes in turn, a column for each, unless `class_labels` says otherwise. The
     images are the same for any number of processes.
     """
+
+    dtype: DType | None = None
+    """The network's type; by default bfloat16 on a CPU with instructions for it, otherwise float32. The chain itself
+    stays in float32."""
 
     output_dir: str = "samples"
     """Folder for the images."""

@@ -141,6 +141,7 @@ def _training_section(settings: dict, log: list[dict], data: str | None) -> str:
     validation = [record["validation_loss"] for record in log if "validation_loss" in record]
     speeds = sorted(r["images_per_second"] for r in losses if math.isfinite(r.get("images_per_second", math.inf)))
     rows = [
+        ("architecture", settings.get("architecture")),
         ("data", data),
         ("steps", losses[-1]["step"] if losses else None),
         ("epochs", f"{losses[-1]['epoch']:.3g}" if losses and "epoch" in losses[-1] else None),

@@ -52,6 +52,13 @@ def latest(output_dir: str | Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def find(wanted: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names, complete or not; for `"latest"` the one of [`latest`]."""
+    if wanted == "latest":
+        return latest(output_dir)
+    return None if wanted is None else Path(wanted)
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether all files that the manifest lists exist at their full size."""
     try:

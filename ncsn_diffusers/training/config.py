@@ -18,8 +18,28 @@ from ..score_matching import DISTRIBUTIONS, WEIGHTINGS
 # piecewise_constant needs a list of rules, for which there is no setting
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
 
+# The settings whose defaults depend on the architecture. Those of ncsn and ncsnv2 are the papers', for images in
+# [-1, 1] instead of [0, 1], with fewer channels.
+_REFINENET = {"block_out_channels": (32, 64, 64, 64), "prediction_type": "score", "conditioning": "sigma"}
+_PAPERS = {"sigma_min": 0.02, "noise_distribution": "uniform", "loss_weighting": "sigma_squared"}
+ARCHITECTURES = {
+    "unet": {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "prediction_type": "v_prediction",
+        "conditioning": "timestep",
+        "num_train_timesteps": 1000,
+        "sigma_min": 0.01,
+        "sigma_max": 50.0,
+        "noise_distribution": "lognormal",
+        "loss_weighting": "edm",
+    },
+    "ncsn": {**_REFINENET, **_PAPERS, "num_train_timesteps": 10, "sigma_max": 2.0},
+    "ncsnv2": {**_REFINENET, **_PAPERS, "num_train_timesteps": "auto", "sigma_max": "auto"},
+}
+
 # Settings that define what the network's input and output mean: a run cannot resume with others
-FIXED_SETTINGS = ("num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning")
+FIXED_SETTINGS = ("architecture", "num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning")
 # Settings that do not affect the weights: a run may resume with others without a message
 HARMLESS_SETTINGS = (
     "output_dir",
@@ -96,34 +116,44 @@ class OutputSettings:
 class NetworkSettings:
     """Network"""
 
-    block_out_channels: tuple[int, ...] = (32, 64, 64)
-    """Channels of each level of the network; each level but the last halves the image."""
-    layers_per_block: int = 1
-    """Residual layers per level."""
-    prediction_type: str = "v_prediction"
-    """What the network predicts: v_prediction, epsilon, sample or score."""
-    conditioning: str = "timestep"
-    """How the network is told the noise level: timestep (its index), or sigma (as in NCSN++)."""
+    architecture: Literal["unet", "ncsn", "ncsnv2"] = "unet"
+    """unet; or a RefineNet that returns the score: of the 2019 paper (ncsn) or the 2020 paper (ncsnv2)."""
+    block_out_channels: tuple[int, ...] | None = None
+    """Channels of each level of the network, which each but the last halves the image; by default 32 64 64. Of a
+    RefineNet, channels of each stage: the last two are dilated, those between them and the first halve the image; by
+    default 32 64 64 64, in the papers 128 256 256 256."""
+    layers_per_block: int | None = None
+    """Residual layers per level of a unet; by default 1."""
+    prediction_type: str | None = None
+    """What the network predicts: v_prediction, epsilon, sample or score; by default v_prediction, and score for a
+    RefineNet."""
+    conditioning: str | None = None
+    """How the network is told the noise level: timestep (its index), or sigma (as in NCSN++); by default timestep, and
+    sigma for a RefineNet."""
 
 
 @dataclass
 class NoiseSettings:
     """Noise levels and loss"""
 
-    num_train_timesteps: int | Literal["auto"] = 1000
-    """Number of noise levels; auto: as many as it takes for neighbours to overlap (NCSNv2, technique 2)."""
-    sigma_min: float = 0.01
-    """Smallest noise level, for images in [-1, 1]."""
-    sigma_max: float | Literal["auto"] = 50.0
-    """Largest noise level, for images in [-1, 1]; auto: the largest distance between images (NCSNv2, technique 1)."""
-    noise_distribution: str = "lognormal"
-    """How noise levels are drawn: lognormal, or uniform over the levels (the paper)."""
+    num_train_timesteps: int | Literal["auto"] | None = None
+    """Number of noise levels; auto: as many as it takes for neighbours to overlap (NCSNv2, technique 2). By default
+    1000; ncsn 10, ncsnv2 auto."""
+    sigma_min: float | None = None
+    """Smallest noise level, for images in [-1, 1]; by default 0.01, and 0.02 for ncsn and ncsnv2."""
+    sigma_max: float | Literal["auto"] | None = None
+    """Largest noise level, for images in [-1, 1]; auto: the largest distance between images (NCSNv2, technique 1). By
+    default 50; ncsn 2, ncsnv2 auto."""
+    noise_distribution: str | None = None
+    """How noise levels are drawn: lognormal, or uniform over the levels (the papers); by default lognormal, and uniform
+    for ncsn and ncsnv2."""
     log_sigma_mean: float = -0.8
     """Mean of log sigma, for lognormal."""
     log_sigma_std: float = 1.4
     """Standard deviation of log sigma, for lognormal."""
-    loss_weighting: str = "edm"
-    """Weight of the loss at each level: edm (weighs v-prediction errors equally), or sigma_squared (the paper)."""
+    loss_weighting: str | None = None
+    """Weight of the loss at each level: edm (weighs v-prediction errors equally), or sigma_squared (the papers); by
+    default edm, and sigma_squared for ncsn and ncsnv2."""
 
 
 @dataclass
@@ -163,9 +193,10 @@ class OptimizerSettings:
     ema_max_decay: float = 0.9999
     """See ema_inv_gamma."""
     mixed_precision: str | None = None
-    """no, fp16 or bf16; by default what `accelerate launch` was given, otherwise bf16 on a GPU that supports it."""
+    """no, fp16 or bf16; by default that of the checkpoint to resume from, or what `accelerate launch` was given, or
+    else bf16 on a GPU that supports it or a CPU with instructions for it."""
     compile: bool | None = None
-    """Compile the network; by default on a GPU for runs of 1000 steps or more."""
+    """Compile the network, a unet; by default on a GPU for runs of 1000 steps or more."""
     seed: int = 0
     """Seed of everything random; the same seed gives the same weights on the same machine."""
 
@@ -175,6 +206,11 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
     """Train a noise conditional score network; without arguments, on 10,000 MNIST digits."""
 
     def __post_init__(self):
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"`architecture` must be one of {', '.join(ARCHITECTURES)}, not {self.architecture!r}.")
+        for name, default in ARCHITECTURES[self.architecture].items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         for name, choices in (
             ("prediction_type", PREDICTION_TYPES),
             ("conditioning", CONDITIONINGS),
@@ -216,6 +252,8 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
                 raise ValueError(f"`{name}` must be at least 0 and below 1, not {getattr(self, name)}.")
         if not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels):
             raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
+        if self.architecture != "unet":
+            self._check_refinenet()
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`streaming` needs `max_train_steps`: the length of an epoch is not known beforehand.")
         for name in ("hub_model_id", "hub_private_repo"):
@@ -224,6 +262,29 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
         if self.random_crop and self.resolution is None:
             raise ValueError("`random_crop` needs `resolution`, the side of the crop.")
 
+    def _check_refinenet(self) -> None:
+        architecture = f"`architecture`={self.architecture!r}"
+        for name in ("prediction_type", "conditioning"):
+            value, only = getattr(self, name), ARCHITECTURES[self.architecture][name]
+            if value != only:
+                raise ValueError(f"`{name}` must be {only} with {architecture}, not {value!r}.")
+        if self.class_conditional:
+            raise ValueError(
+                f"`class_conditional` needs `architecture`='unet': with {architecture} the network knows no classes."
+            )
+        if self.compile:
+            raise ValueError(f"`compile` needs `architecture`='unet'; with {architecture} it has not been tried.")
+        if self.layers_per_block is not None:
+            raise ValueError(
+                f"`layers_per_block`={self.layers_per_block} is for `architecture`='unet': with {architecture} each "
+                "stage has two residual blocks."
+            )
+        if len(self.block_out_channels) < 3:
+            raise ValueError(
+                f"`block_out_channels` must be at least three with {architecture}, not {self.block_out_channels}: the "
+                "last two stages are dilated."
+            )
+
 
 def changed_settings(before: dict[str, Any], config: TrainingConfig) -> dict[str, dict[str, Any]]:
     """
@@ -231,6 +292,9 @@ def changed_settings(before: dict[str, Any], config: TrainingConfig) -> dict[str
     `{"before": value, "now": value}`.
     """
     now = json.loads(json.dumps(asdict(config)))
+    before = {"architecture": "unet", **before}  # checkpoints of version 0.1 name none
+    if before.get("mixed_precision") is None:  # nor the precision that was chosen
+        before["mixed_precision"] = now["mixed_precision"]
     return {
         name: {"before": value, "now": now.get(name)}
         for name, value in before.items()
@@ -246,9 +310,10 @@ def training_command(config: TrainingConfig) -> str:
     names: the command is published on the model card.
     """
     words = ["accelerate", "launch", "-m", "ncsn_diffusers.commands.train"]
+    defaults = ARCHITECTURES[config.architecture]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value == field.default or field.name in HARMLESS_SETTINGS:
+        if value == defaults.get(field.name, field.default) or field.name in HARMLESS_SETTINGS:
             continue
         if field.type is bool:
             words.append(f"--{field.name}" if value else f"--no_{field.name}")

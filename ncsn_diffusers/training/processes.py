@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
+from .. import precision
+from . import checkpoints
 from .config import TrainingConfig
 
 # Each process holds the whole network
@@ -29,7 +31,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         ValueError: `logger` needs a package that is not installed, or `accelerate config` asks for a sharded network.
     """
-    mixed_precision = choose_mixed_precision(config)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as the Accelerator chooses it
+    mixed_precision, reason = choose_mixed_precision(config, device)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # it would hold a process to the precision of its first run
     accelerator = Accelerator(
@@ -46,17 +49,30 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if accelerator.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and torch.get_num_threads() == 1:
         # `accelerate launch` gives a CPU process one thread, and leaves the other cores idle
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    accelerator.print(f"The network computes in {precision.DESCRIPTIONS[mixed_precision]}: {reason}.")
     return accelerator
 
 
-def choose_mixed_precision(config: TrainingConfig) -> str:
-    """What the config says, or else `accelerate launch`, or else bf16 on a GPU that supports it."""
+def choose_mixed_precision(config: TrainingConfig, device: torch.device) -> tuple[str, str]:
+    """
+    What the config says, or else the checkpoint to resume from, or `accelerate launch`, or else what is fast on this
+    device; and in words, why.
+    """
     if config.mixed_precision is not None:
-        return config.mixed_precision
+        return config.mixed_precision, "`mixed_precision` says so"
+    checkpoint = checkpoints.find(config.resume_from_checkpoint, config.output_dir)
+    if checkpoint is not None and checkpoints.is_complete(checkpoint):
+        before = checkpoints.read_manifest(checkpoint)["config"].get("mixed_precision")
+        if before is not None:  # as it is in checkpoints of version 0.1
+            return before, "the run that resumes did"
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also if nobody chose it
-    if launched == "no" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return launched
+    if launched != "no":
+        return launched, "accelerate's settings say so"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "this GPU supports it"
+    if device.type == "cpu" and precision.cpu_has_bfloat16():
+        return "bf16", "this CPU has instructions for it"
+    return "no", f"no faster format is known for this {device.type.upper()}"
 
 
 def _check_logger(logger: str | None) -> str | None:

@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ from . import checkpoints
 from .config import FIXED_SETTINGS, TrainingConfig, changed_settings
 from .images import choose_noise_levels, open_training_images, open_validation_images
 from .log import CANNOT_WRITE, LossPerLevel, RunLog, save_loss_curve, warn_unless_written
-from .network import make_unet
+from .network import check_size, make_network
 from .processes import interrupts, make_accelerator, together
 
+_EVALUATIONS = 50  # of the network, by which the saved pipeline draws, as any pipeline where nothing else is said
 _LOGGING_STEPS = 20  # between two looks at the loss, each of which waits for the device
 _COMPILING_PAYS_STEPS = 1000  # compiling takes about a minute
 _EVAL_CHUNK = 64  # images whose validation loss is computed together: the result must not depend on the batch size
@@ -70,8 +71,9 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig):
-        self.config = config
         self.accelerator = make_accelerator(config)
+        # what was chosen is recorded with the run, and kept by one that resumes
+        self.config = config = replace(config, mixed_precision=self.accelerator.mixed_precision)
         self.device = self.accelerator.device
         self.output_dir = Path(config.output_dir)
         self.log = RunLog(self.accelerator, self.output_dir)
@@ -101,7 +103,7 @@ class Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.lock = checkpoints.lock(folder)  # first, since another run may change what is found
         wanted = config.resume_from_checkpoint
-        checkpoint = checkpoints.latest(folder) if wanted == "latest" else Path(wanted) if wanted else None
+        checkpoint = checkpoints.find(wanted, folder)
         if wanted not in (None, "latest") and not checkpoints.is_complete(checkpoint):
             raise ValueError(
                 f"`resume_from_checkpoint`={wanted!r} is not a complete checkpoint; 'latest' finds the last complete "
@@ -131,6 +133,8 @@ class Trainer:
 
     def _open_images(self) -> None:
         config = self.config
+        if config.resolution is not None:
+            check_size(config, config.resolution, config.resolution)  # before the data are read
         self.images, self.num_classes = open_training_images(config, self.accelerator)
         self.validation = open_validation_images(config, self.accelerator, self.images.shape, self.num_classes)
         self.num_steps, self.steps_per_epoch = config.max_train_steps, None
@@ -147,8 +151,10 @@ class Trainer:
 
     def _make_models(self) -> None:
         config, accelerator = self.config, self.accelerator
+        levels = choose_noise_levels(config, self.images)
         self.scheduler = AnnealedLangevinScheduler(
-            **choose_noise_levels(config, self.images),
+            **levels,
+            **self._sampler_settings(levels["num_train_timesteps"]),
             prediction_type=config.prediction_type,
             conditioning=config.conditioning,
         )
@@ -156,12 +162,14 @@ class Trainer:
         # Channels last is faster, except for a CPU's convolutions in bf16.
         on_cpu_in_bf16 = self.device.type == "cpu" and accelerator.mixed_precision == "bf16"
         self.memory_format = torch.contiguous_format if on_cpu_in_bf16 else torch.channels_last
-        unet = make_unet(config, *self.images.shape, self.num_classes).to(self.device, memory_format=self.memory_format)
+        unet = make_network(config, self.scheduler, *self.images.shape, self.num_classes)
+        unet = unet.to(self.device, memory_format=self.memory_format)
         # What is sampled, evaluated and saved: the moving average, or else the weights, copied when needed.
         self.eval_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.compiled = config.compile
         if self.compiled is None:
-            self.compiled = self.device.type == "cuda" and self.num_steps >= _COMPILING_PAYS_STEPS
+            on_gpu = self.device.type == "cuda" and config.architecture == "unet"
+            self.compiled = on_gpu and self.num_steps >= _COMPILING_PAYS_STEPS
         if self.compiled:
             # CUDA graphs reuse the memory of gradients that accumulate or wait for other processes
             alone = accelerator.num_processes == config.gradient_accumulation_steps == 1
@@ -185,6 +193,17 @@ class Trainer:
         self.skipped = torch.zeros(2, dtype=torch.long, device=self.device)
         self.skipped_before = 0
         self.grad_norm = torch.zeros((), device=self.device)
+
+    def _knows_few_levels_only(self, num_levels: int) -> bool:
+        """Whether the network was trained on a few levels, far from each other, and must not be asked in between."""
+        config = self.config
+        return config.architecture == "ncsn" and config.noise_distribution == "uniform" and num_levels < _EVALUATIONS
+
+    def _sampler_settings(self, num_levels: int) -> dict:
+        """The scheduler's settings that the saved pipeline draws with: of few levels each takes several steps."""
+        if not self._knows_few_levels_only(num_levels):
+            return {}
+        return {"rho": None, "num_langevin_steps": _EVALUATIONS // max(1, num_levels)}  # the scheduler checks it
 
     def _adamw_settings(self) -> dict:
         config = self.config
@@ -443,7 +462,9 @@ class Trainer:
         unet = self.eval_unet
         if to_save:
             unet = copy.deepcopy(unet).to(memory_format=torch.contiguous_format)
-        return NCSNPipeline(unet=unet, scheduler=self.scheduler)
+        num_levels = len(self.scheduler)
+        num_inference_steps = num_levels if self._knows_few_levels_only(num_levels) else _EVALUATIONS
+        return NCSNPipeline(unet=unet, scheduler=self.scheduler, num_inference_steps=num_inference_steps)
 
     def _evaluate(self, name: str) -> None:
         """Save a grid of samples under this name and log the validation loss; every process does its share."""

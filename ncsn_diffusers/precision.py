@@ -1,0 +1,20 @@
+"""Which number format the device computes fast in."""
+
+import torch
+
+DESCRIPTIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def cpu_has_bfloat16() -> bool:
+    """
+    Whether this CPU multiplies bfloat16 by instructions of its own: AVX512-BF16 or AMX.
+
+    Without them bfloat16 is emulated, and several times slower than float32. torch before 2.6 does not tell, and is
+    taken to have none.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    # before torch 2.10 by these names
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))

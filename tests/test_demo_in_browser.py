@@ -33,7 +33,7 @@ pytestmark = [
 ]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,780"
+    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,900"
 )
 PATIENCE = 120  # seconds
 

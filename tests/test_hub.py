@@ -323,6 +323,11 @@ def test_a_space_that_cannot_be_made_is_found_before_any_upload(hub, pipe):
     with pytest.raises(ValueError, match="`private`: the Space ann/digits exists and is public"):
         pipe.push_to_hub("digits", space=True, private=True)
     assert list(hub.repositories) == ["spaces/ann/digits"]
+    pipe.push_to_hub("digits", private=True)
+    commits = len(hub.repositories["ann/digits"].commits)
+    with pytest.raises(ValueError, match="`private`: the Space ann/digits exists and is public"):
+        pipe.push_to_hub("digits", space=True, commit_message="Second")
+    assert len(hub.repositories["ann/digits"].commits) == commits
 
 
 # --- In the background ---

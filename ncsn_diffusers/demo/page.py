@@ -49,6 +49,7 @@ CANVAS = 336  # pixels on the screen
 STYLE = """
 .pixels img, .pixels canvas { image-rendering: pixelated; }
 .pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.pixels .caption-label { max-width: 100% !important; white-space: normal !important; }
 .status { min-height: 3em; }
 .status progress { appearance: none; width: 100%; height: 0.6em; border: 0; background: #ddd; }
 .status progress::-webkit-progress-bar { background: #ddd; border-radius: 0.3em; }
@@ -300,6 +301,7 @@ def _buttons(gr, name: str):
 def _gallery(gr, label: str, columns: int):
     return gr.Gallery(
         label=label,
+        show_label=False,  # it would lie on the first image
         columns=columns,
         format="png",
         object_fit="contain",

@@ -83,7 +83,8 @@ def push_to_hub(
     if space:
         if revision not in (None, "main"):
             raise ValueError(f"`space`: a Space shows the branch main, and `revision` is {revision!r}: leave one out.")
-        _check_access(api, repo_id, private, repo_type="space")
+        is_private = private or (_retry(lambda: api.repo_exists(repo_id)) and _is_private(api, repo_id))
+        _check_access(api, repo_id, is_private, repo_type="space")
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(pipeline, str | Path):
             folder = Path(pipeline)
@@ -94,9 +95,8 @@ def push_to_hub(
         files = collect_files(folder, repo_id, variants, license, dataset, training_dir)
         info = _upload(api, files, repo_id, private, revision, tag, commit_message)
     if space:
-        private = _retry(lambda: api.repo_info(repo_id)).private
         files = collect_space_files(repo_id, license)
-        _upload(api, files, repo_id, private, None, None, commit_message, repo_type="space")
+        _upload(api, files, repo_id, _is_private(api, repo_id), None, None, commit_message, repo_type="space")
     return info
 
 
@@ -218,7 +218,7 @@ def _check_access(
     if owner not in owners:
         raise PermissionError(f"`repo_id`={repo_id!r}: the token is of {', '.join(owners)}, and not of {owner}.")
     if _retry(lambda: api.repo_exists(repo_id, repo_type=repo_type)):
-        if private and not _retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private:
+        if private and not _is_private(api, repo_id, repo_type):
             kind = "the Space " if repo_type == "space" else ""
             raise ValueError(
                 f"`private`: {kind}{repo_id} exists and is public. Change that in its settings, or choose another name."
@@ -226,6 +226,10 @@ def _check_access(
         if tag is not None and tag in (ref.name for ref in _retry(lambda: api.list_repo_refs(repo_id)).tags):
             raise ValueError(f"`tag`={tag!r} exists already in {repo_id}: choose another one.")
     return repo_id
+
+
+def _is_private(api: HfApi, repo_id: str, repo_type: str | None = None) -> bool:
+    return _retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private
 
 
 def _create_repository(

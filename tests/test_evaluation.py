@@ -78,9 +78,10 @@ def test_frechet_distance_of_equal_sets_is_zero():
 
 def test_kernel_distance_against_its_definition():
     a, b = normal(40, 5), normal(60, 5, seed=1) + 0.5
-    blocks = []
+    generator, blocks = torch.Generator().manual_seed(0), []
+    dealt_a, dealt_b = (f[torch.randperm(len(f), generator=generator)] for f in (a, b))
     for i in range(4):  # 10 images of each set a block, dealt in turn
-        x, y = a[i::4][:10], b[i::4][:10]
+        x, y = dealt_a[i::4][:10], dealt_b[i::4][:10]
         k_xx, k_yy, k_xy = ((u @ v.T / 5 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
         within = sum((k.sum() - k.diag().sum()) / 90 for k in (k_xx, k_yy))
         blocks.append(within - 2 * k_xy.mean())
@@ -100,6 +101,16 @@ def test_kernel_distance_is_unbiased_and_its_error_is_right():
     ratios = torch.tensor(ratios)
     assert abs(ratios.mean()) < 4 * math.sqrt(9 / 7 / 60)
     assert 0.7 < ratios.std() < 1.7
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_kernel_distance_of_classes_in_an_order(order):
+    # ten classes far apart, as many as there are blocks: dealt in turn, each block would hold one
+    classes = torch.arange(500) // 50 if order == "sorted" else torch.arange(500) % 10
+    means = 3 * normal(10, 3)
+    a, b = means[classes] + normal(500, 3, seed=1), means[classes.flip(0).roll(7)] + normal(500, 3, seed=2)
+    mean, error = kernel_distance(a, b)
+    assert abs(mean) < 4 * error
 
 
 # --- Precision and recall ---

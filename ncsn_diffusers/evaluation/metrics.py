@@ -60,9 +60,9 @@ def kernel_distance(
     arXiv:1801.01401), the KID when the features are Inception's. Unlike the Fréchet distance its mean does not depend
     on the number of images.
 
-    Both sets are dealt, in the order given, into `num_blocks` blocks with no image in common, so that the blocks'
-    distances are independent and their scatter gives the standard error. (Subsets that overlap, the usual way, have a
-    scatter but no standard error.) The order must therefore be random: shuffle sets that are sorted.
+    Both sets are dealt at random, always in the same way, into `num_blocks` blocks with no image in common, so that the
+    blocks' distances are independent and their scatter gives the standard error. (Subsets that overlap, the usual way,
+    have a scatter but no standard error.)
 
     Args:
         features_a (`torch.Tensor` of shape `(n, d)`): features of one set.
@@ -84,7 +84,9 @@ def kernel_distance(
             "of at least 2 images are needed."
         )
     kid = import_torch_fidelity("metric_kid")
-    distances = []
+    # at random, because images often come in an order: sorted, or with the classes in turn
+    generator, distances = torch.Generator().manual_seed(0), []
+    features_a, features_b = (f[torch.randperm(len(f), generator=generator)] for f in (features_a, features_b))
     for i in tqdm(range(num_blocks), desc="Kernel distance", unit="block", leave=False):
         blocks = (features[i::num_blocks][:block_size] for features in (features_a, features_b))
         metric = kid.kid_features_to_metric(*blocks, kid_subsets=1, kid_subset_size=block_size, verbose=False)

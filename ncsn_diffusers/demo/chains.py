@@ -183,8 +183,7 @@ class Chains:
         if pipe.scheduler.config.get("conditioning") != "sigma":
             names += [name for name in SCHEDULERS if _is_there(name)]
         self.schedulers = [own, *(name for name in names if name != own)]
-        num_embeddings = pipe._network.config.get("num_class_embeds")
-        self.classes = [] if num_embeddings is None else [ANY_CLASS, *map(str, range(num_embeddings - 1))]
+        self.classes = [] if pipe.num_classes is None else [ANY_CLASS, *map(str, range(pipe.num_classes))]
         own_levels = pipe.config.num_inference_steps
         self.evaluations = _count_evaluations(self.fork(NCSNPipeline).scheduler, own_levels)
         self.max_evaluations = max(max_evaluations, self.evaluations)

@@ -107,7 +107,8 @@ class Page:
         field = next(field for field in self.find("label") if field.text.startswith(label))
         entry = field.find_element("css selector", "input")
         self.driver.execute_script("arguments[0].select()", entry)
-        entry.send_keys(str(value), webdriver.Keys.TAB)
+        entry.send_keys(str(value))
+        self.driver.execute_script("arguments[0].blur()", entry)  # the next field, by the tab key, may open a list
 
     def status(self):
         texts = [element.text.strip() for element in self.find(".status")]

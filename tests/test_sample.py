@@ -155,7 +155,7 @@ def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
 
 
 def test_no_pipeline_named_draws_the_digits_of_the_package(tmp_path):
-    result = run("--num_images", 3, "--num_inference_steps", 10, cwd=tmp_path)
+    result = run("--num_images", 3, "--num_inference_steps", 10, "--dtype", "float32", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     grid = pixels(tmp_path / "samples" / "samples.png")
     assert grid.shape == (28, 3 * 28)  # a column for each class

@@ -48,8 +48,8 @@ _FEATURE_BATCH = 100  # images
 _NUM_LEVELS = 12  # of the loss
 _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
 _MAX_GAUSSIAN = 500  # images that the floor's Gaussian has its mean and covariance from
-# Of the measurements' noise: far from the seeds of the chains, whose numbers must be others. A CPU's generator reads only
-# the low 32 bits of a seed, so that 2**32 would be no distance.
+# Of the measurements' noise: far from the seeds of the chains, whose numbers must be others. A CPU's generator reads
+# only the low 32 bits of a seed, so that 2**32 would be no distance.
 _NOISE_SEED = 2**31
 
 

@@ -20,6 +20,10 @@ from .pipeline_ncsn import SCHEDULERS, check_scheduler
 from .pretrained import pretrained
 from .scheduling_annealed_langevin import are_exported
 
+# Added to the seed of the noise of measurements: far from the seeds of the chains, whose numbers must be others. A
+# generator on the CPU reads only the low 32 bits of a seed, so that 2**32 would be no distance.
+NOISE_SEED = 2**31
+
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
     """

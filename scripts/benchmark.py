@@ -49,7 +49,7 @@ from ncsn_diffusers.evaluation import (
 )
 from ncsn_diffusers.evaluation.calibration import coverage, misfit, nominal_coverage, psnr, variance_ratio
 from ncsn_diffusers.evaluation.kept_batches import KeptBatches, fingerprint
-from ncsn_diffusers.settings import DType, cast, describe_scheduler, make_generators, open_processes
+from ncsn_diffusers.settings import NOISE_SEED, DType, cast, describe_scheduler, make_generators, open_processes
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet
 
 STOCK_SCHEDULERS = {
@@ -870,7 +870,8 @@ def posterior(
         std = 0.0 if task == NOISELESS else noise_std / (1 - pipe.config.data_min)
         make_physics = make_task(task, seed, pipe.device)
         y = make_physics(std).A(images.to(pipe.device))
-        noise = std * torch.randn(y.shape, generator=torch.Generator().manual_seed(noise_seed)).to(y.device)
+        generator = torch.Generator().manual_seed(NOISE_SEED + noise_seed)
+        noise = std * torch.randn(y.shape, generator=generator).to(y.device)
         y = torch.where(find_measured(make_physics), y + noise, 0.0)
         return Problem(pipe, make_physics, y.repeat_interleave(count, 0), std, evaluations)
 

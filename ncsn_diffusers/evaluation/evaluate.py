@@ -28,7 +28,7 @@ from ..likelihood import bits_per_dim, loss_per_level
 from ..pipeline_ncsn import NCSNPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
-from ..settings import SamplingConfig, describe_scheduler, make_generators
+from ..settings import NOISE_SEED, SamplingConfig, describe_scheduler, make_generators
 from .calibration import OPERATORS, calibrate, calibrate_exact, make_operator
 from .features import InceptionFeatures, extract_features, load_digit_classifier
 from .kept_batches import KeptBatches, fingerprint
@@ -48,9 +48,6 @@ _FEATURE_BATCH = 100  # images
 _NUM_LEVELS = 12  # of the loss
 _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
 _MAX_GAUSSIAN = 500  # images that the floor's Gaussian has its mean and covariance from
-# Of the measurements' noise: far from the seeds of the chains, whose numbers must be others. A CPU's generator reads
-# only the low 32 bits of a seed, so that 2**32 would be no distance.
-_NOISE_SEED = 2**31
 
 
 @dataclass
@@ -276,7 +273,7 @@ def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str
 def measure(config: EvaluateConfig, images: torch.Tensor, operator: Callable) -> torch.Tensor:
     """Measurements `(n, ...)` of images in units of the data. The noise of image i is the same whatever n."""
     measured = operator(images)
-    shape, seed = measured.shape[1:], config.seed + _NOISE_SEED
+    shape, seed = measured.shape[1:], config.seed + NOISE_SEED
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(images))]
     return measured + config.posterior_noise_std * torch.stack(noise)
 

@@ -49,6 +49,7 @@ from ncsn_diffusers.evaluation import (
 )
 from ncsn_diffusers.evaluation.calibration import coverage, misfit, nominal_coverage, psnr, variance_ratio
 from ncsn_diffusers.evaluation.kept_batches import KeptBatches, fingerprint
+from ncsn_diffusers.evaluation.metrics import mean_and_error
 from ncsn_diffusers.settings import NOISE_SEED, DType, cast, describe_scheduler, make_generators, open_processes
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet
 
@@ -731,13 +732,14 @@ def combine(**values: tuple) -> list[dict[str, Any]]:
 POSTERIOR_METHODS: dict[str, tuple[Callable[..., torch.Tensor], list[dict[str, Any]]]] = {
     "ours": (draw_ours, [{}]),
     "DDRM": (draw_ddrm, combine(eta=(0.85, 1.0), noise=("as it is", "scaled"))),
-    "DiffPIR": (draw_diffpir, [*combine(lambda_=(1.0, 2.0, 7.0), zeta=(1.0,)), {"lambda_": 7.0, "zeta": 0.3}]),
+    "DiffPIR": (draw_diffpir, combine(lambda_=(1.0, 3.0, 10.0, 30.0), zeta=(0.3, 1.0))),
     "DPS": (
         draw_dps,
-        combine(guidance=("norm",), weight=(30.0, 100.0, 300.0)) + combine(guidance=("annealed",), weight=(3.0, 10.0)),
+        combine(guidance=("norm",), weight=(30.0, 100.0, 300.0, 1000.0))
+        + combine(guidance=("annealed",), weight=(3.0, 10.0, 30.0)),
     ),
-    # three backward passes at each level; deepinv's own number of iterations, 3, takes five
-    "moment matching": (draw_moment_matching, [{"cg_max_iter": 1}]),
+    # three backward passes at each level, or five
+    "moment matching": (draw_moment_matching, combine(cg_max_iter=(1, 3))),
 }
 NOISELESS = "missing pixels, noiseless"
 # Without noise ours stands beside inpainting alone: deepinv's samplers divide by the noise.
@@ -745,10 +747,10 @@ NOISELESS_METHODS = {"ours": (draw_ours, [{}]), "NCSNInpaintPipeline": (draw_inp
 POSTERIOR_TASKS = ("missing pixels", "4x smaller", "blur", NOISELESS)
 
 
-def crps(samples: torch.Tensor, truths: torch.Tensor) -> float:
+def crps(samples: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
     """
-    The continuous ranked probability score, E|X - x0| - E|X - X'|/2, averaged over pixels and images, without the bias
-    of few samples. It is least on average for samples of the right distribution: being too sure does not win it.
+    The continuous ranked probability score, E|X - x0| - E|X - X'|/2, of each of n images, averaged over pixels, without
+    the bias of few samples. It is least on average for samples of the right distribution: being too sure does not win.
 
     Args:
         samples (`torch.Tensor` of shape `(n, k, ...)`): k samples, at least 2, for each of n images.
@@ -756,7 +758,7 @@ def crps(samples: torch.Tensor, truths: torch.Tensor) -> float:
     """
     k = samples.shape[1]
     distances = sum((samples[:, i, None] - samples).abs().sum(1) for i in range(k)) / (k * (k - 1))
-    return ((samples - truths[:, None]).abs().mean(1) - distances / 2).mean().item()
+    return ((samples - truths[:, None]).abs().mean(1) - distances / 2).flatten(1).mean(1)
 
 
 def draw_counted(draw: Callable, problem: Problem, batch_size: int, seed: int, settings: dict) -> tuple:
@@ -806,8 +808,9 @@ def posterior(
     Each method has the settings with the least continuous ranked probability score on other digits of the `test` split.
     The table has the PSNR of a sample and of the samples' mean, the misfit (right: 1), the share of the samples that
     the digit classifier names rightly, how often a pixel lies between the least and the largest sample, the samples'
-    variance over their mean's squared error (right: 1), network evaluations, backward passes and seconds a sample. It
-    is written to OUTPUT.json row by row, with what the search has tried.
+    variance over their mean's squared error (right: 1), network evaluations, backward passes and seconds a sample, the
+    score, and by how much it is above the task's first row, with the standard error of that over the images. It is
+    written to OUTPUT.json row by row, with what the search has tried.
 
     Args:
         pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
@@ -830,7 +833,7 @@ def posterior(
         if unknown:
             raise SystemExit(f"--{option} must be among {', '.join(known)}, not {', '.join(sorted(unknown))}.")
     for option, given, least in (
-        ("num_images", num_images, 1),
+        ("num_images", num_images, 2),
         ("num_samples", num_samples, 2),
         ("num_search_images", num_search_images, 1),
         ("num_search_samples", num_search_samples, 2),
@@ -878,19 +881,19 @@ def posterior(
     def find_measured(make_physics):
         return make_physics(0.0).A(torch.ones(1, 1, 28, 28, device=pipe.device)) != 0
 
-    widths = (26, 20, 7, 7, 8, 8, 7, 9, 9, 12, 9, 9)
+    widths = (26, 20, 7, 7, 8, 8, 7, 9, 9, 12, 9, 9, 9, 11, 9)
     titles = ("measurement", "method", "PSNR", "of mean", "misfit", "worst", "named", "coverage", "variance")
-    titles += ("evaluations", "backward", "seconds")
+    titles += ("evaluations", "backward", "seconds", "CRPS", "above first", "± error")
     print(" ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)))
     for task in tasks:
         methods = NOISELESS_METHODS if task == NOISELESS else {name: POSTERIOR_METHODS[name] for name in names}
         problem, trial = measure(task, shown, num_samples, seed), measure(task, searched, num_search_samples, seed + 1)
-        measured = find_measured(problem.make_physics)[0].cpu()
+        measured, first_scores = find_measured(problem.make_physics)[0].cpu(), None
         for name, (draw, candidates) in methods.items():
             best = []
             for candidate in candidates if len(candidates) > 1 else ():
                 samples, _, _ = draw_counted(draw, trial, batch_size, seed + 1, candidate)
-                score = crps(samples.clamp(0, 1).unflatten(0, (-1, num_search_samples)), searched)
+                score = crps(samples.clamp(0, 1).unflatten(0, (-1, num_search_samples)), searched).mean().item()
                 best.append((score, candidate))
                 trials.append({"task": task, "method": name, "settings": candidate, "crps": score})
             chosen = min(best, key=lambda pair: pair[0])[1] if best else candidates[0]
@@ -901,6 +904,9 @@ def posterior(
             fits = misfit(samples, y, lambda x: physics.A(x.to(pipe.device)).cpu()[:, measured], std)  # noqa: B023
             clipped = samples.clamp(0, 1)
             classes = extract_features(clipped.flatten(0, 1), classifier).argmax(1).reshape(-1, num_samples)
+            scores = crps(clipped, shown)
+            first_scores = scores if first_scores is None else first_scores
+            above, above_error = mean_and_error(scores - first_scores)
             rows.append(
                 {
                     "task": task,
@@ -910,11 +916,13 @@ def posterior(
                     "misfit": fits.mean().item(),
                     "misfit_worst": fits.max().item(),
                     "named_rightly": (classes == labels[:, None]).double().mean().item(),
-                    "coverage": coverage(clipped, shown, tolerance=0.02)[0],  # 5 of 255 grey levels
+                    "coverage": coverage(clipped, shown)[0],
                     "variance_ratio": variance_ratio(clipped, shown)[0],
                     **calls,
                     "seconds": seconds,
-                    "crps": crps(clipped, shown),
+                    "crps": scores.mean().item(),
+                    "crps_above_first": above,
+                    "crps_above_first_standard_error": above_error,
                     "settings": chosen,
                 }
             )

@@ -1107,6 +1107,22 @@ def test_noise_levels_from_the_data(small, tmp_path):
     assert config.num_train_timesteps == choose_num_train_timesteps(0.1, config.sigma_max, 64)
 
 
+def test_no_convolution_changes_the_layout(small):
+    # diffusers' residual blocks, in training mode, hand their shortcut a copy in the other layout
+    trainer = Trainer(small(mixed_precision="no"))
+    layouts = {}
+    for name, module in trainer.unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: layouts.update(
+                    {name: inputs[0].is_contiguous(memory_format=torch.channels_last)}
+                )
+            )
+    trainer.training_step(trainer.images.batches(20, seed=0))
+    assert any(name.endswith("conv_shortcut") for name in layouts)
+    assert all(layouts.values())
+
+
 @pytest.mark.slow
 def test_compiled_network_learns_the_same(small, tmp_path):
     eager = trained_weights(small())

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -166,6 +167,12 @@ class Trainer:
         unet = unet.to(self.device, memory_format=self.memory_format)
         # What is sampled, evaluated and saved: the moving average, or else the weights, copied when needed.
         self.eval_unet = copy.deepcopy(unet).eval().requires_grad_(False)
+        if accelerator.num_processes == 1:
+            # In training mode these blocks copy their input to the other layout and back, for DistributedDataParallel's
+            # sake. Nothing else in them depends on the mode: dropout is a module of its own.
+            for block in unet.modules():
+                if isinstance(block, ResnetBlock2D):
+                    block.training = False
         self.compiled = config.compile
         if self.compiled is None:
             on_gpu = self.device.type == "cuda" and config.architecture == "unet"
@@ -255,7 +262,6 @@ class Trainer:
         )
         saved_step, stopped = self.step, False
         with interrupts() as interrupt:
-            self.model.train()
             self.clock = time.perf_counter(), self.step
             while self.step < self.num_steps and not (stopped := self._any_interrupted(interrupt)):
                 self.training_step(batches)

@@ -305,8 +305,9 @@ def samplers(
 
     Distances are taken to the data set's `test` split, in the digit classifier's features. The floor is the distance of
     as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
-    digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. Rows
-    "at equal levels" are solvers of diffusers on the levels of annealed Langevin. The table is written to OUTPUT.json
+    digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A
+    class-conditional pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels
+    of annealed Langevin. The table is written to OUTPUT.json
     row by row, and the plot to OUTPUT.png. The samples' features are kept in the folder OUTPUT, batch by batch: a run
     that was cut short goes on where it stopped, and one with more images draws only the rest. Under `accelerate launch`
     processes share the work, and the results do not depend on their number.
@@ -373,7 +374,9 @@ def samplers(
 
     def draw(indices):
         generators = make_generators(seed, indices)
-        images = to_uint8(pipe(len(indices), num_levels, generator=generators, output_type="pt").images).cpu()
+        labels = None if pipe.num_classes is None else [i % pipe.num_classes for i in indices]
+        arguments = {"class_labels": labels, "generator": generators, "output_type": "pt"}
+        images = to_uint8(pipe(len(indices), num_levels, **arguments).images).cpu()
         return {"features": extract_features(images, classifier.features), "pixels": to_pixels(images)}
 
     accelerator.print(" ".join(f"{title:>32}" for title in ("sampler", "evaluations")), end=" ")
@@ -389,7 +392,7 @@ def samplers(
         pipe.scheduler.set_timesteps(num_levels)
         evaluations = len(pipe.scheduler.timesteps)
         depends_on = {"pipeline": weights, "timesteps": pipe.scheduler.timesteps.tolist()}
-        depends_on |= {"batch_size": batch_size, "seed": seed}
+        depends_on |= {"batch_size": batch_size, "seed": seed, "classes_in_turn": pipe.num_classes}
         depends_on |= describe_scheduler(pipe.scheduler)
         try:
             drawn = kept.compute(

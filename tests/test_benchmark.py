@@ -81,6 +81,19 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     assert Image.open(tmp_path / "all.png").width > 100
 
 
+@needs_statistics
+def test_samplers_draws_the_classes_in_turn(tmp_path, benchmark, folders, monkeypatch):
+    pipe = quiet_pipeline(small_unet(sample_size=28, num_class_embeds=4), AnnealedLangevinScheduler())
+    asked = []
+    pipe.unet.register_forward_pre_hook(
+        lambda _, inputs, keywords: asked.extend(keywords["class_labels"].tolist()), with_kwargs=True
+    )
+    monkeypatch.setattr(benchmark, "load", lambda name: pipe)
+    settings = {"budgets": (1,), "names": ("annealed Langevin",), "num_images": 70, "batch_size": 40}
+    benchmark.samplers("digits", str(folders[1]), **settings, output=str(tmp_path / "all"))
+    assert asked == [i % 3 for i in range(70)]
+
+
 GAUSSIAN = Gaussian(
     mean=[0.4, -0.3, 0.2, -0.1],
     covariance=[[1.0, 0.3, 0.1, 0.0], [0.3, 0.5, 0.0, 0.1], [0.1, 0.0, 0.25, 0.05], [0.0, 0.1, 0.05, 0.16]],

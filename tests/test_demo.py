@@ -143,8 +143,30 @@ def test_classes(pipe):
         assert same(drawn[label], draw(pipe, levels=4, **arguments))
     assert not same(drawn["0"], drawn["2"]) and not same(drawn["any"], drawn["2"])
     image = Image.new("L", (8, 8), 128)
-    with pytest.raises(ValueError, match="Class must be any, or from 0 to 2, not '3'"):
-        chains.restore(image, "noisy", None, None, 0.5, "3", 2, 0)
+    for label in ("3", "in turn"):
+        with pytest.raises(ValueError, match=f"Class must be any, or from 0 to 2, not '{label}'"):
+            chains.restore(image, "noisy", None, None, 0.5, label, 2, 0)
+
+
+def test_classes_in_turn(pipe):
+    pipe = quiet_pipeline(conditional_unet())
+    chains = Chains(pipe)
+    _, image = end(chains.draw("in turn", 4, "AnnealedLangevinScheduler", 4, 2))
+    assert same(image, draw(pipe, seed=4, num_images=2, levels=4, class_labels=[1, 2]))
+    _, ((grid, _),) = end(chains.compare("in turn", 4, ["AnnealedLangevinScheduler"], 4, 2))
+    assert same(grid, image)
+    for run in (
+        lambda: chains.draw("3", 4, "AnnealedLangevinScheduler", 0, 1),
+        lambda: chains.compare("3", 4, ["DDIMScheduler"], 0, 1),
+    ):
+        with pytest.raises(ValueError, match="Class must be in turn, any, or from 0 to 2, not '3'"):
+            run()
+
+
+def test_a_network_without_classes_takes_the_class_in_turn_as_any(pipe, chains):
+    # the buttons that draw an example ask for it
+    _, image = end(chains.draw("in turn", 4, "AnnealedLangevinScheduler", 4, 2))
+    assert same(image, draw(pipe, seed=4, num_images=2, levels=4))
 
 
 @pytest.mark.parametrize(

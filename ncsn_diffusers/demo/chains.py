@@ -31,6 +31,7 @@ from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..settings import make_generators
 
 ANY_CLASS = "any"
+IN_TURN = "in turn"  # the image of seed s is of class s modulo their number
 DAMAGES = ("pixelated", "blurred", "noisy")
 NUM_SAMPLES = 3  # completions and restorations
 NUM_RESAMPLINGS = 3  # passes a level, the inpainting pipeline's default
@@ -202,12 +203,15 @@ class Chains:
     # The runs
 
     def draw(self, label: Any, evaluations: Any, scheduler: Any, seed: Any, num_images: Any) -> Run:
-        """Images from noise; the result is a grid of those of `pipe(generator=...)` with the seeds from `seed` on."""
-        arguments = self._check_class(label)
+        """
+        Images from noise; the result is a grid of those of `pipe(generator=...)` with the seeds from `seed` on. Their
+        class may be `IN_TURN`, too.
+        """
         evaluations = check_whole("Evaluations", evaluations, 1, self.max_evaluations)
         self._check_scheduler(scheduler)
         seed = check_whole("Seed", seed, 0, MAX_SEED)
         num_images = check_whole("Images", num_images, 1, self.max_images)
+        arguments = self._check_classes(label, seed, num_images)
         pipe = self.fork(NCSNPipeline, scheduler)
         levels = find_levels(pipe.scheduler, evaluations)
         return Run(lambda run: make_grid(self._draw(run, pipe, levels, seed, num_images, arguments)))
@@ -215,9 +219,8 @@ class Chains:
     def compare(self, label: Any, evaluations: Any, schedulers: Any, seed: Any, num_images: Any) -> Run:
         """
         The same seeds under several schedulers with as many evaluations; the result is a list of grids of images, each
-        with a caption, which grows.
+        with a caption, which grows. Their class may be `IN_TURN`, too.
         """
-        arguments = self._check_class(label)
         evaluations = check_whole("Evaluations", evaluations, 1, self.max_evaluations)
         if not isinstance(schedulers, list) or not 1 <= len(set(map(str, schedulers))) <= MAX_COMPARED:
             raise ValueError(f"Schedulers: choose from 1 to {MAX_COMPARED} of them.")
@@ -225,6 +228,7 @@ class Chains:
             self._check_scheduler(name)
         seed = check_whole("Seed", seed, 0, MAX_SEED)
         num_images = check_whole("Images", num_images, 1, self.max_images)
+        arguments = self._check_classes(label, seed, num_images)
         pipes = {name: self.fork(NCSNPipeline, name) for name in dict.fromkeys(schedulers)}
         levels = {name: find_levels(pipe.scheduler, evaluations) for name, pipe in pipes.items()}
 
@@ -335,12 +339,18 @@ class Chains:
         per_level = max(1, self.evaluations // self.pipe.config.num_inference_steps)
         return max(self.levels, self.max_evaluations // (evaluations_each * per_level))
 
-    def _check_class(self, label: Any) -> dict[str, int]:
+    def _check_class(self, label: Any, words: tuple[str, ...] = (ANY_CLASS,)) -> dict[str, int]:
         if not self.classes:
             return {}
         if label not in self.classes:
-            raise ValueError(f"Class must be {ANY_CLASS}, or from 0 to {self.classes[-1]}, not {reprlib.repr(label)}.")
+            accepted = f"{', '.join(words)}, or from 0 to {self.classes[-1]}"
+            raise ValueError(f"Class must be {accepted}, not {reprlib.repr(label)}.")
         return {} if label == ANY_CLASS else {"class_labels": int(label)}
+
+    def _check_classes(self, label: Any, seed: int, num_images: int) -> dict[str, Any]:
+        if self.classes and label == IN_TURN:
+            return {"class_labels": [(seed + i) % self.pipe.num_classes for i in range(num_images)]}
+        return self._check_class(label, (IN_TURN, ANY_CLASS))
 
     def _check_scheduler(self, name: Any) -> None:
         if name not in self.schedulers:

@@ -28,6 +28,7 @@ from ..settings import load_pipeline
 from .chains import (
     ANY_CLASS,
     DAMAGES,
+    IN_TURN,
     LARGEST_NOISE,
     MAX_COMPARED,
     NUM_RESAMPLINGS,
@@ -285,8 +286,10 @@ def _wire_gallery(gr, buttons, begin, inputs, gallery, status, api_name) -> None
     _wire(gr, buttons, function, inputs, [gallery, status], finish, api_name)
 
 
-def _class_field(gr, chains: Chains):
-    return gr.Dropdown(chains.classes or [ANY_CLASS], value=ANY_CLASS, label="Class", visible=bool(chains.classes))
+def _class_field(gr, chains: Chains, first: str = ANY_CLASS):
+    """The choice of the class, with `first` as the default. A network without classes has no choice."""
+    choices = list(dict.fromkeys([first, *chains.classes])) if chains.classes else [ANY_CLASS]
+    return gr.Dropdown(choices, value=choices[0], label="Class", visible=bool(chains.classes))
 
 
 def _seed_field(gr):
@@ -320,7 +323,7 @@ def _image_fields(gr, chains: Chains, show: Callable[[Image.Image], Any], shown:
     seed = gr.Number(0, label="Seed of the example")
 
     def draw(seed):
-        run = chains.draw(ANY_CLASS, chains.evaluations, chains.schedulers[0], seed, 1)
+        run = chains.draw(IN_TURN, chains.evaluations, chains.schedulers[0], seed, 1)
         for _ in run.steps():
             pass
         return run.result, show(run.result)
@@ -342,7 +345,7 @@ def _image_fields(gr, chains: Chains, show: Callable[[Image.Image], Any], shown:
 def _draw(gr, chains: Chains) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            label = _class_field(gr, chains)
+            label = _class_field(gr, chains, IN_TURN)
             evaluations = gr.Number(
                 chains.evaluations, label="Evaluations", info=f"Of the network, up to {chains.max_evaluations}."
             )
@@ -489,7 +492,7 @@ def _compare(gr, chains: Chains) -> None:
     chosen = [name for name in ("DDIMScheduler", "DPMSolverMultistepScheduler") if name in chains.schedulers]
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            label = _class_field(gr, chains)
+            label = _class_field(gr, chains, IN_TURN)
             evaluations = gr.Number(
                 min(20, chains.max_evaluations),
                 label="Evaluations",

@@ -3,11 +3,21 @@
 import math
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from .pipeline_ncsn import find_white, read_image
 
-__all__ = ["class_columns", "find_white", "make_grid", "read_image", "to_model_range", "to_pil", "to_uint8"]
+__all__ = [
+    "class_columns",
+    "find_white",
+    "gaussian_blur",
+    "make_grid",
+    "read_image",
+    "to_model_range",
+    "to_pil",
+    "to_uint8",
+]
 
 
 def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
@@ -35,6 +45,28 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"`images` must lie in [0, 1], not from {images.min():g} to {images.max():g}.")
     return (images * 255).round().to(torch.uint8)
+
+
+def gaussian_blur(images: torch.Tensor, std: float, radius: int) -> torch.Tensor:
+    """
+    Images after a Gaussian blur, which is linear, with reflection at the edges.
+
+    Args:
+        images (`torch.Tensor` of shape `(n, channels, height, width)`): floating, with more than `radius` pixels each
+            way.
+        std (`float`): the standard deviation, in pixels.
+        radius (`int`): pixels at which the Gaussian is cut off.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+    """
+    channels = images.shape[1]
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=images.device) / std) ** 2)
+    weights = (weights / weights.sum()).to(images.dtype)
+    images = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+    for shape in ((-1, 1), (1, -1)):
+        images = F.conv2d(images, weights.reshape(1, 1, *shape).expand(channels, 1, -1, -1), groups=channels)
+    return images
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

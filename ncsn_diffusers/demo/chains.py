@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageOps
 
 from ..hub.loading import NCSNPipeline
-from ..images import make_grid, read_image, to_model_range
+from ..images import gaussian_blur, make_grid, read_image, to_model_range
 from ..pipeline_ncsn import SCHEDULERS
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
@@ -522,15 +522,4 @@ def make_operator(
     if damage == "noisy":
         return lambda x: x
     blur = check_number("Blur", blur, 0.3, largest_blur(shape))
-    radius = math.ceil(3 * blur)
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / blur) ** 2)
-    weights = weights / weights.sum()
-
-    def operator(x: torch.Tensor) -> torch.Tensor:
-        channels, kernel = x.shape[1], weights.to(x)
-        x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
-        for view in ((-1, 1), (1, -1)):
-            x = F.conv2d(x, kernel.reshape(1, 1, *view).expand(channels, 1, -1, -1), groups=channels)
-        return x
-
-    return operator
+    return lambda x: gaussian_blur(x, blur, math.ceil(3 * blur))

@@ -52,6 +52,7 @@ from itertools import islice
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from ..images import gaussian_blur
 from .metrics import Metric, mean_and_error
 
 TOLERANCE = 0.05  # of images in [0, 1]
@@ -80,17 +81,10 @@ def make_pixelated(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torc
 
 
 def make_blurred(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    channels, height, width = shape
+    height, width = shape[1:]
     if min(height, width) <= BLUR_RADIUS:
         raise ValueError(f"`blurred` needs more than {BLUR_RADIUS} pixels each way, not {height} × {width} pixels.")
-    weights = torch.exp(-(torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1.0) ** 2) / (2 * BLUR_STD**2))
-    kernel = torch.outer(weights, weights).div(weights.sum() ** 2).expand(channels, 1, -1, -1)
-
-    def blur(x):
-        padded = F.pad(x, [BLUR_RADIUS] * 4, mode="reflect")
-        return F.conv2d(padded, kernel.to(x.device), groups=channels)
-
-    return blur
+    return lambda x: gaussian_blur(x, BLUR_STD, BLUR_RADIUS)
 
 
 # Each makes an operator for images of a shape `(channels, height, width)`.

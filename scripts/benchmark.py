@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,6 +120,11 @@ def load(pipeline: str | None) -> NCSNPipeline:
     pipe = NCSNPipeline.from_pretrained(pipeline or pretrained("mnist"))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def classes_in_turn(pipe: NCSNPipeline, indices: Iterable[int]) -> dict[str, list[int]]:
+    """The argument with which image i is of class i, modulo their number; none for a network without classes."""
+    return {} if pipe.num_classes is None else {"class_labels": [i % pipe.num_classes for i in indices]}
 
 
 def check_output(output: str) -> None:
@@ -244,10 +249,13 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def schedulers(
-    pipeline: PipelineName = None, output: str = "schedulers.png", num_images: int = 12, seed: int = 0
+    pipeline: PipelineName = None, output: str = "schedulers.png", num_images: int = 10, seed: int = 0
 ) -> None:
     """
     Draw a row of images with each scheduler, swapped in by `from_config` alone.
+
+    A class-conditional pipeline draws its classes in turn. Without classes there are rows of diffusers' own pipelines,
+    too, which take none.
 
     Args:
         pipeline: Folder of the pipeline; the digits that come with the package by default.
@@ -265,7 +273,7 @@ def schedulers(
     }
     for label, name in STOCK_SCHEDULERS.items():
         rows[f"{label}, 50"] = (pipe, getattr(diffusers, name).from_config(config), 50)
-    for name in ("DDIM", "DDPM"):
+    for name in ("DDIM", "DDPM") if pipe.num_classes is None else ():
         scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
         stock: DiffusionPipeline = getattr(diffusers, f"{name}Pipeline")(pipe.unet, scheduler)
         stock.set_progress_bar_config(disable=True)
@@ -277,10 +285,9 @@ def schedulers(
         axes, tqdm(rows.items(), unit="row"), strict=True
     ):
         runner.scheduler = scheduler
-        generator = torch.Generator().manual_seed(seed)
-        images = runner(
-            batch_size=num_images, num_inference_steps=num_inference_steps, generator=generator, output_type="pt"
-        ).images
+        arguments = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt"}
+        arguments |= classes_in_turn(pipe, range(num_images))
+        images = runner(batch_size=num_images, num_inference_steps=num_inference_steps, **arguments).images
         axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).cpu(), cmap="gray", vmin=0, vmax=1)
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
         axis.set(xticks=[], yticks=[])
@@ -374,8 +381,7 @@ def samplers(
 
     def draw(indices):
         generators = make_generators(seed, indices)
-        labels = None if pipe.num_classes is None else [i % pipe.num_classes for i in indices]
-        arguments = {"class_labels": labels, "generator": generators, "output_type": "pt"}
+        arguments = {"generator": generators, "output_type": "pt", **classes_in_turn(pipe, indices)}
         images = to_uint8(pipe(len(indices), num_levels, **arguments).images).cpu()
         return {"features": extract_features(images, classifier.features), "pixels": to_pixels(images)}
 

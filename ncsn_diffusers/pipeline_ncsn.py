@@ -551,8 +551,12 @@ class NCSNPipeline(DiffusionPipeline):
         share = ((sigmas / levels) ** 2).to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         levels = levels.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         x = x.float()
-        self._guidance_scale = 1.0
-        return torch.lerp(x, self._denoise(x, timesteps, levels, labels), share)  # x + sigma² score
+        guidance_scale, self._guidance_scale = self._guidance_scale, 1.0
+        try:
+            denoised = self._denoise(x, timesteps, levels, labels)
+        finally:
+            self._guidance_scale = guidance_scale  # of a running call, whose callback may ask here
+        return torch.lerp(x, denoised, share)  # x + sigma² score
 
     def score(
         self,

@@ -66,7 +66,7 @@ class LinearOperator:
 
     Raises:
         ValueError: it is no operator, does not take images of this shape, is not linear, mixes the images of a batch,
-            measures nothing, or its adjoint is not the adjoint.
+            measures nothing, changes what it is given in place, or its adjoint is not the adjoint.
     """
 
     def __init__(self, operator: Any, shape: tuple[int, int, int, int], device: str | torch.device = "cpu"):
@@ -138,8 +138,9 @@ class LinearOperator:
         return torch.randn(shape, generator=self._generator).to(self.device)
 
     def _apply_first(self, x: torch.Tensor) -> torch.Tensor:
+        given = x.clone()
         try:
-            y = self._forward(x)
+            y = self._forward(given)
         except Exception as error:  # a user's function raises what it likes
             raise ValueError(
                 f"`operator` cannot be applied to {len(x)} images of {self._sizes} (channels, height, width) in "
@@ -152,6 +153,8 @@ class LinearOperator:
                 f"`operator` must take {tuple(x.shape)} to ({len(x)}, ...), the measurements of each image, and "
                 f"returned {tuple(y.shape)}."
             )
+        if not torch.equal(given, x):
+            raise ValueError("`operator` must leave the images that it is given as they are: have it change a copy.")
         self.is_complex = y.is_complex()
         return self.A(x)
 
@@ -193,13 +196,18 @@ class LinearOperator:
         y = self.A(x)
         # A part along y finds wrong factors, a random part whatever else is wrong.
         v = y + self._randn(y.shape) * expand(_norm(y), y) / y[0].numel() ** 0.5
+        given = v.clone()
         try:
-            back = self.A_adjoint(v)
+            back = self.A_adjoint(given)
         except Exception as error:
             raise ValueError(
                 f"`operator`: A_adjoint cannot be applied to measurements of shape {self.measurement_shape}, which A "
                 f"returns, or does not return images of {self._sizes}: {type(error).__name__}: {error}"
             ) from error
+        if not torch.equal(given, v):
+            raise ValueError(
+                "`operator`: A_adjoint must leave the measurements that it is given as they are: have it change a copy."
+            )
         left, right = dot(y, v), dot(x, back)
         if not ((left - right).abs() <= TOLERANCE * _norm(y) * _norm(v)).all():  # NaN fails
             raise ValueError(

@@ -138,6 +138,11 @@ def test_global_randomness_is_left_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def in_place(x):
+    """A mask, linear by what it returns, that changes its argument."""
+    return x.mul_(MASK)
+
+
 @pytest.mark.parametrize(
     ("operator", "message"),
     [
@@ -164,6 +169,9 @@ def test_global_randomness_is_left_alone():
         (Objects(lambda x: F.avg_pool2d(x, 2), lambda y: F.interpolate(y, scale_factor=2)), "is not the adjoint"),
         (Objects(lambda x: x, lambda y: y * torch.nan), "is not the adjoint"),
         (Objects(lambda x: F.avg_pool2d(x, 2), lambda y: y), "A_adjoint cannot be applied to"),
+        (in_place, "leave the images that it is given"),
+        (Objects(in_place, lambda y: y * MASK), "leave the images that it is given"),
+        (Objects(lambda x: x * MASK, in_place), "A_adjoint must leave the measurements that it is given"),
     ],
 )
 def test_refuses_what_is_not_a_linear_operator(operator, message):

@@ -585,7 +585,8 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`sigma` must be at least {smallest:g}, the smallest level that the network was trained on, not "
                 f"{sigma.tolist()}."
             )
-        return (self.denoise(x, sigma, class_labels) - x) / sigma.to(x.device).reshape(-1, 1, 1, 1) ** 2
+        # x as the network sees it: what is rounded off would count as noise
+        return (self.denoise(x, sigma, class_labels) - x.float()) / sigma.to(x.device).reshape(-1, 1, 1, 1) ** 2
 
     # The loop and what surrounds it
 

@@ -26,6 +26,13 @@ def test_denoise_and_score_are_those_of_the_mixture(arguments, sigma):
     torch.testing.assert_close(pipe.score(x, sigma) * sigmas**2, expected - x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_denoise_and_score_are_in_float32(dtype):
+    pipe, x = analytic_pipeline(), X.to(dtype)
+    assert torch.equal(pipe.denoise(x, 0.01), pipe.denoise(x.float(), 0.01))
+    assert torch.equal(pipe.score(x, 0.01), pipe.score(x.float(), 0.01))  # the dtypes, too
+
+
 def test_below_the_smallest_level_the_score_stays():
     pipe, x = analytic_pipeline(), 0.3 * X
     score = pipe.score(x, 0.01)

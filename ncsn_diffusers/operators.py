@@ -44,6 +44,7 @@ FLOOR = 1e-6
 CG_ITERATIONS = 100
 CG_TOLERANCE = 1e-3
 CG_CONDITION = 1e4
+CG_DONE = 1e-16  # of the squared residual
 TOLERANCE = 1e-3  # of linearity and of the adjoint: projectors of tomography are no more exact
 
 
@@ -333,15 +334,19 @@ class LinearOperator:
         shift = max(variance / c, self.norm**2 / CG_CONDITION)
         condition = 1 + 1.1 * self.norm**2 / shift
         iterations = math.ceil(0.5 * condition**0.5 * math.log(2 / CG_TOLERANCE))
-        z, residual, direction, u = torch.zeros_like(r), r, r, None
-        square = dot(r, r)
+        size = expand(_norm(r).clamp(min=1e-30), r)
+        residual = r / size
+        z, direction, square = torch.zeros_like(r), residual, dot(residual, residual)
         for _ in range(min(iterations, CG_ITERATIONS)):
             product = shift * direction + self.A(self.A_adjoint(direction))
             step = _ratio(square, dot(direction, product))
             z = z + expand(step, r) * direction
             residual = residual - expand(step, r) * product
             last, square = square, dot(residual, residual)
+            # An image that is done stays: to go on in numbers that underflow leads away again, as far as it likes.
+            square = torch.where(square > CG_DONE, square, 0.0)
             direction = residual + expand(_ratio(square, last), r) * direction
+        z = z * size
         u = self.A_adjoint(z)
         return z / c, u
 
@@ -361,5 +366,5 @@ def expand(factors: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a/b, and 0 where conjugate gradients are done and both are 0."""
+    """a/b, and 0 where both are 0."""
     return torch.where(b > 0, a / b, 0.0)

@@ -889,7 +889,8 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`{name}` must be {' × '.join(map(str, shape))} (channels, height, width) for this network, not "
                 f"{' × '.join(map(str, tensor.shape[1:]))}: resize it first."
             )
-        if not ((tensor >= self.config.data_min) & (tensor <= 1)).all():
+        least = self.config.data_min if processor is self.image_processor else 0  # black in masks is 0
+        if not ((tensor >= least) & (tensor <= 1)).all():
             raise ValueError(f"`{name}` must hold numbers from 0 to 1, or be an 8-bit image.")
         return tensor
 

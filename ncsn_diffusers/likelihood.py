@@ -12,9 +12,9 @@ with the denoised estimate D. In u = log sigma and y = x/c, c = √(1 + sigma²)
     dy/du = (x/(1 + sigma²) - D)/c,                                                                              (1)
 
 whose right side vanishes as sigma grows, so that a few dozen steps of equal length in u are exact to four digits. The
-logarithm of the density changes by the divergence (their equation 39), and at sigma_max y is taken to be N(0, I). (Data in
-[0, 1] have their middle at ½, and chains begin there: at sigma_max = 50 that costs 5·10⁻⁵ nats per dimension, 0.06 at
-sigma_max = 1.) With d the number of dimensions,
+logarithm of the density changes by the divergence (their equation 39), and at sigma_max y is taken to be N(0, I). (Data
+in [0, 1] have their middle at ½, and chains begin there: at sigma_max = 50 that costs 5·10⁻⁵ nats per dimension, 0.06
+at sigma_max = 1.) With d the number of dimensions,
 
     log p(x) = log N(y_max; 0, I) - d log c_min + ∫ (d/(1 + sigma²) - tr ∂D/∂x) du,   u from log sigma_min up.   (2)
 

@@ -12,8 +12,9 @@ with the denoised estimate D. In u = log sigma and y = x/c, c = √(1 + sigma²)
     dy/du = (x/(1 + sigma²) - D)/c,                                                                              (1)
 
 whose right side vanishes as sigma grows, so that a few dozen steps of equal length in u are exact to four digits. The
-logarithm of the density changes by the divergence (their equation 39), and at sigma_max that of y is N(0, I), which is
-where the samplers start from. With d the number of dimensions,
+logarithm of the density changes by the divergence (their equation 39), and at sigma_max y is taken to be N(0, I). (Data
+in [0, 1] have their middle at ½, and chains begin there: at sigma_max = 50 that costs 5·10⁻⁵ nats per dimension, 0.06
+at sigma_max = 1.) With d the number of dimensions,
 
     log p(x) = log N(y_max; 0, I) - d log c_min + ∫ (d/(1 + sigma²) - tr ∂D/∂x) du,   u from log sigma_min up.   (2)
 
@@ -55,11 +56,9 @@ def loss_per_level(
         `torch.Tensor` of shape `(L, n)`.
 
     Raises:
-        ValueError: a noise level is outside the ladder.
+        ValueError: a noise level is outside the ladder, or images and noise are not floating and of one shape.
     """
-    low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
-    if not all(low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5) for sigma in sigmas):
-        raise ValueError(f"`sigmas` must lie in the ladder, from {low:g} to {high:g}, not {list(sigmas)}.")
+    _check_levels(scheduler, images, noise, sigmas)
     losses = []
     for sigma in sigmas:
         timesteps = _timesteps_at(scheduler, sigma, images)
@@ -85,11 +84,15 @@ def score_error(
         denoised (`Callable`): from x of shape `(n, ...)` and sigma, in units of the data, to E[x0 | x].
         images (`torch.Tensor` of shape `(n, ...)`): x0, in units of the data.
         noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal: x = x0 + sigma z.
-        sigmas (`Sequence[float]` of length L): noise levels, in units of the data.
+        sigmas (`Sequence[float]` of length L): noise levels within the ladder, in units of the data.
 
     Returns:
         `torch.Tensor` of shape `(L, n)`: 1 for a network that returns the score 0, where the noise is all there is.
+
+    Raises:
+        ValueError: as [`loss_per_level`].
     """
+    _check_levels(scheduler, images, noise, sigmas)
     errors = []
     for sigma in sigmas:
         x = images + sigma * noise
@@ -99,6 +102,7 @@ def score_error(
     return torch.stack(errors)
 
 
+@torch.no_grad()
 def log_likelihood(
     model,
     scheduler,
@@ -120,11 +124,13 @@ def log_likelihood(
         num_steps (`int`, defaults to 25): steps from sigma_min to sigma_max, equal in log sigma.
 
     Returns:
-        `torch.Tensor` of shape `(n,)`: log p in nats, in units of the data, float64, on the CPU.
+        `torch.Tensor` of shape `(n,)`: log p in nats, in units of the data, float64, on the CPU, without a gradient.
 
     Raises:
-        ValueError: the probes have another shape, or there are fewer than 1 step.
+        ValueError: x is not floating, the probes have another shape, or there are fewer than 1 step.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"`x` must be floating, in units of the data, not {x.dtype}.")
     if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape or not len(probes):
         raise ValueError(f"`probes` must be of shape (k, *{tuple(x.shape)}), not {tuple(probes.shape)}.")
     if num_steps < 1:
@@ -206,6 +212,17 @@ def bits_per_dim(
     x = to_model_range(images + offsets.to(images.device), data_min)
     log_p = log_likelihood(model, scheduler, x, signs.to(images.device), num_steps, class_labels)
     return -log_p / (x[0].numel() * math.log(2)) - math.log2(width)
+
+
+def _check_levels(scheduler, images: torch.Tensor, noise: torch.Tensor, sigmas: Sequence[float]) -> None:
+    if not images.is_floating_point() or noise.shape != images.shape:
+        raise ValueError(
+            "`images` must be floating, in units of the data, and `noise` of their shape, not "
+            f"{images.dtype} of {tuple(images.shape)} and {tuple(noise.shape)}."
+        )
+    low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+    if not all(low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5) for sigma in sigmas):
+        raise ValueError(f"`sigmas` must lie in the ladder, from {low:g} to {high:g}, not {list(sigmas)}.")
 
 
 def _timesteps_at(scheduler, sigma: float, like: torch.Tensor) -> torch.Tensor:

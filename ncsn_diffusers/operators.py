@@ -44,6 +44,7 @@ FLOOR = 1e-6
 CG_ITERATIONS = 100
 CG_TOLERANCE = 1e-3
 CG_CONDITION = 1e4
+CG_DONE = 1e-16  # of the squared residual
 TOLERANCE = 1e-3  # of linearity and of the adjoint: projectors of tomography are no more exact
 
 
@@ -66,7 +67,7 @@ class LinearOperator:
 
     Raises:
         ValueError: it is no operator, does not take images of this shape, is not linear, mixes the images of a batch,
-            measures nothing, or its adjoint is not the adjoint.
+            measures nothing, changes what it is given in place, or its adjoint is not the adjoint.
     """
 
     def __init__(self, operator: Any, shape: tuple[int, int, int, int], device: str | torch.device = "cpu"):
@@ -138,8 +139,9 @@ class LinearOperator:
         return torch.randn(shape, generator=self._generator).to(self.device)
 
     def _apply_first(self, x: torch.Tensor) -> torch.Tensor:
+        given = x.clone()
         try:
-            y = self._forward(x)
+            y = self._forward(given)
         except Exception as error:  # a user's function raises what it likes
             raise ValueError(
                 f"`operator` cannot be applied to {len(x)} images of {self._sizes} (channels, height, width) in "
@@ -152,6 +154,8 @@ class LinearOperator:
                 f"`operator` must take {tuple(x.shape)} to ({len(x)}, ...), the measurements of each image, and "
                 f"returned {tuple(y.shape)}."
             )
+        if not torch.equal(given, x):
+            raise ValueError("`operator` must leave the images that it is given as they are: have it change a copy.")
         self.is_complex = y.is_complex()
         return self.A(x)
 
@@ -193,13 +197,18 @@ class LinearOperator:
         y = self.A(x)
         # A part along y finds wrong factors, a random part whatever else is wrong.
         v = y + self._randn(y.shape) * expand(_norm(y), y) / y[0].numel() ** 0.5
+        given = v.clone()
         try:
-            back = self.A_adjoint(v)
+            back = self.A_adjoint(given)
         except Exception as error:
             raise ValueError(
                 f"`operator`: A_adjoint cannot be applied to measurements of shape {self.measurement_shape}, which A "
                 f"returns, or does not return images of {self._sizes}: {type(error).__name__}: {error}"
             ) from error
+        if not torch.equal(given, v):
+            raise ValueError(
+                "`operator`: A_adjoint must leave the measurements that it is given as they are: have it change a copy."
+            )
         left, right = dot(y, v), dot(x, back)
         if not ((left - right).abs() <= TOLERANCE * _norm(y) * _norm(v)).all():  # NaN fails
             raise ValueError(
@@ -325,15 +334,19 @@ class LinearOperator:
         shift = max(variance / c, self.norm**2 / CG_CONDITION)
         condition = 1 + 1.1 * self.norm**2 / shift
         iterations = math.ceil(0.5 * condition**0.5 * math.log(2 / CG_TOLERANCE))
-        z, residual, direction, u = torch.zeros_like(r), r, r, None
-        square = dot(r, r)
+        size = expand(_norm(r).clamp(min=1e-30), r)
+        residual = r / size
+        z, direction, square = torch.zeros_like(r), residual, dot(residual, residual)
         for _ in range(min(iterations, CG_ITERATIONS)):
             product = shift * direction + self.A(self.A_adjoint(direction))
             step = _ratio(square, dot(direction, product))
             z = z + expand(step, r) * direction
             residual = residual - expand(step, r) * product
             last, square = square, dot(residual, residual)
+            # An image that is done stays: to go on in numbers that underflow leads away again, as far as it likes.
+            square = torch.where(square > CG_DONE, square, 0.0)
             direction = residual + expand(_ratio(square, last), r) * direction
+        z = z * size
         u = self.A_adjoint(z)
         return z / c, u
 
@@ -353,5 +366,5 @@ def expand(factors: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a/b, and 0 where conjugate gradients are done and both are 0."""
+    """a/b, and 0 where both are 0."""
     return torch.where(b > 0, a / b, 0.0)

@@ -551,8 +551,12 @@ class NCSNPipeline(DiffusionPipeline):
         share = ((sigmas / levels) ** 2).to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         levels = levels.to(x.device, torch.float32).reshape(-1, 1, 1, 1)
         x = x.float()
-        self._guidance_scale = 1.0
-        return torch.lerp(x, self._denoise(x, timesteps, levels, labels), share)  # x + sigma² score
+        guidance_scale, self._guidance_scale = self._guidance_scale, 1.0
+        try:
+            denoised = self._denoise(x, timesteps, levels, labels)
+        finally:
+            self._guidance_scale = guidance_scale  # of a running call, whose callback may ask here
+        return torch.lerp(x, denoised, share)  # x + sigma² score
 
     def score(
         self,
@@ -581,7 +585,8 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`sigma` must be at least {smallest:g}, the smallest level that the network was trained on, not "
                 f"{sigma.tolist()}."
             )
-        return (self.denoise(x, sigma, class_labels) - x) / sigma.to(x.device).reshape(-1, 1, 1, 1) ** 2
+        # x as the network sees it: what is rounded off would count as noise
+        return (self.denoise(x, sigma, class_labels) - x.float()) / sigma.to(x.device).reshape(-1, 1, 1, 1) ** 2
 
     # The loop and what surrounds it
 
@@ -884,7 +889,8 @@ class NCSNPipeline(DiffusionPipeline):
                 f"`{name}` must be {' × '.join(map(str, shape))} (channels, height, width) for this network, not "
                 f"{' × '.join(map(str, tensor.shape[1:]))}: resize it first."
             )
-        if not ((tensor >= self.config.data_min) & (tensor <= 1)).all():
+        least = self.config.data_min if processor is self.image_processor else 0  # black in masks is 0
+        if not ((tensor >= least) & (tensor <= 1)).all():
             raise ValueError(f"`{name}` must hold numbers from 0 to 1, or be an 8-bit image.")
         return tensor
 

@@ -178,6 +178,9 @@ def test_psnr():
     samples = torch.stack([torch.full((3, 1, 4, 4), 0.1), torch.full((3, 1, 4, 4), 0.01)])
     torch.testing.assert_close(psnr(samples, truths[:, None]), torch.tensor([[20.0] * 3, [40.0] * 3]).double())
     assert psnr(truths, truths).tolist() == [math.inf] * 2
+    for images in (torch.zeros(2, 2, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.zeros(2, 1, 2, 2)):
+        with pytest.raises(ValueError, match="`truths` must have the axes of `images`"):
+            psnr(images, truths)
 
 
 def test_the_error_of_a_ratio():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from networks import MIXTURE, AnalyticUNet, ClassUNet, small_unet, train_sigmas
+from networks import MIXTURE, AnalyticUNet, ClassUNet, quiet_pipeline, small_unet, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNDenoiser, NCSNPipeline
 
@@ -26,6 +26,13 @@ def test_denoise_and_score_are_those_of_the_mixture(arguments, sigma):
     torch.testing.assert_close(pipe.score(x, sigma) * sigmas**2, expected - x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_denoise_and_score_are_in_float32(dtype):
+    pipe, x = analytic_pipeline(), X.to(dtype)
+    assert torch.equal(pipe.denoise(x, 0.01), pipe.denoise(x.float(), 0.01))
+    assert torch.equal(pipe.score(x, 0.01), pipe.score(x.float(), 0.01))  # the dtypes, too
+
+
 def test_below_the_smallest_level_the_score_stays():
     pipe, x = analytic_pipeline(), 0.3 * X
     score = pipe.score(x, 0.01)
@@ -38,6 +45,28 @@ def test_denoise_of_a_class():
     pipe = NCSNPipeline(ClassUNet(means, 0.2, train_sigmas(scheduler).tolist()), scheduler)
     found = pipe.denoise(torch.zeros(2, 1, 2, 4), 10.0, class_labels=[0, 1]).flatten(1)
     torch.testing.assert_close(found, means, rtol=0.01, atol=0)
+
+
+def test_a_callback_may_ask_for_the_score_of_a_guided_chain():
+    scheduler, means = AnnealedLangevinScheduler(), torch.tensor([[0.5] * 8, [-0.5] * 8])
+    pipe = quiet_pipeline(ClassUNet(means, 0.2, train_sigmas(scheduler).tolist()), scheduler)
+    scores = []
+
+    def look(pipe, i, t, tensors):
+        scores.append(pipe.score(torch.zeros(1, 1, 2, 4), 10.0, class_labels=1))
+
+    images = pipe(
+        500,
+        10,
+        class_labels=0,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        callback_on_step_end=look,
+    ).images
+    assert abs(images.mean() - 3 * 0.5) < 0.02  # N(w mean, deviation²); without guidance 0.5
+    for score in scores:  # of the class itself, unguided: (mean - x)/(deviation² + sigma²)
+        torch.testing.assert_close(score, torch.full_like(score, -0.5 / (0.2**2 + 10**2)), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize(

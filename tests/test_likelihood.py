@@ -143,6 +143,13 @@ def test_bits_per_dim_of_images_whose_probability_is_known(data_min):
     torch.testing.assert_close(alone, bits[7:8], rtol=0, atol=1e-6)
 
 
+def test_the_likelihood_has_no_gradient():
+    # the integral is not followed, and what is left of the gradient would be another one
+    scheduler = AnnealedLangevinScheduler()
+    x = torch.zeros(2, 1, 2, 4, requires_grad=True)
+    assert not log_likelihood(mixture_unet(scheduler), scheduler, x, torch.ones(1, 2, 1, 2, 4), 2).requires_grad
+
+
 # --- The score ---
 
 
@@ -183,6 +190,15 @@ def test_wrong_inputs():
     model, images = mixture_unet(scheduler), torch.zeros(3, 1, 2, 4)
     with pytest.raises(ValueError, match=r"`sigmas` must lie in the ladder, from 0.01 to 50, not \[0.1, 60\]"):
         loss_per_level(model, scheduler, images, images, [0.1, 60])
+    with pytest.raises(ValueError, match=r"`sigmas` must lie in the ladder, from 0.01 to 50, not \[0.001\]"):
+        score_error(model, scheduler, lambda x, sigma: x, images, images, [0.001])
+    for function, rest in ((loss_per_level, ()), (score_error, (lambda x, sigma: x,))):
+        with pytest.raises(ValueError, match=r"floating, in units of the data, .* not torch\.uint8"):
+            function(model, scheduler, *rest, images.byte(), images, [1.0])
+        with pytest.raises(ValueError, match=r"`noise` of their shape, .* \(3, 1, 2, 4\) and \(1, 1, 2, 4\)"):
+            function(model, scheduler, *rest, images, images[:1], [1.0])
+    with pytest.raises(ValueError, match=r"`x` must be floating, in units of the data, not torch\.uint8"):
+        log_likelihood(model, scheduler, images.byte(), images[None])
     with pytest.raises(ValueError, match=r"`probes` must be of shape .* not \(3, 1, 2, 4\)"):
         log_likelihood(model, scheduler, images, images)
     with pytest.raises(ValueError, match="`num_steps` must be at least 1, not 0"):

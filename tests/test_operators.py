@@ -132,10 +132,32 @@ def test_gradients_do_not_depend_on_the_batch(monkeypatch):
         torch.testing.assert_close(a[1:2], b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e6])
+def test_gradients_stay_where_they_are_exact(monkeypatch, size):
+    # 6 numbers are found in 6 iterations, and up to 100 are taken
+    matrix, r = random((6, 16), 3) / 2, size * random((2000, 6), 9)
+    monkeypatch.setattr(operators, "MAX_SPECTRAL", 0)
+    operator = LinearOperator(matrix, (2000, 1, 4, 4))
+    assert solver_name(operator) == "_solve_by_gradients"
+    square = matrix.double() @ matrix.double().mT
+    for c, variance in ((0.01, 0.0), (1.0, 0.0), (1.0, 0.001), (100.0, 0.0001)):
+        shift = max(variance, c * operator.norm**2 / operators.CG_CONDITION)
+        expected = torch.linalg.solve(shift * torch.eye(6) + c * square, r.double().mT).mT
+        z, u = operator.solve(r, c, variance)
+        assert ((z - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all()
+        expected = c * expected @ matrix.double()
+        assert ((u.flatten(1) - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all()
+
+
 def test_global_randomness_is_left_alone():
     state = torch.get_rng_state()
     LinearOperator(blur, SHAPE)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def in_place(x):
+    """A mask, linear by what it returns, that changes its argument."""
+    return x.mul_(MASK)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +186,9 @@ def test_global_randomness_is_left_alone():
         (Objects(lambda x: F.avg_pool2d(x, 2), lambda y: F.interpolate(y, scale_factor=2)), "is not the adjoint"),
         (Objects(lambda x: x, lambda y: y * torch.nan), "is not the adjoint"),
         (Objects(lambda x: F.avg_pool2d(x, 2), lambda y: y), "A_adjoint cannot be applied to"),
+        (in_place, "leave the images that it is given"),
+        (Objects(in_place, lambda y: y * MASK), "leave the images that it is given"),
+        (Objects(lambda x: x * MASK, in_place), "A_adjoint must leave the measurements that it is given"),
     ],
 )
 def test_refuses_what_is_not_a_linear_operator(operator, message):

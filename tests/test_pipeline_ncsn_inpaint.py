@@ -512,6 +512,8 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"mask_image": torch.zeros(8, 8)}, "`mask_image` leaves nothing to draw"),
         ({"mask_image": torch.full((8, 8), math.nan)}, "`mask_image` must hold numbers from 0 to 1"),
         ({"mask_image": torch.full((8, 8), 200.0)}, "`mask_image` must hold numbers from 0 to 1"),
+        ({"mask_image": torch.eye(8) - 0.1}, "`mask_image` must hold numbers from 0 to 1"),
+        ({"mask_image": 2 * np.eye(8, dtype=np.int64) - 1}, "`mask_image` must hold numbers from 0 to 1"),
         ({"mask_image": torch.ones(2, 1, 8, 8), "batch_size": 3}, "`mask_image` has 2 entries, but batch_size=3"),
         (
             {"image": torch.rand(2, 1, 8, 8), "mask_image": torch.ones(3, 1, 8, 8)},

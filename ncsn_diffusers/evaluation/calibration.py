@@ -234,11 +234,20 @@ def psnr(images: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
 
     Args:
         images (`torch.Tensor` of shape `(..., channels, height, width)`): samples or their mean.
-        truths (`torch.Tensor` of a shape that fits): the images that are meant; `truths[:, None]` for samples.
+        truths (`torch.Tensor` of as many axes): the images that are meant; `truths[:, None]` for samples.
 
     Returns:
         `torch.Tensor` of shape `(...)`: float64, infinite where the two are equal.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    # without the axis, each sample would be compared with the truth of another image
+    if images.ndim != truths.ndim or any(m not in (1, n) for n, m in zip(images.shape, truths.shape, strict=True)):
+        raise ValueError(
+            "`truths` must have the axes of `images`, each as long or of length 1, not the shape "
+            f"{tuple(truths.shape)} beside {tuple(images.shape)}: `truths[:, None]` goes with samples."
+        )
     return -10 * (images.double() - truths.double()).square().mean((-3, -2, -1)).log10()
 
 

@@ -227,6 +227,11 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             measurement = torch.as_tensor(measurement)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"`measurement` must be a tensor, not {type(measurement).__name__}: {error}") from error
+        if measurement.dtype == torch.uint8:
+            raise ValueError(
+                "`measurement` must be floating or complex, in the units of `units`, not uint8: 8-bit images divided by "
+                "255 are in units of 'image'."
+            )
         if not measurement.ndim or not measurement.numel():
             raise ValueError(f"`measurement` must have the shape (n, ...), not {tuple(measurement.shape)}.")
         if not measurement.isfinite().all():

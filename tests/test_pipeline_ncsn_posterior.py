@@ -375,6 +375,7 @@ def test_loads_what_any_pipeline_saved(tmp_path):
         ({"noise_std": True}, "`noise_std`"),
         ({"units": "pixels"}, "`units` must be one of 'data', 'image', not 'pixels'"),
         ({"measurement": torch.full((1, 1, 4, 4), torch.nan)}, "`measurement` must be finite"),
+        ({"measurement": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)}, "`measurement` must be floating .*, not uint8"),
         ({"measurement": "y"}, "`measurement` must be a tensor, not str"),
         ({"measurement": torch.zeros(1, 1, 8, 8)}, r"`measurement` must have the shape \(n, 1, 4, 4\)"),
         ({"measurement": torch.zeros(4, 4)}, r"`measurement` must have the shape \(n, 1, 4, 4\)"),

@@ -229,8 +229,8 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             raise ValueError(f"`measurement` must be a tensor, not {type(measurement).__name__}: {error}") from error
         if measurement.dtype == torch.uint8:
             raise ValueError(
-                "`measurement` must be floating or complex, in the units of `units`, not uint8: 8-bit images divided by "
-                "255 are in units of 'image'."
+                "`measurement` must be floating or complex, in the units of `units`, not uint8: 8-bit images divided "
+                "by 255 are in units of 'image'."
             )
         if not measurement.ndim or not measurement.numel():
             raise ValueError(f"`measurement` must have the shape (n, ...), not {tuple(measurement.shape)}.")

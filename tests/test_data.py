@@ -25,6 +25,7 @@ from ncsn_diffusers.data import (
     UnreadableImageError,
     decode_images,
     encode_labels,
+    find_class_names,
     find_columns,
     load_training_data,
     open_images,
@@ -217,6 +218,11 @@ def test_names_of_either_type_are_classes_and_may_be_missing(kind):
     names = Dataset(pa.table({"kind": pa.array(["dog", None, "cat"], getattr(pa, kind)())}))
     dataset, num_classes = encode_labels(names, "kind")
     assert (dataset["kind"][:], num_classes) == ([1, None, 0], 2)
+    dataset, num_classes = encode_labels(names, "kind", ["ant", "cat", "cow", "dog"])  # of another split
+    assert (dataset["kind"][:], num_classes) == ([3, None, 1], 4)
+    assert find_class_names(dataset, "kind") == ["ant", "cat", "cow", "dog"]
+    with pytest.raises(ValueError, match="holds 'dog', which is not among the classes of the training data, ant, cat"):
+        encode_labels(names, "kind", ["ant", "cat"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

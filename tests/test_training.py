@@ -1074,6 +1074,59 @@ def test_validation_leaves_the_live_weights_alone(small, tmp_path):
     assert_same_state(tmp_path / "plain" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
 
 
+def split_labels(folder, **splits):
+    """A data set of black images, for each split a type of label and the labels."""
+    parts = {}
+    for split, (kind, labels) in splits.items():
+        features = datasets.Features({"image": datasets.Image(), "kind": kind})
+        rows = {"image": [Image.new("L", (8, 8))] * len(labels), "kind": labels}
+        parts[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    return {"train_data_dir": str(folder), "label_column": "kind", "class_conditional": True, "train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (datasets.Value("string"), ["cat", "dog", "fox", "owl"]),
+        (datasets.Value("int64"), [0, 1, 2, 3]),
+        (datasets.ClassLabel(names=["cat", "dog", "fox", "owl"]), ["cat", "dog", "fox", "owl"]),
+    ],
+)
+def test_validation_numbers_classes_as_the_training_does(small, tmp_path, kind, names):
+    cat, dog, fox, owl = names
+    data = split_labels(tmp_path / "data", train=(kind, [owl, fox, dog, cat]), test=(kind, [cat, fox, None]))
+    trainer = Trainer(small(**data, validation_split="test"))
+    assert trainer.num_classes == 4
+    assert trainer.validation.labels.tolist() == [0, 2, 4]  # and no label, after the last class
+
+
+@pytest.mark.parametrize(
+    ("train_kind", "test_kind", "train_labels", "test_labels", "message"),
+    [
+        ("string", "string", "abc", "abd", "`validation_split`='test': .*holds 'd', which is not among the classes of"),
+        (
+            "int64",
+            "int64",
+            (0, 1, 2),
+            (0, 1, 3),
+            "'test' has 4 classes, which are numbers, the training data 3 classes",
+        ),
+        ("abc", "cba", "abc", "abc", r"'test' has 3 classes \(c, b, a\), the training data 3 classes \(a, b, c\)"),
+    ],
+)
+def test_validation_of_other_classes_is_refused(
+    small, tmp_path, train_kind, test_kind, train_labels, test_labels, message
+):
+    def column(kind):
+        return datasets.Value(kind) if kind in ("string", "int64") else datasets.ClassLabel(names=list(kind))
+
+    train_split, test_split = (column(train_kind), list(train_labels)), (column(test_kind), list(test_labels))
+    data = split_labels(tmp_path / "data", train=train_split, test=test_split)
+    with pytest.raises(ValueError, match=message):
+        Trainer(small(**data, validation_split="test"))
+
+
 def test_validation_data_must_fit(small, image_folder, tmp_path):
     (tmp_path / "both").mkdir()
     shutil.copytree(image_folder, tmp_path / "both" / "train")

@@ -136,8 +136,9 @@ class Trainer:
         config = self.config
         if config.resolution is not None:
             check_size(config, config.resolution, config.resolution)  # before the data are read
-        self.images, self.num_classes = open_training_images(config, self.accelerator)
-        self.validation = open_validation_images(config, self.accelerator, self.images.shape, self.num_classes)
+        self.images, classes = open_training_images(config, self.accelerator)
+        self.num_classes = classes and classes.number
+        self.validation = open_validation_images(config, self.accelerator, self.images.shape, classes)
         self.num_steps, self.steps_per_epoch = config.max_train_steps, None
         if not config.streaming:
             total = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes

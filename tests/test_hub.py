@@ -181,6 +181,29 @@ def test_variants(hub, folder, pipe):
         NCSNPipeline.from_pretrained("ann/digits", variant="bf16")
 
 
+def test_weights_of_an_earlier_upload_do_not_stay(hub, folder, pipe, caplog):
+    """They would load as a variant of the new network."""
+    push_to_hub(folder, "ann/digits", variants=("fp16", "ema"))
+    push_to_hub(folder, "ann/digits", variants=("fp16",), revision="other")
+    hub.repositories["ann/digits"].commit(
+        "main", {"unet/diffusion_pytorch_model.bin": (b"pickle", True), "notes.txt": (b"mine", False)}, "By hand"
+    )
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1.0)
+    pipe.save_pretrained(folder)
+    push_to_hub(folder, "ann/digits", variants=("fp16",))
+    weights = [name for name in sorted(hub.files("ann/digits")) if name.startswith("unet/diffusion")]
+    assert weights == ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+    assert "unet/diffusion_pytorch_model.bin, unet/diffusion_pytorch_model.ema.safetensors of ann/digits" in caplog.text
+    assert hub.files("ann/digits")["notes.txt"] == b"mine"
+    half = NCSNPipeline.from_pretrained("ann/digits", variant="fp16")
+    assert torch.equal(half.unet.conv_out.bias, pipe.unet.conv_out.bias.half().float())
+    BackgroundPush("ann/digits", folder).push(pipe, "Step 1").result()
+    assert FILES | {"notes.txt", "samples.png", "loss.png"} == set(hub.files("ann/digits"))
+    assert "unet/diffusion_pytorch_model.ema.safetensors" not in hub.files("ann/digits", "other")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("ann/digits", "other")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -300,7 +323,10 @@ def test_a_space_beside_the_model(hub, folder):
                 for module in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names}:
                     module = {"PIL": "pillow"}.get(module, module)
                     assert module in {requirement.name for requirement in requirements}, (name, module)
+    older = {f"ncsn_diffusers{name}": (b"", False) for name in ("-0.0.1.dist-info/METADATA", "/older.py")}
+    hub.repositories["spaces/ann/digits"].commit("main", older | {"notes.txt": (b"mine", False)}, "An older version")
     push_to_hub(folder, "digits", space=True)  # and once more, where both exist
+    assert set(hub.files("spaces/ann/digits")) == set(files) | {"notes.txt"}
     assert len(hub.repositories["spaces/ann/digits"].commits) >= 2
 
 

@@ -39,7 +39,7 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
-from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
+from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
 from ncsn_diffusers.hub.space import GRADIO
 from ncsn_diffusers.training import TrainingConfig, train
 
@@ -425,6 +425,22 @@ def test_training_publishes_at_checkpoints_and_at_the_end(hub, training_config, 
     assert {"README.md", "samples.png", "loss.png", "unet/diffusion_pytorch_model.safetensors"} <= files.keys()
     assert not any(b"hf_" in content for content in files.values())
     check_same(NCSNPipeline.from_pretrained("lab/digits"), pipe)
+
+
+def test_training_anew_publishes_nothing_of_the_run_before(hub, training_config, tmp_path, monkeypatch):
+    train(training_config(push_to_hub=False, eval_steps=1)).save_pretrained(tmp_path / "run", variant="fp16")
+    collected = []
+    monkeypatch.setattr(
+        upload, "collect_files", lambda *a, **kw: collected.append(collect_files(*a, **kw)) or collected[-1]
+    )
+    pipe = train(training_config(overwrite_output_dir=True, seed=1))
+    first, last = collected
+    assert not {"samples.png", "loss.png"} & first.keys() and {"samples.png", "loss.png"} <= last.keys()
+    assert {path.name for path in (tmp_path / "run").glob("samples*.png")} == {"samples.png"}
+    assert [path.name for path in (tmp_path / "run" / "unet").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    check_same(NCSNPipeline.from_pretrained(tmp_path / "run"), pipe)
 
 
 def test_a_hub_that_is_gone_costs_no_training(hub, training_config, caplog, tmp_path):

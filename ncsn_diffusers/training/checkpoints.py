@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from ..hub.weights import WEIGHTS
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -108,8 +110,11 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
 
 
 def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, then move its files over those of `output_dir`; if it fails, none change."""
-    folder = output_dir / f"{_INCOMPLETE}files"
+    """
+    Let `write` fill a new folder with a pipeline, then move its files over those of `output_dir`; if it fails, none
+    change. Variants of the weights that were there before are deleted: they are not of this network.
+    """
+    folder, written = output_dir / f"{_INCOMPLETE}files", set()
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write(folder)
@@ -118,6 +123,9 @@ def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
                 target = output_dir / path.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
+                written.add(target)
+        for path in {path for target in written for path in target.parent.glob(f"{WEIGHTS}*")} - written:
+            path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

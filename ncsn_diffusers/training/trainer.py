@@ -121,6 +121,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 if checkpoint is None:
                     checkpoints.remove_all(folder)
+                    for path in (folder / "loss.png", folder / "samples.png", *folder.glob("samples-*.png")):
+                        path.unlink(missing_ok=True)  # an upload would show them as those of this run
                 checkpoints.remove_incomplete(folder)
         return checkpoint
 

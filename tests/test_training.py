@@ -740,6 +740,38 @@ def test_what_a_network_means_cannot_change(small, changes, message):
         train(small(max_train_steps=2, resume_from_checkpoint="latest", **changes))
 
 
+def test_classes_cannot_change_their_numbers(small, tmp_path):
+    column = datasets.Value("string")
+    data = split_labels(tmp_path / "data", train=(column, ["cat", "dog", "owl", "cat"]))
+    train(small(**data, max_train_steps=1))
+    data = split_labels(tmp_path / "more", train=(column, ["owl", "owl", "dog", "cat", "cat"]))
+    train(small(**data, max_train_steps=2, resume_from_checkpoint="latest"))
+    data = split_labels(tmp_path / "other", train=(column, ["cat", "fox", "owl", "cat"]))
+    with pytest.raises(
+        ValueError, match=r"the classes of .* are cat, dog, owl, and those of the data are cat, fox, owl"
+    ):
+        train(small(**data, max_train_steps=3, resume_from_checkpoint="latest"))
+
+
+def test_noise_levels_that_the_data_chose_stay(small, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(2):
+        Image.new("L", (8, 8), (100, 151)[i]).save(images / f"{i}.png")
+    arguments = {"train_data_dir": str(images), "train_batch_size": 2}
+    arguments |= {"sigma_max": "auto", "num_train_timesteps": "auto", "conditioning": "sigma"}
+    train(small(**arguments, max_train_steps=1))
+    first = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert first.sigma_max == pytest.approx(8 * 0.4)  # 51 of 255 is 0.4 of [-1, 1]; of 64 pixels
+    for i in range(2):
+        Image.new("L", (8, 8), 255 * i).save(images / f"{i + 2}.png")
+    train(small(**arguments, max_train_steps=2, resume_from_checkpoint="latest"))
+    second = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert (second.sigma_max, second.num_train_timesteps) == (first.sigma_max, first.num_train_timesteps)
+    train(small(**arguments, max_train_steps=1, overwrite_output_dir=True))
+    assert NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config.sigma_max == pytest.approx(16)
+
+
 def test_averages_begin_with_the_weights_when_they_are_asked_for_late(small):
     train(small(max_train_steps=3, use_ema=False))
     trainer = Trainer(small(max_train_steps=4, resume_from_checkpoint="latest"))
@@ -824,6 +856,11 @@ def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
         assert first.keys() == second.keys()
         for key in first.keys() - {"images_per_second"}:
             assert second[key] == pytest.approx(first[key], rel=2e-3), key
+    arguments |= {"num_epochs": 4, "resume_from_checkpoint": "latest"}
+    train(small(output_dir=str(tmp_path / "two"), train_batch_size=10, **arguments))
+    records = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    changed = next(record["changed_settings"] for record in records if "changed_settings" in record)
+    assert changed["num_processes"] == {"before": 2, "now": 1}
 
 
 # Rank 0's disk is full at step 2, for the checkpoint, and then for what else is named on the command line.

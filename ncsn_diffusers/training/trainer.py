@@ -139,7 +139,7 @@ class Trainer:
         if config.resolution is not None:
             check_size(config, config.resolution, config.resolution)  # before the data are read
         self.images, classes = open_training_images(config, self.accelerator)
-        self.num_classes = classes and classes.number
+        self.num_classes, self.class_names = (classes.number, classes.names) if classes else (None, None)
         self.validation = open_validation_images(config, self.accelerator, self.images.shape, classes)
         self.num_steps, self.steps_per_epoch = config.max_train_steps, None
         if not config.streaming:
@@ -155,7 +155,9 @@ class Trainer:
 
     def _make_models(self) -> None:
         config, accelerator = self.config, self.accelerator
-        levels = choose_noise_levels(config, self.images)
+        # A run that resumes keeps the levels that were chosen, even if images have been added since.
+        before = {} if self.checkpoint is None else checkpoints.read_manifest(self.checkpoint)
+        levels = before.get("noise_levels") or choose_noise_levels(config, self.images)  # version 0.1 kept none
         self.scheduler = AnnealedLangevinScheduler(
             **levels,
             **self._sampler_settings(levels["num_train_timesteps"]),
@@ -565,6 +567,9 @@ class Trainer:
             with together(accelerator):
                 if accelerator.is_main_process:
                     manifest = {"step": self.step, "config": asdict(self.config)}
+                    names = ("num_train_timesteps", "sigma_min", "sigma_max")
+                    manifest["noise_levels"] = {name: self.scheduler.config[name] for name in names}
+                    manifest |= {"num_processes": accelerator.num_processes, "class_names": self.class_names}
                     checkpoints.commit(folder, manifest, self.config.checkpoints_total_limit)
         except CANNOT_WRITE as failure:
             if accelerator.is_main_process:
@@ -577,6 +582,9 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         manifest = checkpoints.read_manifest(checkpoint)
         self.changes = changed_settings(manifest["config"], self.config)
+        before, now = manifest.get("num_processes"), self.accelerator.num_processes  # version 0.1 kept none
+        if before not in (None, now):  # so are the images of a step, at the same `train_batch_size`
+            self.changes["num_processes"] = {"before": before, "now": now}
         for name in FIXED_SETTINGS:
             if name in self.changes:
                 before, now = self.changes[name]["before"], self.changes[name]["now"]
@@ -586,6 +594,12 @@ class Trainer:
         changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in self.changes.items())
         if changes:
             self.accelerator.print(f"Going on with other settings than before: {changes}.")
+        before = manifest.get("class_names") or self.class_names
+        if before != self.class_names and len(before) == self.num_classes:  # with another number the weights do not fit
+            raise ValueError(
+                f"`resume_from_checkpoint`: the classes of {checkpoint} are {', '.join(before)}, and those of the data "
+                f"are {', '.join(self.class_names or ['numbers'])}: their numbers would change their meaning."
+            )
         if manifest["step"] > self.num_steps:
             raise ValueError(
                 f"`resume_from_checkpoint`: {checkpoint} has {manifest['step']} steps behind it, more than the "

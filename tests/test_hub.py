@@ -233,6 +233,9 @@ def test_folder_that_cannot_be_published(hub, folder, damage, error, message):
 def test_arguments_that_cannot_work(hub, folder, pipe, monkeypatch):
     with pytest.raises(ValueError, match="`variants` must be among fp16, ema"):
         push_to_hub(folder, "ann/digits", variants=("int8",))
+    pipe.save_pretrained(folder, variant="fp16")
+    with pytest.raises(ValueError, match=r"`variants` must be among fp16, ema, .*, not 'fp1'"):
+        push_to_hub(folder, "ann/digits", variants=("fp1",))
     with pytest.raises(ValueError, match="no 'ema'"):
         pipe.push_to_hub("ann/digits", variants=("ema",))
     with pytest.raises(ValueError, match="not/a/name"):

@@ -154,6 +154,14 @@ def test_palettes_become_colours():
     assert read(image)[:, 0].tolist() == [[10, 40], [20, 50], [30, 60]]
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_of_an_animation_the_first_image_is_read(tmp_path, name):
+    frames = [PILImage.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    lossless = {"lossless": True} if name == "a.webp" else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
+    assert decode_images(load_training_data(train_data_dir=str(tmp_path)))[:, :, 0, 0].tolist() == [[255, 0, 0]]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_asked_for(channels):
     for mode in ("1", "L", "P", "RGB", "RGBA", "LA"):

@@ -464,6 +464,18 @@ def test_resume_errors(small, tmp_path, capsys):
     assert f"Going on from {out / 'checkpoint-2'}" in capsys.readouterr().out
 
 
+def test_going_on_from_an_earlier_one_gives_up_the_later(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(small(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9))
+    arguments = {"learning_rate": 1e-4, "resume_from_checkpoint": str(out / "checkpoint-1")}
+    train(small(max_train_steps=2, **arguments))
+    assert f"Later checkpoints, up to {out / 'checkpoint-4'}, are given up" in capsys.readouterr().out
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    # what goes on next has the settings, and so the weights, of the branch that was kept
+    manifest = checkpoints.read_manifest(checkpoints.latest(out))
+    assert (manifest["step"], manifest["config"]["learning_rate"]) == (2, 1e-4)
+
+
 def test_overwriting_starts_anew(small, tmp_path):
     train(small(max_train_steps=4, checkpointing_steps=2, checkpoints_total_limit=2))
     train(small(max_train_steps=1, overwrite_output_dir=True))

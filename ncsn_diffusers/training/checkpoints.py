@@ -86,6 +86,9 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     """
     Give a checkpoint whose files are all written its final name, and delete the oldest beyond `total_limit`.
 
+    Those with more steps are deleted, too: the run went on from an earlier one, which gave them up, and [`latest`] must
+    not lead back to them.
+
     Args:
         folder (`Path`): what [`begin`] has returned.
         manifest (`dict`): what to keep beside the files, for [`read_manifest`].
@@ -103,8 +106,10 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
-    complete = [path for path in _checkpoints(output_dir) if is_complete(path)]
-    for old in complete[:-total_limit]:
+    paths = _checkpoints(output_dir)
+    end = paths.index(target) + 1
+    kept, given_up = ([path for path in part if is_complete(path)] for part in (paths[:end], paths[end:]))
+    for old in kept[:-total_limit] + given_up:
         shutil.rmtree(old)
     return target
 

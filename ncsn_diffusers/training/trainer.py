@@ -620,6 +620,9 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(self.averages, self.weights)  # the checkpoint's are not averages
         self.accelerator.print(f"Going on from {checkpoint}.")
+        last = checkpoints.latest(self.output_dir)
+        if last is not None and checkpoints.read_manifest(last)["step"] > self.step:
+            self.accelerator.print(f"Later checkpoints, up to {last}, are given up: the next one replaces them.")
 
     def _apply_settings(self) -> None:
         """Make AdamW and the schedule follow this run's settings, not those loaded with their state."""

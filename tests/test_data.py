@@ -669,4 +669,4 @@ def test_numbers_of_images_and_classes_are_printed_at_the_start(tmp_path, capsys
     numbered(tmp_path / "set", *(f"{kind}/{i}.png" for kind in ("car", "dog", "train") for i in range(8)))
     arguments = {"train_data_dir": str(tmp_path / "set"), "output_dir": str(tmp_path / "out"), "max_train_steps": 1}
     train(small_config(resolution=8, class_conditional=True, **arguments))
-    assert "Training on 24 images (1 channels, 8×8) of 3 classes." in capsys.readouterr().out
+    assert "Training on 24 images (1 channels, 8×8) of 3 classes, from `image` and `label`." in capsys.readouterr().out

@@ -765,7 +765,7 @@ def test_classes_cannot_change_their_numbers(small, tmp_path):
         train(small(**data, max_train_steps=3, resume_from_checkpoint="latest"))
 
 
-def test_noise_levels_that_the_data_chose_stay(small, tmp_path):
+def test_noise_levels_that_the_data_chose_stay(small, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(2):
@@ -780,6 +780,7 @@ def test_noise_levels_that_the_data_chose_stay(small, tmp_path):
     train(small(**arguments, max_train_steps=2, resume_from_checkpoint="latest"))
     second = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
     assert (second.sigma_max, second.num_train_timesteps) == (first.sigma_max, first.num_train_timesteps)
+    assert "num_images: 2 → 4" in capsys.readouterr().out
     train(small(**arguments, max_train_steps=1, overwrite_output_dir=True))
     assert NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config.sigma_max == pytest.approx(16)
 
@@ -1031,7 +1032,7 @@ def test_classes(small, tmp_path):
     assert 16 < (side > 0).sum() < 48  # without a label both, as a fair coin: its deviation is 4
 
 
-def test_columns_by_name(small, tmp_path):
+def test_columns_by_name(small, tmp_path, capsys):
     columns = {
         "gray": [Image.new("L", (8, 8))] * 20,
         "colour": [Image.new("RGB", (8, 8))] * 20,
@@ -1045,6 +1046,7 @@ def test_columns_by_name(small, tmp_path):
     arguments = {"dataset_name": str(tmp_path / "data"), "train_data_dir": None, "class_conditional": True}
     unet = train(small(**arguments)).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (1, 3)
+    assert "of 2 classes, from `gray` and `kind`." in capsys.readouterr().out  # the first of several
     arguments |= {"image_column": "colour", "label_column": "size", "overwrite_output_dir": True}
     unet = train(small(**arguments)).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (3, 4)

@@ -45,7 +45,8 @@ def open_training_images(config: TrainingConfig, accelerator: Accelerator) -> tu
     channels, height, width = images.shape
     accelerator.print(
         f"Training on {'a stream of' if config.streaming else f'{len(images):,}'} images ({channels} channels, "
-        f"{height}×{width}) {'without classes' if num_classes is None else f'of {num_classes:,} classes'}."
+        f"{height}×{width}) {'without classes' if num_classes is None else f'of {num_classes:,} classes'}, "
+        f"from {' and '.join(f'`{name}`' for name in columns if name is not None)}."  # of several the first is taken
     )
     return images, classes
 

@@ -555,6 +555,11 @@ class Trainer:
                 )
             self.images.position = positions[self.accelerator.process_index]
 
+    def _order(self) -> dict[str, int | None]:
+        """On what the order of the images depends, besides the settings."""
+        num_images = None if self.config.streaming else len(self.images)
+        return {"num_processes": self.accelerator.num_processes, "num_images": num_images}
+
     def _save_checkpoint(self) -> None:
         """Save a checkpoint. One that cannot be written costs a warning, not the run."""
         self._check_finite()
@@ -569,7 +574,7 @@ class Trainer:
                     manifest = {"step": self.step, "config": asdict(self.config)}
                     names = ("num_train_timesteps", "sigma_min", "sigma_max")
                     manifest["noise_levels"] = {name: self.scheduler.config[name] for name in names}
-                    manifest |= {"num_processes": accelerator.num_processes, "class_names": self.class_names}
+                    manifest |= self._order() | {"class_names": self.class_names}
                     checkpoints.commit(folder, manifest, self.config.checkpoints_total_limit)
         except CANNOT_WRITE as failure:
             if accelerator.is_main_process:
@@ -582,9 +587,9 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         manifest = checkpoints.read_manifest(checkpoint)
         self.changes = changed_settings(manifest["config"], self.config)
-        before, now = manifest.get("num_processes"), self.accelerator.num_processes  # version 0.1 kept none
-        if before not in (None, now):  # so are the images of a step, at the same `train_batch_size`
-            self.changes["num_processes"] = {"before": before, "now": now}
+        for name, now in self._order().items():
+            if manifest.get(name, now) != now:  # version 0.1 kept none
+                self.changes[name] = {"before": manifest[name], "now": now}
         for name in FIXED_SETTINGS:
             if name in self.changes:
                 before, now = self.changes[name]["before"], self.changes[name]["now"]

@@ -24,10 +24,10 @@ from .space import PACKAGE, collect_space_files
 from .weights import WEIGHTS
 
 _ATTEMPTS = 5
+_FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
 # What is of one upload as a whole. A variant of the weights that stayed from the one before would load as if it were of
 # this network.
 _REPLACED = {None: re.compile(f"unet/{WEIGHTS}"), "space": re.compile(f"{PACKAGE.name}[/-]")}
-_FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
 
 logger = logging.get_logger(__name__)
 

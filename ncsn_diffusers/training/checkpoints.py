@@ -129,7 +129,8 @@ def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
                 written.add(target)
-        for path in {path for target in written for path in target.parent.glob(f"{WEIGHTS}*")} - written:
+        folders = {target.parent for target in written if target.name.startswith(WEIGHTS)}
+        for path in {path for parent in folders for path in parent.glob(f"{WEIGHTS}*")} - written:
             path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

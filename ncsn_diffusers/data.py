@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from glob import escape
@@ -486,15 +486,21 @@ def _type_name(feature) -> str:
 
 
 def encode_labels(
-    dataset: Dataset | IterableDataset, label_column: str | None
+    dataset: Dataset | IterableDataset, label_column: str | None, class_names: Sequence[str] | None = None
 ) -> tuple[Dataset | IterableDataset, int]:
     """
-    Labels as class numbers from 0 up, and the number of classes. Names become numbers in alphabetical order; missing
-    labels stay missing, see [`ImageReader`].
+    Labels as class numbers from 0 up, and the number of classes. Names become numbers in alphabetical order, or in that
+    of `class_names`; missing labels stay missing, see [`ImageReader`].
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): with its features known.
+        label_column (`str`, *optional*): see [`find_columns`].
+        class_names (`Sequence[str]`, *optional*):
+            The names by number in another split, whose labels these are to agree with: see [`find_class_names`].
 
     Raises:
-        ValueError: there are no labels, or they are not names or whole numbers from 0, or a streamed data set does not
-            say how many classes it has.
+        ValueError: there are no labels, or they are not names or whole numbers from 0, or a name is not among
+            `class_names`, or a streamed data set does not say how many classes it has.
     """
     if label_column is None:
         raise ValueError(
@@ -513,7 +519,17 @@ def encode_labels(
             "beforehand. Without `streaming` they are counted."
         )
     if "string" in kind:
-        dataset = dataset.class_encode_column(label_column)
+        if class_names is None:
+            dataset = dataset.class_encode_column(label_column)
+        else:
+            unknown = sorted(set(dataset.unique(label_column)) - {*class_names, None})
+            if unknown:
+                raise ValueError(
+                    f"`label_column`={label_column!r} holds {unknown[0]!r}, which is not among the classes of the "
+                    f"training data, {', '.join(class_names)}."
+                )
+            dataset = dataset.cast_column(label_column, Value("string"))
+            dataset = dataset.cast_column(label_column, ClassLabel(names=list(class_names)))
         feature = dataset.features[label_column]
     labels = []
     if isinstance(dataset, Dataset):
@@ -526,6 +542,12 @@ def encode_labels(
             f"`label_column`={label_column!r} holds {wrong}; classes are numbered from 0, and a missing label is empty."
         )
     return dataset, feature.num_classes if isinstance(feature, ClassLabel) else int(max(labels)) + 1
+
+
+def find_class_names(dataset: Dataset | IterableDataset, label_column: str | None) -> list[str] | None:
+    """The names of the classes by number, of what [`encode_labels`] returns; `None` if they are numbers alone."""
+    feature = dataset.features.get(label_column)
+    return feature.names if isinstance(feature, ClassLabel) else None
 
 
 def _is_missing(label) -> bool:

@@ -31,7 +31,7 @@ def names(folder):
 
 def test_latest_counts_in_numbers(tmp_path):
     assert latest(tmp_path) is None
-    for step in (900, 1000, 20):
+    for step in (20, 900, 1000):
         assert write(tmp_path, step) == tmp_path / f"checkpoint-{step}"
     assert names(tmp_path) == ["checkpoint-1000", "checkpoint-20", "checkpoint-900"]
     assert latest(tmp_path) == tmp_path / "checkpoint-1000"
@@ -78,6 +78,15 @@ def test_limit_keeps_the_last_good_ones(tmp_path):
 def test_a_step_taken_again_replaces_its_checkpoint(tmp_path):
     (write(tmp_path, 1) / "mark").touch()
     assert not (write(tmp_path, 1) / "mark").exists()
+
+
+@pytest.mark.parametrize("total_limit", [1, 3])
+def test_checkpoints_that_were_given_up_do_not_come_back(tmp_path, total_limit):
+    """A run that went on from step 500 once more is at 700."""
+    for step in (500, 1000, 1500):
+        write(tmp_path, step)
+    assert write(tmp_path, 700, total_limit) == latest(tmp_path)
+    assert names(tmp_path) == ["checkpoint-500", "checkpoint-700"][-total_limit:]
 
 
 def test_remove_all_leaves_the_rest(tmp_path):

@@ -25,6 +25,7 @@ from ncsn_diffusers.data import (
     UnreadableImageError,
     decode_images,
     encode_labels,
+    find_class_names,
     find_columns,
     load_training_data,
     open_images,
@@ -153,6 +154,14 @@ def test_palettes_become_colours():
     assert read(image)[:, 0].tolist() == [[10, 40], [20, 50], [30, 60]]
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_of_an_animation_the_first_image_is_read(tmp_path, name):
+    frames = [PILImage.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    lossless = {"lossless": True} if name == "a.webp" else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
+    assert decode_images(load_training_data(train_data_dir=str(tmp_path)))[:, :, 0, 0].tolist() == [[255, 0, 0]]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_asked_for(channels):
     for mode in ("1", "L", "P", "RGB", "RGBA", "LA"):
@@ -217,6 +226,11 @@ def test_names_of_either_type_are_classes_and_may_be_missing(kind):
     names = Dataset(pa.table({"kind": pa.array(["dog", None, "cat"], getattr(pa, kind)())}))
     dataset, num_classes = encode_labels(names, "kind")
     assert (dataset["kind"][:], num_classes) == ([1, None, 0], 2)
+    dataset, num_classes = encode_labels(names, "kind", ["ant", "cat", "cow", "dog"])  # of another split
+    assert (dataset["kind"][:], num_classes) == ([3, None, 1], 4)
+    assert find_class_names(dataset, "kind") == ["ant", "cat", "cow", "dog"]
+    with pytest.raises(ValueError, match="holds 'dog', which is not among the classes of the training data, ant, cat"):
+        encode_labels(names, "kind", ["ant", "cat"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -655,4 +669,4 @@ def test_numbers_of_images_and_classes_are_printed_at_the_start(tmp_path, capsys
     numbered(tmp_path / "set", *(f"{kind}/{i}.png" for kind in ("car", "dog", "train") for i in range(8)))
     arguments = {"train_data_dir": str(tmp_path / "set"), "output_dir": str(tmp_path / "out"), "max_train_steps": 1}
     train(small_config(resolution=8, class_conditional=True, **arguments))
-    assert "Training on 24 images (1 channels, 8×8) of 3 classes." in capsys.readouterr().out
+    assert "Training on 24 images (1 channels, 8×8) of 3 classes, from `image` and `label`." in capsys.readouterr().out

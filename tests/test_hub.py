@@ -39,7 +39,7 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
-from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub
+from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
 from ncsn_diffusers.hub.space import GRADIO
 from ncsn_diffusers.training import TrainingConfig, train
 
@@ -181,6 +181,29 @@ def test_variants(hub, folder, pipe):
         NCSNPipeline.from_pretrained("ann/digits", variant="bf16")
 
 
+def test_weights_of_an_earlier_upload_do_not_stay(hub, folder, pipe, caplog):
+    """They would load as a variant of the new network."""
+    push_to_hub(folder, "ann/digits", variants=("fp16", "ema"))
+    push_to_hub(folder, "ann/digits", variants=("fp16",), revision="other")
+    hub.repositories["ann/digits"].commit(
+        "main", {"unet/diffusion_pytorch_model.bin": (b"pickle", True), "notes.txt": (b"mine", False)}, "By hand"
+    )
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1.0)
+    pipe.save_pretrained(folder)
+    push_to_hub(folder, "ann/digits", variants=("fp16",))
+    weights = [name for name in sorted(hub.files("ann/digits")) if name.startswith("unet/diffusion")]
+    assert weights == ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+    assert "unet/diffusion_pytorch_model.bin, unet/diffusion_pytorch_model.ema.safetensors of ann/digits" in caplog.text
+    assert hub.files("ann/digits")["notes.txt"] == b"mine"
+    half = NCSNPipeline.from_pretrained("ann/digits", variant="fp16")
+    assert torch.equal(half.unet.conv_out.bias, pipe.unet.conv_out.bias.half().float())
+    BackgroundPush("ann/digits", folder).push(pipe, "Step 1").result()
+    assert FILES | {"notes.txt", "samples.png", "loss.png"} == set(hub.files("ann/digits"))
+    assert "unet/diffusion_pytorch_model.ema.safetensors" not in hub.files("ann/digits", "other")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("ann/digits", "other")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -210,6 +233,9 @@ def test_folder_that_cannot_be_published(hub, folder, damage, error, message):
 def test_arguments_that_cannot_work(hub, folder, pipe, monkeypatch):
     with pytest.raises(ValueError, match="`variants` must be among fp16, ema"):
         push_to_hub(folder, "ann/digits", variants=("int8",))
+    pipe.save_pretrained(folder, variant="fp16")
+    with pytest.raises(ValueError, match=r"`variants` must be among fp16, ema, .*, not 'fp1'"):
+        push_to_hub(folder, "ann/digits", variants=("fp1",))
     with pytest.raises(ValueError, match="no 'ema'"):
         pipe.push_to_hub("ann/digits", variants=("ema",))
     with pytest.raises(ValueError, match="not/a/name"):
@@ -300,7 +326,10 @@ def test_a_space_beside_the_model(hub, folder):
                 for module in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names}:
                     module = {"PIL": "pillow"}.get(module, module)
                     assert module in {requirement.name for requirement in requirements}, (name, module)
+    older = {f"ncsn_diffusers{name}": (b"", False) for name in ("-0.0.1.dist-info/METADATA", "/older.py")}
+    hub.repositories["spaces/ann/digits"].commit("main", older | {"notes.txt": (b"mine", False)}, "An older version")
     push_to_hub(folder, "digits", space=True)  # and once more, where both exist
+    assert set(hub.files("spaces/ann/digits")) == set(files) | {"notes.txt"}
     assert len(hub.repositories["spaces/ann/digits"].commits) >= 2
 
 
@@ -399,6 +428,22 @@ def test_training_publishes_at_checkpoints_and_at_the_end(hub, training_config, 
     assert {"README.md", "samples.png", "loss.png", "unet/diffusion_pytorch_model.safetensors"} <= files.keys()
     assert not any(b"hf_" in content for content in files.values())
     check_same(NCSNPipeline.from_pretrained("lab/digits"), pipe)
+
+
+def test_training_anew_publishes_nothing_of_the_run_before(hub, training_config, tmp_path, monkeypatch):
+    train(training_config(push_to_hub=False, eval_steps=1)).save_pretrained(tmp_path / "run", variant="fp16")
+    collected = []
+    monkeypatch.setattr(
+        upload, "collect_files", lambda *a, **kw: collected.append(collect_files(*a, **kw)) or collected[-1]
+    )
+    pipe = train(training_config(overwrite_output_dir=True, seed=1))
+    first, last = collected
+    assert not {"samples.png", "loss.png"} & first.keys() and {"samples.png", "loss.png"} <= last.keys()
+    assert {path.name for path in (tmp_path / "run").glob("samples*.png")} == {"samples.png"}
+    assert [path.name for path in (tmp_path / "run" / "unet").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+    check_same(NCSNPipeline.from_pretrained(tmp_path / "run"), pipe)
 
 
 def test_a_hub_that_is_gone_costs_no_training(hub, training_config, caplog, tmp_path):

@@ -464,6 +464,18 @@ def test_resume_errors(small, tmp_path, capsys):
     assert f"Going on from {out / 'checkpoint-2'}" in capsys.readouterr().out
 
 
+def test_going_on_from_an_earlier_one_gives_up_the_later(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(small(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9))
+    arguments = {"learning_rate": 1e-4, "resume_from_checkpoint": str(out / "checkpoint-1")}
+    train(small(max_train_steps=2, **arguments))
+    assert f"Later checkpoints, up to {out / 'checkpoint-4'}, are given up" in capsys.readouterr().out
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    # what goes on next has the settings, and so the weights, of the branch that was kept
+    manifest = checkpoints.read_manifest(checkpoints.latest(out))
+    assert (manifest["step"], manifest["config"]["learning_rate"]) == (2, 1e-4)
+
+
 def test_overwriting_starts_anew(small, tmp_path):
     train(small(max_train_steps=4, checkpointing_steps=2, checkpoints_total_limit=2))
     train(small(max_train_steps=1, overwrite_output_dir=True))
@@ -740,6 +752,39 @@ def test_what_a_network_means_cannot_change(small, changes, message):
         train(small(max_train_steps=2, resume_from_checkpoint="latest", **changes))
 
 
+def test_classes_cannot_change_their_numbers(small, tmp_path):
+    column = datasets.Value("string")
+    data = split_labels(tmp_path / "data", train=(column, ["cat", "dog", "owl", "cat"]))
+    train(small(**data, max_train_steps=1))
+    data = split_labels(tmp_path / "more", train=(column, ["owl", "owl", "dog", "cat", "cat"]))
+    train(small(**data, max_train_steps=2, resume_from_checkpoint="latest"))
+    data = split_labels(tmp_path / "other", train=(column, ["cat", "fox", "owl", "cat"]))
+    with pytest.raises(
+        ValueError, match=r"the classes of .* are cat, dog, owl, and those of the data are cat, fox, owl"
+    ):
+        train(small(**data, max_train_steps=3, resume_from_checkpoint="latest"))
+
+
+def test_noise_levels_that_the_data_chose_stay(small, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(2):
+        Image.new("L", (8, 8), (100, 151)[i]).save(images / f"{i}.png")
+    arguments = {"train_data_dir": str(images), "train_batch_size": 2}
+    arguments |= {"sigma_max": "auto", "num_train_timesteps": "auto", "conditioning": "sigma"}
+    train(small(**arguments, max_train_steps=1))
+    first = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert first.sigma_max == pytest.approx(8 * 0.4)  # 51 of 255 is 0.4 of [-1, 1]; of 64 pixels
+    for i in range(2):
+        Image.new("L", (8, 8), 255 * i).save(images / f"{i + 2}.png")
+    train(small(**arguments, max_train_steps=2, resume_from_checkpoint="latest"))
+    second = NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert (second.sigma_max, second.num_train_timesteps) == (first.sigma_max, first.num_train_timesteps)
+    assert "num_images: 2 → 4" in capsys.readouterr().out
+    train(small(**arguments, max_train_steps=1, overwrite_output_dir=True))
+    assert NCSNPipeline.from_pretrained(tmp_path / "out").scheduler.config.sigma_max == pytest.approx(16)
+
+
 def test_averages_begin_with_the_weights_when_they_are_asked_for_late(small):
     train(small(max_train_steps=3, use_ema=False))
     trainer = Trainer(small(max_train_steps=4, resume_from_checkpoint="latest"))
@@ -824,6 +869,11 @@ def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
         assert first.keys() == second.keys()
         for key in first.keys() - {"images_per_second"}:
             assert second[key] == pytest.approx(first[key], rel=2e-3), key
+    arguments |= {"num_epochs": 4, "resume_from_checkpoint": "latest"}
+    train(small(output_dir=str(tmp_path / "two"), train_batch_size=10, **arguments))
+    records = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    changed = next(record["changed_settings"] for record in records if "changed_settings" in record)
+    assert changed["num_processes"] == {"before": 2, "now": 1}
 
 
 # Rank 0's disk is full at step 2, for the checkpoint, and then for what else is named on the command line.
@@ -982,7 +1032,7 @@ def test_classes(small, tmp_path):
     assert 16 < (side > 0).sum() < 48  # without a label both, as a fair coin: its deviation is 4
 
 
-def test_columns_by_name(small, tmp_path):
+def test_columns_by_name(small, tmp_path, capsys):
     columns = {
         "gray": [Image.new("L", (8, 8))] * 20,
         "colour": [Image.new("RGB", (8, 8))] * 20,
@@ -996,6 +1046,7 @@ def test_columns_by_name(small, tmp_path):
     arguments = {"dataset_name": str(tmp_path / "data"), "train_data_dir": None, "class_conditional": True}
     unet = train(small(**arguments)).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (1, 3)
+    assert "of 2 classes, from `gray` and `kind`." in capsys.readouterr().out  # the first of several
     arguments |= {"image_column": "colour", "label_column": "size", "overwrite_output_dir": True}
     unet = train(small(**arguments)).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (3, 4)
@@ -1072,6 +1123,59 @@ def test_validation_leaves_the_live_weights_alone(small, tmp_path):
     watched = trained_weights(small(checkpointing_steps=4, eval_steps=1, validation_split="train[:8]"))
     assert torch.equal(plain, watched)
     assert_same_state(tmp_path / "plain" / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+
+
+def split_labels(folder, **splits):
+    """A data set of black images, for each split a type of label and the labels."""
+    parts = {}
+    for split, (kind, labels) in splits.items():
+        features = datasets.Features({"image": datasets.Image(), "kind": kind})
+        rows = {"image": [Image.new("L", (8, 8))] * len(labels), "kind": labels}
+        parts[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    return {"train_data_dir": str(folder), "label_column": "kind", "class_conditional": True, "train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (datasets.Value("string"), ["cat", "dog", "fox", "owl"]),
+        (datasets.Value("int64"), [0, 1, 2, 3]),
+        (datasets.ClassLabel(names=["cat", "dog", "fox", "owl"]), ["cat", "dog", "fox", "owl"]),
+    ],
+)
+def test_validation_numbers_classes_as_the_training_does(small, tmp_path, kind, names):
+    cat, dog, fox, owl = names
+    data = split_labels(tmp_path / "data", train=(kind, [owl, fox, dog, cat]), test=(kind, [cat, fox, None]))
+    trainer = Trainer(small(**data, validation_split="test"))
+    assert trainer.num_classes == 4
+    assert trainer.validation.labels.tolist() == [0, 2, 4]  # and no label, after the last class
+
+
+@pytest.mark.parametrize(
+    ("train_kind", "test_kind", "train_labels", "test_labels", "message"),
+    [
+        ("string", "string", "abc", "abd", "`validation_split`='test': .*holds 'd', which is not among the classes of"),
+        (
+            "int64",
+            "int64",
+            (0, 1, 2),
+            (0, 1, 3),
+            "'test' has 4 classes, which are numbers, the training data 3 classes",
+        ),
+        ("abc", "cba", "abc", "abc", r"'test' has 3 classes \(c, b, a\), the training data 3 classes \(a, b, c\)"),
+    ],
+)
+def test_validation_of_other_classes_is_refused(
+    small, tmp_path, train_kind, test_kind, train_labels, test_labels, message
+):
+    def column(kind):
+        return datasets.Value(kind) if kind in ("string", "int64") else datasets.ClassLabel(names=list(kind))
+
+    train_split, test_split = (column(train_kind), list(train_labels)), (column(test_kind), list(test_labels))
+    data = split_labels(tmp_path / "data", train=train_split, test=test_split)
+    with pytest.raises(ValueError, match=message):
+        Trainer(small(**data, validation_split="test"))
 
 
 def test_validation_data_must_fit(small, image_folder, tmp_path):
@@ -1231,6 +1335,11 @@ def test_a_run_keeps_the_precision_that_was_chosen(small, tmp_path, monkeypatch,
         ({"logger": "paper"}, "`logger` must be one of all, .*tensorboard.*, not 'paper'"),
         ({"streaming": True}, "`streaming` needs `max_train_steps`"),
         ({"random_crop": True}, "`random_crop` needs `resolution`"),
+        ({"label_column": "kind"}, "`label_column`=kind needs `class_conditional`"),
+        ({"class_dropout_prob": 0.2}, r"`class_dropout_prob`=0\.2 needs `class_conditional`"),
+        ({"log_sigma_mean": 0.0, "architecture": "ncsn"}, r"`log_sigma_mean`=0\.0 needs `noise_dist.*`='lognormal'"),
+        ({"log_sigma_std": 1.0, "noise_distribution": "uniform"}, r"`log_sigma_std`=1\.0 needs `noise_distribution`"),
+        ({"ema_power": 0.7, "use_ema": False}, r"`ema_power`=0\.7 needs `use_ema`"),
         ({"ema_max_decay": 1.0}, "`ema_max_decay` must be at least 0 and below 1, not 1.0"),
         ({"block_out_channels": (30, 64)}, r"`block_out_channels` must be multiples of 8, not \(30, 64\)"),
         ({"block_out_channels": ()}, "`block_out_channels` must be multiples of 8"),

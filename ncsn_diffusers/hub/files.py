@@ -26,7 +26,7 @@ from .configs import (
     read_json,
 )
 from .model_card import make_model_card, read_training_config
-from .weights import WEIGHTS, find_not_finite
+from .weights import WEIGHTS, find_not_finite, weight_names
 
 VARIANTS = ("fp16", "ema")
 
@@ -121,9 +121,8 @@ def _make_variants(
 ) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = {}
     for variant in variants:
-        present = sorted((folder / "unet").glob(f"{WEIGHTS}.{variant}*.safetensors"))
-        if present:
-            continue
+        if any(any((folder / "unet").glob(name)) for name in weight_names("safetensors", variant)):
+            continue  # it is there
         if variant == "ema" and uses_ema:
             # the run has saved its averages as the weights, which the Hub stores once under both names
             for path in (folder / "unet").glob(f"{WEIGHTS}*"):

@@ -4,6 +4,7 @@ Publishing a pipeline on the Hub, with a model card and with the code that loads
 One commit takes all files, so that a connection that is cut leaves the repository as it was.
 """
 
+import re
 import tempfile
 import threading
 import time
@@ -13,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..pipeline_ncsn import NCSNPipeline
 from .files import collect_files, read_content, without_secrets
-from .space import collect_space_files
+from .space import PACKAGE, collect_space_files
+from .weights import WEIGHTS
 
 _ATTEMPTS = 5
 _FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
+# What is of one upload as a whole. A variant of the weights that stayed from the one before would load as if it were of
+# this network.
+_REPLACED = {None: re.compile(f"unet/{WEIGHTS}"), "space": re.compile(f"{PACKAGE.name}[/-]")}
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +61,8 @@ def push_to_hub(
         token (`str`, *optional*): the one that `hf auth login` or HF_TOKEN left by default.
         variants (`Sequence[str]`):
             Weights beside the usual ones: `"fp16"`, in half precision; `"ema"`, those of a training run that has
-            averaged them, under that name too. Variants that are in the folder are uploaded in any case.
+            averaged them, under that name too. Variants that are in the folder are uploaded in any case; those of an
+            earlier upload to the branch that this one does not replace are removed, with a warning.
         license (`str`, *optional*): of the weights, an identifier of the Hub such as `"apache-2.0"`, for the card.
         dataset (`str`, *optional*):
             Name on the Hub of the data set, for the card; that of the training's settings by default.
@@ -257,7 +263,14 @@ def _upload(
 
     def commit() -> CommitInfo:
         # Anew for each attempt. A commit whose answer was lost is found to have changed nothing, and not made twice.
+        present = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
+        stale = sorted(path for path in present if path not in files and _REPLACED[repo_type].match(path))
+        if stale:
+            logger.warning(
+                f"{', '.join(stale)} of {repo_id} are of an earlier upload, which this one replaces, and are removed."
+            )
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        operations += [CommitOperationDelete(path) for path in stale]
         return api.create_commit(
             repo_id,
             operations,

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from ..hub.weights import WEIGHTS
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -84,6 +86,9 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     """
     Give a checkpoint whose files are all written its final name, and delete the oldest beyond `total_limit`.
 
+    Those with more steps are deleted, too: the run went on from an earlier one, which gave them up, and [`latest`] must
+    not lead back to them.
+
     Args:
         folder (`Path`): what [`begin`] has returned.
         manifest (`dict`): what to keep beside the files, for [`read_manifest`].
@@ -101,15 +106,20 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
-    complete = [path for path in _checkpoints(output_dir) if is_complete(path)]
-    for old in complete[:-total_limit]:
+    paths = _checkpoints(output_dir)
+    end = paths.index(target) + 1
+    kept, given_up = ([path for path in part if is_complete(path)] for part in (paths[:end], paths[end:]))
+    for old in kept[:-total_limit] + given_up:
         shutil.rmtree(old)
     return target
 
 
 def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, then move its files over those of `output_dir`; if it fails, none change."""
-    folder = output_dir / f"{_INCOMPLETE}files"
+    """
+    Let `write` fill a new folder with a pipeline, then move its files over those of `output_dir`; if it fails, none
+    change. Variants of the weights that were there before are deleted: they are not of this network.
+    """
+    folder, written = output_dir / f"{_INCOMPLETE}files", set()
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write(folder)
@@ -118,6 +128,10 @@ def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
                 target = output_dir / path.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
+                written.add(target)
+        folders = {target.parent for target in written if target.name.startswith(WEIGHTS)}
+        for path in {path for parent in folders for path in parent.glob(f"{WEIGHTS}*")} - written:
+            path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -173,7 +173,7 @@ class OptimizerSettings:
     lr_scheduler: str = "cosine"
     """Name of a learning-rate schedule of diffusers.optimization."""
     lr_warmup_steps: int = 50
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0; without effect on `constant`, unlike `constant_with_warmup`."""
     adam_beta1: float = 0.9
     """AdamW's beta1."""
     adam_beta2: float = 0.99
@@ -256,9 +256,17 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
             self._check_refinenet()
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`streaming` needs `max_train_steps`: the length of an epoch is not known beforehand.")
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"`{name}`={getattr(self, name)} needs `push_to_hub`.")
+        lognormal = self.noise_distribution == "lognormal"
+        for names, is_used, needed in (  # elsewhere they would do nothing
+            (("hub_model_id", "hub_private_repo"), self.push_to_hub, "`push_to_hub`"),
+            (("label_column", "class_dropout_prob"), self.class_conditional, "`class_conditional`"),
+            (("log_sigma_mean", "log_sigma_std"), lognormal, "`noise_distribution`='lognormal'"),
+            (("ema_inv_gamma", "ema_power", "ema_max_decay"), self.use_ema, "`use_ema`"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value != self.__dataclass_fields__[name].default and not is_used:
+                    raise ValueError(f"`{name}`={value} needs {needed}.")
         if self.random_crop and self.resolution is None:
             raise ValueError("`random_crop` needs `resolution`, the side of the crop.")
 

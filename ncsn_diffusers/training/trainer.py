@@ -121,6 +121,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 if checkpoint is None:
                     checkpoints.remove_all(folder)
+                    for path in (folder / "loss.png", folder / "samples.png", *folder.glob("samples-*.png")):
+                        path.unlink(missing_ok=True)  # an upload would show them as those of this run
                 checkpoints.remove_incomplete(folder)
         return checkpoint
 
@@ -136,8 +138,9 @@ class Trainer:
         config = self.config
         if config.resolution is not None:
             check_size(config, config.resolution, config.resolution)  # before the data are read
-        self.images, self.num_classes = open_training_images(config, self.accelerator)
-        self.validation = open_validation_images(config, self.accelerator, self.images.shape, self.num_classes)
+        self.images, classes = open_training_images(config, self.accelerator)
+        self.num_classes, self.class_names = (classes.number, classes.names) if classes else (None, None)
+        self.validation = open_validation_images(config, self.accelerator, self.images.shape, classes)
         self.num_steps, self.steps_per_epoch = config.max_train_steps, None
         if not config.streaming:
             total = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -152,7 +155,9 @@ class Trainer:
 
     def _make_models(self) -> None:
         config, accelerator = self.config, self.accelerator
-        levels = choose_noise_levels(config, self.images)
+        # A run that resumes keeps the levels that were chosen, even if images have been added since.
+        before = {} if self.checkpoint is None else checkpoints.read_manifest(self.checkpoint)
+        levels = before.get("noise_levels") or choose_noise_levels(config, self.images)  # version 0.1 kept none
         self.scheduler = AnnealedLangevinScheduler(
             **levels,
             **self._sampler_settings(levels["num_train_timesteps"]),
@@ -550,6 +555,11 @@ class Trainer:
                 )
             self.images.position = positions[self.accelerator.process_index]
 
+    def _order(self) -> dict[str, int | None]:
+        """On what the order of the images depends, besides the settings."""
+        num_images = None if self.config.streaming else len(self.images)
+        return {"num_processes": self.accelerator.num_processes, "num_images": num_images}
+
     def _save_checkpoint(self) -> None:
         """Save a checkpoint. One that cannot be written costs a warning, not the run."""
         self._check_finite()
@@ -562,6 +572,9 @@ class Trainer:
             with together(accelerator):
                 if accelerator.is_main_process:
                     manifest = {"step": self.step, "config": asdict(self.config)}
+                    names = ("num_train_timesteps", "sigma_min", "sigma_max")
+                    manifest["noise_levels"] = {name: self.scheduler.config[name] for name in names}
+                    manifest |= self._order() | {"class_names": self.class_names}
                     checkpoints.commit(folder, manifest, self.config.checkpoints_total_limit)
         except CANNOT_WRITE as failure:
             if accelerator.is_main_process:
@@ -574,6 +587,9 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         manifest = checkpoints.read_manifest(checkpoint)
         self.changes = changed_settings(manifest["config"], self.config)
+        for name, now in self._order().items():
+            if manifest.get(name, now) != now:  # version 0.1 kept none
+                self.changes[name] = {"before": manifest[name], "now": now}
         for name in FIXED_SETTINGS:
             if name in self.changes:
                 before, now = self.changes[name]["before"], self.changes[name]["now"]
@@ -583,6 +599,12 @@ class Trainer:
         changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in self.changes.items())
         if changes:
             self.accelerator.print(f"Going on with other settings than before: {changes}.")
+        before = manifest.get("class_names") or self.class_names
+        if before != self.class_names and len(before) == self.num_classes:  # with another number the weights do not fit
+            raise ValueError(
+                f"`resume_from_checkpoint`: the classes of {checkpoint} are {', '.join(before)}, and those of the data "
+                f"are {', '.join(self.class_names or ['numbers'])}: their numbers would change their meaning."
+            )
         if manifest["step"] > self.num_steps:
             raise ValueError(
                 f"`resume_from_checkpoint`: {checkpoint} has {manifest['step']} steps behind it, more than the "
@@ -603,6 +625,9 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(self.averages, self.weights)  # the checkpoint's are not averages
         self.accelerator.print(f"Going on from {checkpoint}.")
+        last = checkpoints.latest(self.output_dir)
+        if last is not None and checkpoints.read_manifest(last)["step"] > self.step:
+            self.accelerator.print(f"Later checkpoints, up to {last}, are given up: the next one replaces them.")
 
     def _apply_settings(self) -> None:
         """Make AdamW and the schedule follow this run's settings, not those loaded with their state."""

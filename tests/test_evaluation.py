@@ -68,6 +68,11 @@ def test_frechet_distance_of_rotated_gaussians():
     assert distance == pytest.approx(expected, abs=1e-9)
 
 
+def test_frechet_distance_of_one_feature():
+    a, b = 2.0 * standardised(40, 1), 0.5 * standardised(30, 1, seed=1) + 3
+    assert frechet_distance(a, b) == pytest.approx(9 + 1.5**2, abs=1e-9)
+
+
 def test_frechet_distance_of_equal_sets_is_zero():
     features = normal(100, 8).float()
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)

@@ -464,6 +464,19 @@ def test_resume_errors(small, tmp_path, capsys):
     assert f"Going on from {out / 'checkpoint-2'}" in capsys.readouterr().out
 
 
+def test_what_is_to_be_overwritten_stays_until_the_data_are_found_good(small, tmp_path):
+    train(small(max_train_steps=2, checkpointing_steps=1))
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert "checkpoint-2" in before and "samples.png" in before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        train(small(train_data_dir=str(tmp_path / "other"), overwrite_output_dir=True))
+    with pytest.raises(ValueError, match="is more than the"):
+        train(small(train_batch_size=10_000, overwrite_output_dir=True))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
 def test_going_on_from_an_earlier_one_gives_up_the_later(small, tmp_path, capsys):
     out = tmp_path / "out"
     train(small(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9))

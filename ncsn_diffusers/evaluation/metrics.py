@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -49,6 +50,8 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
             )
     fid = import_torch_fidelity("metric_fid")
     statistics = [fid.fid_features_to_statistics(features) for features in (features_a, features_b)]
+    for values in statistics:
+        values["sigma"] = np.atleast_2d(values["sigma"])  # of a single feature it is a number
     return fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID]
 
 

@@ -84,6 +84,7 @@ class Trainer:
             self.uploads = self._prepare_uploads()
             self._open_images()
             self._make_models()
+            self._clear_output_dir()  # only now that the data and settings are found good
             with together(self.accelerator):
                 self._check_disk()
         except BaseException:
@@ -97,7 +98,7 @@ class Trainer:
             self.lock.close()
 
     def _prepare_output_dir(self) -> Path | None:
-        """Lock the output folder and clear it of what this run replaces; the checkpoint to resume from, if any."""
+        """Lock the output folder; the checkpoint to resume from, if any."""
         config, folder = self.config, self.output_dir
         with together(self.accelerator):
             if self.accelerator.is_main_process:
@@ -116,15 +117,19 @@ class Trainer:
                 f"`output_dir`={config.output_dir!r} holds a pipeline or checkpoints already: name another folder, go "
                 "on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir."
             )
+        return checkpoint
+
+    def _clear_output_dir(self) -> None:
+        """Delete what this run replaces."""
+        folder = self.output_dir
         self.accelerator.wait_for_everyone()  # all have looked before the first one writes
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                if checkpoint is None:
+                if self.checkpoint is None:
                     checkpoints.remove_all(folder)
                     for path in (folder / "loss.png", folder / "samples.png", *folder.glob("samples-*.png")):
                         path.unlink(missing_ok=True)  # an upload would show them as those of this run
                 checkpoints.remove_incomplete(folder)
-        return checkpoint
 
     def _prepare_uploads(self) -> BackgroundPush | None:
         config, uploads = self.config, None

@@ -1,4 +1,4 @@
-"""Which number format the device computes fast in."""
+"""Which number format, and which layout of images in memory, the device computes fast in."""
 
 import torch
 
@@ -18,3 +18,9 @@ def cpu_has_bfloat16() -> bool:
     # before torch 2.10 by these names
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+
+
+def fast_memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The layout for a network's weights and images: channels last, except for a CPU's convolutions in bfloat16."""
+    on_cpu_in_bf16 = device.type == "cpu" and dtype == torch.bfloat16
+    return torch.contiguous_format if on_cpu_in_bf16 else torch.channels_last

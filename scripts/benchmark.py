@@ -868,7 +868,7 @@ def posterior(
         raise SystemExit(f"--num_images and --num_search_images must be {len(dataset)} at most, taken together.")
     dataset = dataset.select(range(num_search_images + num_images))
     digits, labels = decode_images(dataset) / 255, torch.tensor(dataset["label"])
-    pipe.unet.to(memory_format=torch.channels_last)  # faster convolutions, for all
+    cast(pipe, "float32")
     searched, shown = digits[:num_search_images], digits[num_search_images:]
     labels, classifier = labels[num_search_images:], load_digit_classifier()
     rows, trials = [], []

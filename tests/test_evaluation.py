@@ -42,7 +42,7 @@ def standardised(count, dim, seed=0):
     """Features whose sample mean is 0 and whose sample covariance is the identity, exactly."""
     x = normal(count, dim, seed=seed)
     x = x - x.mean(0)
-    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T).reshape(dim, dim))).T
 
 
 # --- Fréchet distance ---

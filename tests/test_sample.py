@@ -97,6 +97,17 @@ def test_a_cpu_with_bfloat16_draws_in_it(tmp_path, pipeline, monkeypatch, capsys
     assert np.array_equal(again, plain)
 
 
+@pytest.mark.parametrize(("dtype", "last"), [("float32", True), ("bfloat16", False)])
+def test_the_layout_is_the_fast_one(pipeline, dtype, last):
+    _, pipe = SampleConfig(str(pipeline), dtype=dtype).open()
+    layouts = [
+        module.weight.is_contiguous(memory_format=torch.channels_last)
+        for module in pipe.unet.modules()
+        if isinstance(module, torch.nn.Conv2d) and min(module.kernel_size) > 1 and module.in_channels > 1
+    ]
+    assert layouts and all(layout == last for layout in layouts)
+
+
 def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
     config = SampleConfig(
         str(pipeline),

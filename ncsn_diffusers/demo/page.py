@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..hub.loading import NCSNPipeline
 from ..pretrained import pretrained
-from ..settings import load_pipeline
+from ..settings import cast, load_pipeline
 from .chains import (
     ANY_CLASS,
     DAMAGES,
@@ -175,6 +175,7 @@ def launch(
     import_gradio()  # before a download
     check_limits(**limits)
     pipe = load_pipeline(pipeline or pretrained("mnist")).to(PartialState().device)
+    cast(pipe, "float32")
     with suppress(KeyboardInterrupt), _terminable(), serve(pipe, host, port, **limits) as url:
         print(f"The demo page is at {url} (Ctrl+C ends it).", flush=True)
         if open_browser:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
 from ..images import class_columns, to_model_range, to_pil, to_uint8
+from ..precision import fast_memory_format
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_timesteps, score_matching_loss, stratified
 from . import checkpoints
@@ -170,9 +171,8 @@ class Trainer:
             conditioning=config.conditioning,
         )
         set_seed(config.seed)  # after the data is opened: data loaders draw from the same generator
-        # Channels last is faster, except for a CPU's convolutions in bf16.
-        on_cpu_in_bf16 = self.device.type == "cpu" and accelerator.mixed_precision == "bf16"
-        self.memory_format = torch.contiguous_format if on_cpu_in_bf16 else torch.channels_last
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        self.memory_format = fast_memory_format(self.device, dtype)
         unet = make_network(config, self.scheduler, *self.images.shape, self.num_classes)
         unet = unet.to(self.device, memory_format=self.memory_format)
         # What is sampled, evaluated and saved: the moving average, or else the weights, copied when needed.

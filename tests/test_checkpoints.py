@@ -105,7 +105,7 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
                 raise failure
             (folder / "index").write_text(content)
 
-        replace_files(tmp_path, fill)
+        replace_files(tmp_path, fill, "diffusion_pytorch_model")
 
     (tmp_path / "other").touch()
     write("old")

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from ..hub.weights import WEIGHTS
-
 try:
     import fcntl
 except ImportError:  # Windows
@@ -114,10 +112,11 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     return target
 
 
-def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
+def replace_files(output_dir: Path, write: Callable[[Path], None], weights: str) -> None:
     """
     Let `write` fill a new folder with a pipeline, then move its files over those of `output_dir`; if it fails, none
-    change. Variants of the weights that were there before are deleted: they are not of this network.
+    change. Variants of the weights, files whose names begin with `weights`, that were there before are deleted: they
+    are not of this network.
     """
     folder, written = output_dir / f"{_INCOMPLETE}files", set()
     shutil.rmtree(folder, ignore_errors=True)
@@ -129,8 +128,8 @@ def replace_files(output_dir: Path, write: Callable[[Path], None]) -> None:
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
                 written.add(target)
-        folders = {target.parent for target in written if target.name.startswith(WEIGHTS)}
-        for path in {path for parent in folders for path in parent.glob(f"{WEIGHTS}*")} - written:
+        folders = {target.parent for target in written if target.name.startswith(weights)}
+        for path in {path for parent in folders for path in parent.glob(f"{weights}*")} - written:
             path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

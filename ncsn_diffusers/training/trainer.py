@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
+from ..hub.weights import WEIGHTS
 from ..images import class_columns, to_model_range, to_pil, to_uint8
 from ..precision import fast_memory_format
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
@@ -303,7 +304,7 @@ class Trainer:
         with together(self.accelerator):
             if accelerator.is_main_process:
                 try:
-                    checkpoints.replace_files(self.output_dir, pipeline.save_pretrained)
+                    checkpoints.replace_files(self.output_dir, pipeline.save_pretrained, WEIGHTS)
                 except CANNOT_WRITE as failure:
                     raise OSError(
                         f"`output_dir`={config.output_dir!r}: the pipeline could not be written: {failure}. Make room, "

@@ -90,6 +90,7 @@ def test_benchmark_overhead(tmp_path, small_pipeline):
     assert float(re.search(r"^ratio +(\S+)", result.stdout, re.MULTILINE)[1]) > 0
 
 
+@pytest.mark.slow
 def test_benchmark_schedulers(tmp_path, small_pipeline):
     result = run(
         sys.executable, ROOT / "scripts/benchmark.py", "schedulers", small_pipeline, "--num_images", 3, cwd=tmp_path

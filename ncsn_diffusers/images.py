@@ -1,6 +1,7 @@
 """Ranges, 8 bits, one grid, and the one reader of image files: what training, pipelines and evaluation share."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,7 +12,7 @@ from .pipeline_ncsn import find_white, read_image
 __all__ = [
     "class_columns",
     "find_white",
-    "gaussian_blur",
+    "make_gaussian_blur",
     "make_grid",
     "read_image",
     "to_model_range",
@@ -47,26 +48,29 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
-def gaussian_blur(images: torch.Tensor, std: float, radius: int) -> torch.Tensor:
+def make_gaussian_blur(std: float, radius: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Images after a Gaussian blur, which is linear, with reflection at the edges.
+    A Gaussian blur with reflection at the edges, which is linear.
 
     Args:
-        images (`torch.Tensor` of shape `(n, channels, height, width)`): floating, with more than `radius` pixels each
-            way.
         std (`float`): the standard deviation, in pixels.
         radius (`int`): pixels at which the Gaussian is cut off.
 
     Returns:
-        `torch.Tensor` of the same shape.
+        function: from floating images of shape `(n, channels, height, width)`, with more than `radius` pixels each way,
+            to images of the same shape.
     """
-    channels = images.shape[1]
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=images.device) / std) ** 2)
-    weights = (weights / weights.sum()).to(images.dtype)
-    images = F.pad(images, (radius, radius, radius, radius), mode="reflect")
-    for shape in ((-1, 1), (1, -1)):
-        images = F.conv2d(images, weights.reshape(1, 1, *shape).expand(channels, 1, -1, -1), groups=channels)
-    return images
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / std) ** 2)
+    weights = weights / weights.sum()
+
+    def blur(images: torch.Tensor) -> torch.Tensor:
+        channels, kernel = images.shape[1], weights.to(images)
+        images = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+        for shape in ((-1, 1), (1, -1)):
+            images = F.conv2d(images, kernel.reshape(1, 1, *shape).expand(channels, 1, -1, -1), groups=channels)
+        return images
+
+    return blur
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageOps
 
 from ..hub.loading import NCSNPipeline
-from ..images import gaussian_blur, make_grid, read_image, to_model_range
+from ..images import make_gaussian_blur, make_grid, read_image, to_model_range
 from ..pipeline_ncsn import SCHEDULERS
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
@@ -522,4 +522,4 @@ def make_operator(
     if damage == "noisy":
         return lambda x: x
     blur = check_number("Blur", blur, 0.3, largest_blur(shape))
-    return lambda x: gaussian_blur(x, blur, math.ceil(3 * blur))
+    return make_gaussian_blur(blur, math.ceil(3 * blur))

@@ -52,7 +52,7 @@ from itertools import islice
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from ..images import gaussian_blur
+from ..images import make_gaussian_blur
 from .metrics import Metric, mean_and_error
 
 TOLERANCE = 0.05  # of images in [0, 1]
@@ -84,7 +84,7 @@ def make_blurred(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.
     height, width = shape[1:]
     if min(height, width) <= BLUR_RADIUS:
         raise ValueError(f"`blurred` needs more than {BLUR_RADIUS} pixels each way, not {height} × {width} pixels.")
-    return lambda x: gaussian_blur(x, BLUR_STD, BLUR_RADIUS)
+    return make_gaussian_blur(BLUR_STD, BLUR_RADIUS)
 
 
 # Each makes an operator for images of a shape `(channels, height, width)`.

@@ -314,10 +314,10 @@ def samplers(
     as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
     digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A
     class-conditional pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels
-    of annealed Langevin. The table is written to OUTPUT.json
-    row by row, and the plot to OUTPUT.png. The samples' features are kept in the folder OUTPUT, batch by batch: a run
-    that was cut short goes on where it stopped, and one with more images draws only the rest. Under `accelerate launch`
-    processes share the work, and the results do not depend on their number.
+    of annealed Langevin. The table is written to OUTPUT.json row by row, and the plot to OUTPUT.png. The samples'
+    features are kept in the folder OUTPUT, batch by batch: a run that was cut short goes on where it stopped, and one
+    with more images draws only the rest. Under `accelerate launch` processes share the work, and the results do not
+    depend on their number.
 
     Args:
         pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.

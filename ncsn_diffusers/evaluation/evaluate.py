@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel
 
-from ..data import ImageReader, encode_labels, find_columns, load_training_data, open_images
+from ..data import ImageReader, encode_labels, find_class_names, find_columns, load_training_data, open_images
 from ..dataset_settings import DatasetSettings
 from ..images import to_model_range, to_uint8
 from ..likelihood import bits_per_dim, loss_per_level
@@ -183,8 +183,7 @@ def load_real_images(config: EvaluateConfig, accelerator: Accelerator, shape: tu
         if label_column is not None:
             with accelerator.main_process_first():
                 dataset, num_classes = encode_labels(dataset, label_column)
-            feature = dataset.features[label_column]
-            names = feature.names if isinstance(feature, ClassLabel) else [str(k) for k in range(num_classes)]
+            names = find_class_names(dataset, label_column) or [str(k) for k in range(num_classes)]
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num]
         reader = ImageReader(image_column, label_column, config.resolution, config.channels, num_classes=num_classes)
         found = open_images(dataset.select(order.tolist()), reader, accelerator.device, max_cache_gb=math.inf)

@@ -4,7 +4,6 @@ Publishing a pipeline on the Hub, with a model card and with the code that loads
 One commit takes all files, so that a connection that is cut leaves the repository as it was.
 """
 
-import re
 import tempfile
 import threading
 import time
@@ -27,7 +26,7 @@ _ATTEMPTS = 5
 _FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
 # What is of one upload as a whole. A variant of the weights that stayed from the one before would load as if it were of
 # this network.
-_REPLACED = {None: re.compile(f"unet/{WEIGHTS}"), "space": re.compile(f"{PACKAGE.name}[/-]")}
+_REPLACED = {None: (f"unet/{WEIGHTS}",), "space": (f"{PACKAGE.name}/", f"{PACKAGE.name}-")}  # beginnings of paths
 
 logger = logging.get_logger(__name__)
 
@@ -264,7 +263,7 @@ def _upload(
     def commit() -> CommitInfo:
         # Anew for each attempt. A commit whose answer was lost is found to have changed nothing, and not made twice.
         present = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
-        stale = sorted(path for path in present if path not in files and _REPLACED[repo_type].match(path))
+        stale = sorted(path for path in present if path not in files and path.startswith(_REPLACED[repo_type]))
         if stale:
             logger.warning(
                 f"{', '.join(stale)} of {repo_id} are of an earlier upload, which this one replaces, and are removed."

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
-from .pipeline_ncsn import find_white, read_image
+from .image_files import find_white, read_image
 
 __all__ = [
     "class_columns",

@@ -28,27 +28,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .images import to_model_range
-from .score_matching import denoise, score_matching_loss
+from .denoiser import Denoiser
+from .score_matching import score_matching_loss
+from .units import Units
 
 
 @torch.no_grad()
 def loss_per_level(
-    model,
-    scheduler,
-    images: torch.Tensor,
+    denoiser: Denoiser,
+    data: torch.Tensor,
     noise: torch.Tensor,
     sigmas: Sequence[float],
-    class_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The denoising score matching loss ½ ‖sigma score(x, sigma) + z‖²/d of each image at each noise level: see
+    The denoising score matching loss ½ ‖sigma score(x, sigma) + z‖²/d of each sample at each noise level: see
     [`score_matching_loss`]. Even the exact score has a loss above 0, but of two networks the one with the lower
     loss has the better score.
 
     Args:
-        model, scheduler, class_labels: see [`denoise`].
-        images (`torch.Tensor` of shape `(n, ...)`): x0, in units of the data.
+        denoiser ([`Denoiser`]): the network.
+        data (`torch.Tensor` of shape `(n, ...)`): x0, in the network's units.
         noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal, the same at every level.
         sigmas (`Sequence[float]` of length L): noise levels within the ladder, in units of the data.
 
@@ -58,20 +57,16 @@ def loss_per_level(
     Raises:
         ValueError: a noise level is outside the ladder, or images and noise are not floating and of one shape.
     """
-    _check_levels(scheduler, images, noise, sigmas)
-    losses = []
-    for sigma in sigmas:
-        timesteps = _timesteps_at(scheduler, sigma, images)
-        losses.append(score_matching_loss(model, scheduler, images, noise, timesteps, class_labels))
-    return torch.stack(losses)
+    _check_levels(denoiser, data, noise, sigmas)
+    levels = [torch.full((len(data),), sigma, dtype=torch.float32, device=data.device) for sigma in sigmas]
+    return torch.stack([score_matching_loss(denoiser, data, noise, level) for level in levels])
 
 
 @torch.no_grad()
 def score_error(
-    model,
-    scheduler,
-    denoised: Callable[[torch.Tensor, float], torch.Tensor],
-    images: torch.Tensor,
+    denoiser: Denoiser,
+    exact: Callable[[torch.Tensor, float], torch.Tensor],
+    data: torch.Tensor,
     noise: torch.Tensor,
     sigmas: Sequence[float],
 ) -> torch.Tensor:
@@ -80,9 +75,9 @@ def score_error(
     network's loss exceeds the least possible one by half of its mean (Vincent 2011).
 
     Args:
-        model, scheduler: see [`denoise`].
-        denoised (`Callable`): from x of shape `(n, ...)` and sigma, in units of the data, to E[x0 | x].
-        images (`torch.Tensor` of shape `(n, ...)`): x0, in units of the data.
+        denoiser ([`Denoiser`]): the network.
+        exact (denoiser): E[x0 | x].
+        data (`torch.Tensor` of shape `(n, ...)`): x0, in the network's units.
         noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal: x = x0 + sigma z.
         sigmas (`Sequence[float]` of length L): noise levels within the ladder, in units of the data.
 
@@ -92,32 +87,29 @@ def score_error(
     Raises:
         ValueError: as [`loss_per_level`].
     """
-    _check_levels(scheduler, images, noise, sigmas)
+    _check_levels(denoiser, data, noise, sigmas)
     errors = []
     for sigma in sigmas:
-        x = images + sigma * noise
-        # score = (D - x)/sigma²
-        error = (denoise(model, scheduler, x, _timesteps_at(scheduler, sigma, x)) - denoised(x, sigma)) / sigma
+        x = data + sigma * noise
+        error = (denoiser(x, sigma) - exact(x, sigma)) / sigma  # score = (D - x)/sigma²
         errors.append(error.square().flatten(1).mean(1))
     return torch.stack(errors)
 
 
 @torch.no_grad()
 def log_likelihood(
-    model,
-    scheduler,
+    denoiser: Denoiser,
     x: torch.Tensor,
     probes: torch.Tensor,
     num_steps: int = 25,
-    class_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     log p(x), equation (2), by the classical Runge-Kutta method: 4 `num_steps` evaluations, and one
     backward pass per probe for each.
 
     Args:
-        model, scheduler, class_labels: see [`denoise`].
-        x (`torch.Tensor` of shape `(n, ...)`): in units of the data, on the network's device.
+        denoiser ([`Denoiser`]): the network.
+        x (`torch.Tensor` of shape `(n, ...)`): in the network's units, on the network's device.
         probes (`torch.Tensor` of shape `(k, n, ...)`):
             The vectors v, whose estimates of the trace are averaged: independent random signs; or, for the exact trace
             in d dimensions, the k = d unit vectors times √d.
@@ -143,7 +135,7 @@ def log_likelihood(
         c = math.sqrt(1 + sigma**2)
         with torch.enable_grad():
             x = (c * y).requires_grad_()
-            denoised = denoise(model, scheduler, x, _timesteps_at(scheduler, sigma, x), class_labels)
+            denoised = denoiser(x, sigma)
         trace = 0
         for k, probe in enumerate(probes):
             (product,) = torch.autograd.grad(denoised, x, probe, retain_graph=k < len(probes) - 1)
@@ -151,9 +143,9 @@ def log_likelihood(
         dy = (x / c**2 - denoised).detach() / c  # (1)
         return dy, d / c**2 - trace / len(probes)
 
-    low, high = (math.log(scheduler.config[name]) for name in ("sigma_min", "sigma_max"))
+    low, high = math.log(denoiser.ladder.smallest), math.log(denoiser.ladder.largest)
     h = (high - low) / num_steps
-    c_min = math.sqrt(1 + scheduler.config.sigma_min**2)
+    c_min = math.sqrt(1 + denoiser.ladder.smallest**2)
     y, integral = x.float() / c_min, torch.zeros(len(x), dtype=torch.float64)
     for step in range(num_steps):
         u = low + step * h
@@ -168,14 +160,12 @@ def log_likelihood(
 
 
 def bits_per_dim(
-    model,
-    scheduler,
+    denoiser: Denoiser,
     images: torch.Tensor,
     generators: Sequence[torch.Generator],
+    units: Units,
     num_steps: int = 25,
     num_probes: int = 1,
-    class_labels: torch.Tensor | None = None,
-    data_min: float = -1.0,
 ) -> torch.Tensor:
     """
     Bits that the model needs per 8-bit value of an image: in expectation an upper bound.
@@ -185,13 +175,13 @@ def bits_per_dim(
     uniform in the cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each image.
 
     Args:
-        model, scheduler, class_labels: see [`denoise`].
+        denoiser ([`Denoiser`]): the network.
         images (`torch.Tensor` of shape `(n, channels, height, width)`): uint8.
         generators (`Sequence[torch.Generator]` of length n):
             One for each image, on the CPU, so that an image's value does not depend on the others.
+        units ([`Units`]): of the pipeline, which say where black and white are for the network.
         num_steps (`int`, defaults to 25): see [`log_likelihood`].
         num_probes (`int`, defaults to 1): vectors that the trace is estimated with.
-        data_min (`float`, defaults to -1.0): black in units of the data; white is 1.
 
     Returns:
         `torch.Tensor` of shape `(n,)`: bits per dimension, float64, on the CPU.
@@ -208,23 +198,18 @@ def bits_per_dim(
     shape = images.shape[1:]
     offsets = torch.stack([torch.rand(shape, generator=g) for g in generators]) - 0.5
     signs = torch.stack([torch.randint(2, (num_probes, *shape), generator=g) * 2.0 - 1 for g in generators], dim=1)
-    width = (1 - data_min) / 255
-    x = to_model_range(images + offsets.to(images.device), data_min)
-    log_p = log_likelihood(model, scheduler, x, signs.to(images.device), num_steps, class_labels)
-    return -log_p / (x[0].numel() * math.log(2)) - math.log2(width)
+    x = units.to_network((images + offsets.to(images.device)) / 255)
+    log_p = log_likelihood(denoiser, x, signs.to(images.device), num_steps)
+    log_width = -units.scale(x).double().cpu().log2().mean().item() - math.log2(255)  # of a step, for the network
+    return -log_p / (x[0].numel() * math.log(2)) - log_width
 
 
-def _check_levels(scheduler, images: torch.Tensor, noise: torch.Tensor, sigmas: Sequence[float]) -> None:
-    if not images.is_floating_point() or noise.shape != images.shape:
+def _check_levels(denoiser: Denoiser, data: torch.Tensor, noise: torch.Tensor, sigmas: Sequence[float]) -> None:
+    if not data.is_floating_point() or noise.shape != data.shape:
         raise ValueError(
-            "`images` must be floating, in units of the data, and `noise` of their shape, not "
-            f"{images.dtype} of {tuple(images.shape)} and {tuple(noise.shape)}."
+            "`data` must be floating, in the network's units, and `noise` of their shape, not "
+            f"{data.dtype} of {tuple(data.shape)} and {tuple(noise.shape)}."
         )
-    low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+    low, high = denoiser.ladder.smallest, denoiser.ladder.largest
     if not all(low * (1 - 1e-5) <= sigma <= high * (1 + 1e-5) for sigma in sigmas):
         raise ValueError(f"`sigmas` must lie in the ladder, from {low:g} to {high:g}, not {list(sigmas)}.")
-
-
-def _timesteps_at(scheduler, sigma: float, like: torch.Tensor) -> torch.Tensor:
-    """The level sigma as the network is given it, for each image of a batch."""
-    return scheduler.sigma_to_t(torch.full((len(like),), sigma, dtype=torch.float32, device=like.device))

@@ -69,10 +69,11 @@ def choose_sigma_max(
         return to_model_range(images[rows]) if images.dtype == torch.uint8 else images[rows].float()
 
     batches = torch.arange(len(images), device=images.device).split(batch_size)
-    mean = sum(block(rows).sum(0, dtype=torch.float64) for rows in batches) / len(images)
+    # on the CPU, since Apple GPUs have no float64
+    mean = sum(block(rows).cpu().sum(0, dtype=torch.float64) for rows in batches) / len(images)
     if not mean.isfinite().all():
         raise ValueError("`images` has values that are not finite.")
-    mean = mean.float()
+    mean = mean.float().to(images.device)
     radii = torch.cat([(block(rows) - mean).norm(dim=1) for rows in batches])
     radii, order = radii.sort(descending=True)
 
@@ -93,7 +94,7 @@ def choose_sigma_max(
             if distance > largest:
                 largest, pair = distance, torch.stack([rows[index // len(columns)], columns[index % len(columns)]])
     if pair is not None:
-        a, b = block(pair).double()  # the squares above are rounded
+        a, b = block(pair).cpu().double()  # the squares above are rounded
         largest = (a - b).norm().item()
     if not largest:
         raise ValueError(f"`images` are {len(images)} equal points: the largest distance is 0.")

@@ -31,8 +31,10 @@ clip(x0, -0.5, 0.5) + n = 0.5 the mean is off by 0.5 and 0.1 posterior deviation
 5 and 200: where the function is flat, there is no slope to follow.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,32 @@ CG_DONE = 1e-16  # of the squared residual
 TOLERANCE = 1e-3  # of linearity and of the adjoint: projectors of tomography are no more exact
 
 
+def _in_float32(method: Callable) -> Callable:
+    """Compute in plain float32, whatever autocast, default type and TF32 the caller has set."""
+
+    @functools.wraps(method)
+    def compute(self, *args):
+        default, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+        cudnn = torch.backends.cudnn.flags(torch.backends.cudnn.enabled, allow_tf32=False)
+        try:
+            if default != torch.float32:
+                torch.set_default_dtype(torch.float32)
+            if precision != "highest":
+                torch.set_float32_matmul_precision("highest")
+            with (
+                torch.autocast(self.device.type, enabled=False),
+                cudnn if self.device.type == "cuda" else nullcontext(),
+            ):
+                return method(self, *args)
+        finally:
+            if default != torch.float32:
+                torch.set_default_dtype(default)
+            if precision != "highest":
+                torch.set_float32_matmul_precision(precision)
+
+    return compute
+
+
 class LinearOperator:
     """
     A linear operator on batches of images, checked, with its adjoint and the solve (1) of the module's docstring.
@@ -57,8 +85,12 @@ class LinearOperator:
     Args:
         operator (function, object with `A` and `A_adjoint`, or matrix `(m, channels * height * width)`):
             A, in units of the data. A function takes `(batch_size, channels, height, width)` to `(batch_size, ...)`.
-        shape (`tuple[int, int, int, int]`): `(batch_size, channels, height, width)` of the images.
+        shape (`tuple[int, ...]`): `(batch_size, channels, height, width)` of the images, or of other data.
         device (`str` or `torch.device`): Where the images are.
+        scale (`torch.Tensor`, *optional*): Broadcastable to `shape`; the operator is then A diag(scale).
+        noise_std (`torch.Tensor`, *optional*):
+            Broadcastable to the measurement, above 0; the operator is then diag(1/noise_std) A, whose measurements
+            have noise of standard deviation 1 each. See [`whiten`].
 
     Attributes:
         measurement_shape (`tuple`): The shape of A x, `(batch_size, ...)`, the last axis 2 for complex measurements.
@@ -70,10 +102,20 @@ class LinearOperator:
             measures nothing, changes what it is given in place, or its adjoint is not the adjoint.
     """
 
-    def __init__(self, operator: Any, shape: tuple[int, int, int, int], device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        operator: Any,
+        shape: tuple[int, ...],
+        device: str | torch.device = "cpu",
+        scale: torch.Tensor | None = None,
+        noise_std: torch.Tensor | None = None,
+    ):
         self.shape, self.device = tuple(shape), torch.device(device)
         self._prox = getattr(operator, "prox_l2", None)
         self._forward, self._adjoint = self._read(operator)
+        self._noise_std = None if noise_std is None else noise_std.to(self.device, torch.float32)
+        if scale is not None or noise_std is not None:
+            self._rescale(1.0 if scale is None else scale.to(self.device))
         self._generator = torch.Generator().manual_seed(0)  # the user's own stay as they are
         self._check_linear()
         self._check_adjoint()
@@ -81,11 +123,26 @@ class LinearOperator:
 
     # A and its adjoint
 
+    def _rescale(self, scale: torch.Tensor | float) -> None:
+        """Replace A by diag(1/noise_std) A diag(scale)."""
+        forward, adjoint, stds = self._forward, self._adjoint, self._noise_std
+        inverse = 1.0 if stds is None else 1 / stds
+        self._prox = None  # of the operator as it was
+        self._forward = lambda x: forward(x * scale) * inverse
+        if adjoint is not None:
+            self._adjoint = lambda y: adjoint(y * inverse).reshape(self.shape) * scale
+
+    def whiten(self, y: torch.Tensor) -> torch.Tensor:
+        """A measurement, of `measurement_shape`, in units of its noise, as `noise_std` was given."""
+        return y / (self._noise_std[..., None] if self.is_complex else self._noise_std)
+
+    @_in_float32
     def A(self, x: torch.Tensor) -> torch.Tensor:  # noqa: N802 (as deepinv calls it)
         """A x, of `measurement_shape`, for x of `shape`."""
         y = self._forward(x)
         return torch.view_as_real(y).float() if y.is_complex() else y.float()
 
+    @_in_float32
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:  # noqa: N802
         """Aᵀ y, of `shape`, for y of `measurement_shape`."""
         if self._adjoint is None:
@@ -123,8 +180,9 @@ class LinearOperator:
         """
         The adjoint by autograd. A linear function's graph holds no values of x, so that one serves for all.
         """
-        with torch.enable_grad():
-            x = torch.zeros(self.shape, device=self.device, requires_grad=True)
+        # outside of inference mode, whose tensors autograd does not follow
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.zeros(self.shape, device=self.device, dtype=torch.float32, requires_grad=True)
             y = self.A(x)
         if not y.requires_grad:
             raise ValueError(
@@ -136,12 +194,12 @@ class LinearOperator:
     # Checks
 
     def _randn(self, shape) -> torch.Tensor:
-        return torch.randn(shape, generator=self._generator).to(self.device)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32).to(self.device)
 
     def _apply_first(self, x: torch.Tensor) -> torch.Tensor:
         given = x.clone()
         try:
-            y = self._forward(given)
+            y = self._call_forward(given)
         except Exception as error:  # a user's function raises what it likes
             raise ValueError(
                 f"`operator` cannot be applied to {len(x)} images of {self._sizes} (channels, height, width) in "
@@ -158,6 +216,10 @@ class LinearOperator:
             raise ValueError("`operator` must leave the images that it is given as they are: have it change a copy.")
         self.is_complex = y.is_complex()
         return self.A(x)
+
+    @_in_float32
+    def _call_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(x)
 
     def _check_linear(self) -> None:
         x, other = self._randn(self.shape), self._randn(self.shape)
@@ -233,7 +295,7 @@ class LinearOperator:
         return self._solve(r, c, variance)
 
     def _choose_solver(self) -> None:
-        ones = torch.ones(self.measurement_shape, device=self.device)
+        ones = torch.ones(self.measurement_shape, device=self.device, dtype=torch.float32)
         diagonal = self.A(self.A_adjoint(ones))
         g = self._randn(self.measurement_shape)
         product = self.A(self.A_adjoint(g))
@@ -269,13 +331,13 @@ class LinearOperator:
         transpose = math.prod(self.measurement_shape[1:]) < math.prod(self.shape[1:])
         shape, apply = (self.measurement_shape, self.A_adjoint) if transpose else (self.shape, self.A)
         batch_size, size = shape[0], math.prod(shape[1:])
-        units = torch.zeros(batch_size, size, device=self.device)
+        units = torch.zeros(batch_size, size, device=self.device, dtype=torch.float32)
         rows = []
         for begin in range(0, size, batch_size):
             count = min(batch_size, size - begin)
             units.zero_()
             units[:count, begin : begin + count].fill_diagonal_(1)
-            rows.append(apply(units.reshape(shape)).flatten(1)[:count].double())
+            rows.append(apply(units.reshape(shape)).flatten(1)[:count].cpu().double())  # Apple GPUs have no float64
         rows = torch.cat(rows)
         return rows if transpose else rows.mT
 
@@ -288,7 +350,8 @@ class LinearOperator:
         if not wide:
             vectors = matrix @ vectors / eigenvalues.sqrt()
         self.norm = eigenvalues[-1].item() ** 0.5
-        eigenvalues, vectors, floor = eigenvalues.float(), vectors.float(), FLOOR * self.norm**2
+        eigenvalues, vectors = eigenvalues.float().to(self.device), vectors.float().to(self.device)
+        floor = FLOOR * self.norm**2
 
         def solve(r, c, variance):
             z = (r.flatten(1) @ vectors / (variance + c * eigenvalues).clamp(min=c * floor)) @ vectors.mT
@@ -349,6 +412,31 @@ class LinearOperator:
         z = z * size
         u = self.A_adjoint(z)
         return z / c, u
+
+
+def misfit_in_range(
+    operator: LinearOperator, y: torch.Tensor, low: float, high: float, num_steps: int = 30
+) -> torch.Tensor:
+    """
+    The least misfit ‖A x - y‖/√m of any x with numbers from `low` to `high`, of each measurement, by accelerated
+    projected gradients (Beck & Teboulle 2009): an upper bound that is near it.
+
+    Args:
+        operator ([`LinearOperator`]): A.
+        y (`torch.Tensor` of `operator.measurement_shape`): The measurements.
+        low (`float`), high (`float`): The range of x.
+        num_steps (`int`, defaults to 30): Each takes A and its adjoint once.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    x = last = torch.full(operator.shape, (low + high) / 2, device=y.device, dtype=torch.float32)
+    momentum, step = 1.0, 1 / (1.05 * operator.norm) ** 2
+    for _ in range(num_steps):
+        moved = (x - step * operator.A_adjoint(operator.A(x) - y)).clamp(low, high)
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        x, last, momentum = moved + (momentum - 1) / following * (moved - last), moved, following
+    return _norm(operator.A(last) - y) / y[0].numel() ** 0.5
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ mends lambda as well, and besides repairs what the scheduler does to the varianc
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -45,16 +46,64 @@ import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
+from .checks import check_count, check_number
+from .denoiser import Denoiser
+from .foreign_configs import is_langevin
 from .hub.loading import NCSNPipeline
-from .pipeline_ncsn import _callback_inputs
-from .scheduling_annealed_langevin import AnnealedLangevinScheduler
+from .image_files import read_mask
+from .inputs import ClassLabels, check_shape, read_images
+
+
+class KnownPixels:
+    """
+    The denoiser E[x0 | x, y] of data of which some values y are known, equations (2) and (3) of the module's docstring.
+
+    It remembers the multiplier of the chain that it serves: each chain needs its own.
+
+    Args:
+        denoiser (denoiser): D(x, sigma) of all data.
+        known (`torch.Tensor` of shape `(n, channels, ...)`): y, in the network's units, anything where it is drawn.
+        drawn (`torch.Tensor` of bool, broadcastable to it): True where the data are to be drawn.
+        num_passes (`int`, defaults to 0): Passes (1) that [`settle`] takes.
+        largest_sigma (`float`, *optional*): The level above which a pass would see noise alone.
+        generator (`torch.Generator` or a list of them, *optional*): The randomness of the passes.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable,
+        known: torch.Tensor,
+        drawn: torch.Tensor,
+        num_passes: int = 0,
+        largest_sigma: float = math.inf,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        self.denoiser, self.known, self.drawn = denoiser, known, drawn
+        self.num_passes, self.largest_sigma, self.generator = num_passes, largest_sigma, generator
+        self.multiplier = torch.zeros_like(known)  # lambda
+
+    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """E[x0 | x, y] by (2), and the multiplier by (3)."""
+        denoised = self.denoiser(x + sigma**2 * self.multiplier, sigma)
+        self.multiplier.add_(torch.where(self.drawn, 0.0, self.known - denoised), alpha=1 / sigma**2)
+        return torch.where(self.drawn, denoised, self.known)
+
+    def settle(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """`num_passes` passes (1) at the level sigma."""
+        if 2**0.5 * sigma > self.largest_sigma:
+            return x
+        for _ in range(self.num_passes):
+            z = sigma * randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+            x = self(x + z, 2**0.5 * sigma) + z  # (1)
+        return x
 
 
 class NCSNInpaintPipeline(NCSNPipeline):
     """
-    Draws the masked pixels of images anew, with a noise conditional score network and any scheduler, as the module's
-    docstring derives. The other pixels stay exactly as they are.
+    Draws the masked pixels of images anew, or the unknown values of other data, with a noise conditional score network
+    and any scheduler, as the module's docstring derives. The others stay exactly as they are.
 
     ```python
     pipe = NCSNInpaintPipeline.from_pretrained(folder)  # any NCSNPipeline's
@@ -66,152 +115,209 @@ class NCSNInpaintPipeline(NCSNPipeline):
     def __call__(
         self,
         image: PipelineImageInput,
-        mask_image: PipelineImageInput,
+        mask_image: PipelineImageInput | None = None,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         num_resamplings: int = 3,
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
+        guidance_max_sigma: float | None = None,
         strength: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[NCSNPipeline, int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
-        Draw the masked pixels.
+        Draw the masked pixels, or the unknown values.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                The images, of the network's size, in the formats of [`VaeImageProcessor`]: floating arrays
-                `(batch_size, height, width, channels)` and tensors `(batch_size, channels, height, width)` in [0, 1],
-                or 8-bit ones. One image serves the whole batch.
-            mask_image (the same types, of one channel):
+                The data, in the formats and units of `image` in [`NCSNPipeline.__call__`]. One serves the whole batch.
+                NaN in floating arrays and tensors means unknown.
+            mask_image (the same types, *optional*):
                 White, 1 or True where the image is to be drawn, black where it is known; one half counts as white.
-                One mask serves the whole batch. Integers may be 0 and 1, or 0 to 255.
-            batch_size (`int`, *optional*): The number of images; that of `image`, masks or labels by default.
+                Of an image file with transparency, what is white *and* opaque is drawn. Integers may be 0 and 1, or 0
+                to 255. For images it has one channel; for other data one, or one for each of theirs. One mask serves
+                the whole batch. Not needed where NaN says what is unknown.
+            batch_size (`int`, *optional*): The number of samples; that of `image`, masks or labels by default.
             num_inference_steps (`int`, *optional*): The number of noise levels; the pipeline's own when not given.
             num_resamplings (`int`, defaults to 3):
                 Passes (1) at each level, or each step where a level has several; each takes one network evaluation
                 more. With 0, (3) is mended by the steps alone and lags behind. A multistep scheduler restarts after
                 passes.
+            class_labels (`int`, `list[int]`, `dict` or `torch.Tensor`, *optional*):
+                As in [`NCSNPipeline.__call__`]. When not given, a class-conditional network is told no label, since
+                the known pixels decide the class.
             strength (`float`, defaults to 1.0):
                 The share of the steps that is taken, above 0 and up to 1. Below 1 the masked pixels are drawn from
                 what `image` holds there, noised to the level where the steps begin; 1 pays no regard to it.
-            num_langevin_steps, sigmas, class_labels, guidance_scale, generator, latents, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs:
+            num_langevin_steps, sigmas, guidance_scale, guidance_max_sigma, generator, latents, output_type,
+            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs:
                 As in [`NCSNPipeline.__call__`].
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the images, whose known pixels are those of `image`: as 8-bit values
+            [`ImagePipelineOutput`] or `tuple`: the samples, whose known values are those of `image`: as 8-bit values
             in `"pil"`, exactly in `"latent"`, and to the rounding of float32 in `"np"` and `"pt"`.
 
         Raises:
             ValueError, FloatingPointError: as [`NCSNPipeline.__call__`].
         """
-        image = self._preprocess("image", image, self.image_processor, self.image_shape)
-        mask = self._preprocess_mask(mask_image)
-        batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
-        shape = (batch_size, *self.image_shape)
-        names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self.check_inputs(
-            shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
-        )
-        self._check_count("num_resamplings", num_resamplings, at_least=0)
+        check_count("num_resamplings", num_resamplings, at_least=0)
         if num_resamplings:
             self._check_begins_anywhere("num_resamplings")
-        self._check_strength(strength)
+        check_number("strength", strength, above=0, at_most=1)
         if strength < 1:
             self._check_begins_anywhere("strength")
-        device = self._execution_device
-        chain = (num_inference_steps, num_langevin_steps, sigmas, strength if strength < 1 else None)
+        image, mask = self._read_known(image, mask_image)
+        batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
+        self._check_call(batch_size, generator, latents, output_type)
+        if strength < 1 and image.isnan().any():
+            raise ValueError(f"`strength`={strength} begins at what `image` holds, and it holds NaN: leave it out.")
+        denoiser = self._prepare_denoiser(class_labels, batch_size, guidance_scale, guidance_max_sigma)
+        chain = (num_inference_steps, num_langevin_steps, sigmas, strength, denoiser)
         timesteps = self._set_timesteps(self.scheduler, *chain)
-        image, mask = image.to(device), mask.to(device)
-        labels = self.embedding_indices(class_labels, batch_size, device)
-
-        def draw_noise():
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-
-        sigmas = self._noise_levels(timesteps).tolist()
-        preserves_variance = self._preserves_variance(timesteps[:1])
-        units = [(1 + sigma**2) ** 0.5 if preserves_variance else 1.0 for sigma in sigmas]  # x per scheduler's sample
-        largest_sigma = self._noise_levels(self.scheduler.timesteps[:1]).item()
-        upper_sigmas = [2**0.5 * sigma for sigma in sigmas]
-        upper_timesteps = self._timesteps_at(upper_sigmas).to(device)
-        order = self.scheduler.order
-        multiplier = torch.zeros(shape, device=device)  # lambda
-
-        def estimate(x, timestep, sigma):
-            """E[x0 | x, y] by (2), and the multiplier by (3)."""
-            denoised = self._denoise(x + sigma**2 * multiplier, timestep, sigma, labels)
-            multiplier.add_(torch.where(mask, 0.0, image - denoised), alpha=1 / sigma**2)
-            return torch.where(mask, denoised, image)
-
-        def settle(i, latents):
-            if i % order or upper_sigmas[i] > largest_sigma:  # above there is nothing but noise
-                return latents
-            x = latents * units[i]
-            for _ in range(num_resamplings):
-                z = sigmas[i] * draw_noise()
-                x = estimate(x + z, upper_timesteps[i], upper_sigmas[i]) + z  # (1)
-            return x / units[i]
-
-        images = self._sample(
-            self._prepare_latents(shape, timesteps, image if strength < 1 else None, latents, generator, device),
+        device = self._execution_device
+        image, mask = image.nan_to_num().to(device), mask.to(device)
+        known = KnownPixels(
+            denoiser,
+            image.expand(batch_size, *self.sample_shape),
+            mask,
+            num_resamplings,
+            self._first_level(),
+            generator,
+        )
+        samples = self._sample(
+            known,
+            self._prepare_latents(batch_size, timesteps, image if strength < 1 else None, latents, generator),
             timesteps,
-            labels,
-            guidance_scale,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=names,
-            before_step=settle if num_resamplings else None,
-            schedulers=self._fresh_schedulers(chain, len(timesteps)) if num_resamplings else None,
-            estimate=lambda i, x, t: estimate(x, t, sigmas[i]),
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            self._forgetful_scheduler(chain, len(timesteps)) if num_resamplings else None,
         )
-        return self._finish(torch.where(mask, images, image), output_type, return_dict)
+        return self._finish(torch.where(mask, samples, image), output_type, return_dict)
 
-    def _preserves_variance(self, timestep: torch.Tensor) -> bool:
-        """Whether the scheduler's sample is x/√(1 + sigma²), as DDPM's is, and not x: `add_noise` shrinks images."""
-        one = torch.ones(1, device=timestep.device)
-        return self.scheduler.add_noise(one, torch.zeros_like(one), timestep).item() < 1
+    def condition(
+        self,
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput | None = None,
+        class_labels: ClassLabels | None = None,
+        batch_size: int | None = None,
+    ) -> KnownPixels:
+        """
+        The denoiser of data whose known values are those of `image`, for another sampler; arguments as of a call.
 
-    def _fresh_schedulers(self, chain: tuple, num_steps: int) -> list:
+        Raises:
+            ValueError: as a call.
         """
-        The scheduler for each of the last `num_steps` steps of the chain with the settings `chain`, as if the chain
-        began at that step: what a multistep scheduler remembers is of another sample than the one that the passes left.
+        image, mask = self._read_known(image, mask_image)
+        batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
+        device, shape = self._execution_device, (batch_size, *self.sample_shape)
+        denoiser = self.make_denoiser(class_labels, batch_size=batch_size)
+        return KnownPixels(denoiser, image.nan_to_num().to(device).expand(shape), mask.to(device))
+
+    def _first_level(self) -> float:
+        """The level that the whole chain begins at."""
+        if is_langevin(self.scheduler):
+            return self.scheduler.sigmas[0].item()
+        ladder = Denoiser.of(self.unet, self.scheduler).ladder
+        return ladder.sigma_at(self.scheduler.timesteps[0].item())
+
+    def _forgetful_scheduler(self, chain: tuple, num_steps: int):
         """
-        if isinstance(self.scheduler, AnnealedLangevinScheduler):
-            # of first order, whose rate is another, it remembers nothing: one serves all steps
-            scheduler = AnnealedLangevinScheduler.from_config(self.scheduler.config, solver_order=1)
+        A scheduler for the last `num_steps` steps of the chain with the settings `chain` that remembers no step: what a
+        multistep scheduler remembers is of another sample than the one that the passes left.
+        """
+        if is_langevin(self.scheduler):  # of first order, whose rate is another, it remembers nothing
+            scheduler = type(self.scheduler).from_config(self.scheduler.config, solver_order=1)
             self._set_timesteps(scheduler, *chain)
-            return [scheduler] * num_steps
-        schedulers, order = [], self.scheduler.order
-        for i in range(0, num_steps, order):
-            scheduler = copy.deepcopy(self.scheduler)
-            if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(len(scheduler.timesteps) - num_steps + i)
-            schedulers += [scheduler] * order
-        return schedulers[:num_steps]
+            return scheduler
+        return _Restarting(self.scheduler, len(self.scheduler.timesteps) - num_steps)
 
-    def _preprocess_mask(self, mask_image) -> torch.Tensor:
-        """The mask, `(n, 1, height, width)`, True where the image is to be drawn."""
-        processor = VaeImageProcessor(
-            vae_scale_factor=1,
-            vae_latent_channels=0,
-            do_resize=False,
-            do_normalize=False,
-            do_convert_grayscale=True,
-        )
-        masks = [_to_unit_range(m) for m in (mask_image if isinstance(mask_image, list) else [mask_image])]
-        masks = masks if isinstance(mask_image, list) else masks[0]
-        mask = self._preprocess("mask_image", masks, processor, (1, *self.image_shape[1:])) >= 0.5
+    def _read_known(self, image, mask_image) -> tuple[torch.Tensor, torch.Tensor]:
+        """The data in the network's units, `(n, *sample_shape)`, and the mask, True where they are to be drawn."""
+        image = self._read_data("image", image, missing=True)
+        unknown = image.isnan()
+        if mask_image is None:
+            if not unknown.any():
+                raise ValueError("`mask_image` is needed where no NaN in `image` says what is to be drawn.")
+            return image, unknown
+        mask = self._read_mask(mask_image) | unknown if unknown.any() else self._read_mask(mask_image)
         if not mask.any():
-            raise ValueError("`mask_image` leaves nothing to draw: it must be white, or 1, at some pixel.")
-        return mask
+            raise ValueError("`mask_image` leaves nothing to draw: it must be white (and opaque), 1 or True somewhere.")
+        return image, mask
+
+    def _read_mask(self, mask_image) -> torch.Tensor:
+        """The mask, True where the data are to be drawn, of shape `(n, 1 or channels, ...)`."""
+        given = mask_image if isinstance(mask_image, list) else [mask_image]
+        if not self.draws_images:
+            masks = self._stack_masks(given)
+        else:
+            processor = VaeImageProcessor(
+                vae_scale_factor=1,
+                vae_latent_channels=0,
+                do_resize=False,
+                do_normalize=False,
+                do_convert_grayscale=True,
+            )
+            masks = [read_mask(m) if isinstance(m, Image.Image) else _to_unit_range(m) for m in given]
+            masks = read_images("mask_image", masks if isinstance(mask_image, list) else masks[0], 1, processor)
+            check_shape("mask_image", masks, (1, *self.sample_shape[1:]), is_image=True)
+        if not ((masks >= 0) & (masks <= 1)).all():
+            raise ValueError("`mask_image` must hold numbers from 0 to 1, or be an 8-bit image.")
+        return masks >= 0.5
+
+    def _stack_masks(self, given: list) -> torch.Tensor:
+        """Masks of data that are no images, each `(sizes)`, `(1 or channels, sizes)` or `(n, 1 or channels, sizes)`."""
+        channels, *sizes = self.sample_shape
+        masks = []
+        for mask in given:
+            mask = _to_unit_range(mask if isinstance(mask, torch.Tensor) else np.asarray(mask))
+            mask = torch.as_tensor(mask).float()
+            mask = mask[None] if mask.ndim == len(sizes) else mask
+            mask = mask[None] if mask.ndim == len(sizes) + 1 else mask
+            if mask.ndim != len(sizes) + 2 or list(mask.shape[2:]) != sizes or mask.shape[1] not in (1, channels):
+                raise ValueError(
+                    f"`mask_image` must have the sizes {' × '.join(map(str, sizes))} with 1 or {channels} channels, "
+                    f"not the shape {tuple(mask.shape)}."
+                )
+            masks.append(mask)
+        return torch.cat(masks)
+
+
+class _Restarting:
+    """
+    A scheduler of diffusers that begins anew at each step, from the row `begin` of its chain on. Steps of one
+    evaluation each begin anew together where the scheduler takes them in pairs.
+    """
+
+    def __init__(self, scheduler, begin: int):
+        self._scheduler, self._begin, self._row, self._current = scheduler, begin, begin, None
+
+    def __getattr__(self, name: str):
+        return getattr(self._scheduler, name)
+
+    def _scheduler_of_this_row(self):
+        if self._current is None:
+            self._current = copy.deepcopy(self._scheduler)
+            if hasattr(self._current, "set_begin_index"):
+                self._current.set_begin_index(self._row)
+        return self._current
+
+    def scale_model_input(self, sample, timestep):
+        return self._scheduler_of_this_row().scale_model_input(sample, timestep)
+
+    def step(self, *args, **kwargs):
+        result = self._scheduler_of_this_row().step(*args, **kwargs)
+        self._row += 1
+        if (self._row - self._begin) % self._scheduler.order == 0:
+            self._current = None
+        return result
 
 
 def _to_unit_range(mask):

@@ -61,28 +61,89 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import check_choice
 from .hub.loading import NCSNPipeline
-from .operators import LinearOperator, dot, expand
-from .pipeline_ncsn import _callback_inputs
+from .inputs import ClassLabels
+from .operators import LinearOperator, dot, expand, misfit_in_range
 
-UNITS = ("data", "image")
+UNITS = ("image", "data")
 # The least share of ⟨r, z⟩ that ⟨z, q⟩ may be: below it the network's Jacobian is lost in its noise.
 LEAST_CURVATURE = 1e-4
 # The step of the last difference of D, in units of sigma: the network is told sigma and sees 1.04 sigma.
 LAST_STEP = 0.3
 
+logger = logging.get_logger(__name__)
+
+
+class Measured:
+    """
+    The denoiser E[x0 | x, y] of measured data, equation (1) of the module's docstring, in the network's units.
+
+    It remembers the multiplier of the chain that it serves: each chain needs its own.
+
+    Args:
+        denoiser (denoiser): D(x, sigma) of all data.
+        operator ([`LinearOperator`]): A.
+        measurement (`torch.Tensor` of `operator.measurement_shape`): y.
+        noise_std (`float`): sigma_y.
+        num_evaluations (`int`, *optional*):
+            After so many calls the chain ends, and the estimate is drawn by (2) where there is noise.
+        generator (`torch.Generator` or a list of them, *optional*): The randomness of (2).
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable,
+        operator: LinearOperator,
+        measurement: torch.Tensor,
+        noise_std: float,
+        num_evaluations: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        self.denoiser, self.operator, self.y = denoiser, operator, measurement
+        self.noise_std, self.generator = noise_std, generator
+        self.to_come = math.inf if num_evaluations is None or noise_std == 0 else num_evaluations
+        self.mu = torch.zeros_like(measurement)
+        self.shift = torch.zeros(operator.shape, device=measurement.device)  # Aᵀ mu
+
+    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        operator, c, variance = self.operator, sigma**2, self.noise_std**2
+        self.to_come -= 1
+        shifted = x + c * self.shift  # 1.
+        denoised = self.denoiser(shifted, sigma)
+        r = self.y - operator.A(denoised) - variance * self.mu
+        if self.to_come > 0:
+            z, u = operator.solve(r, c, variance)  # 2.
+            moved = self.denoiser(shifted + u, sigma) - denoised
+            q = variance * z + operator.A(moved)
+            rz, zq = dot(r, z), dot(z, q)
+            a = torch.where(zq > LEAST_CURVATURE * rz, rz / zq, 0.0)
+            self.mu = self.mu + expand(a, z) * z
+            self.shift = self.shift + expand(a / c, u) * u
+            denoised = denoised + expand(a, moved) * moved
+            r = r - expand(a, q) * q
+        else:
+            e = randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=torch.float32)
+            n = randn_tensor(r.shape, generator=self.generator, device=x.device, dtype=torch.float32)
+            moved = (self.denoiser(shifted + LAST_STEP * sigma * e, sigma) - denoised) / LAST_STEP  # (2)
+            denoised, r = denoised + moved, r + self.noise_std * n - operator.A(moved)
+        z, u = operator.solve(r, c, variance)  # 3.
+        self.mu, self.shift = self.mu + z, self.shift + u / c
+        return denoised + u
+
 
 class NCSNPosteriorPipeline(NCSNPipeline):
     """
-    Draws images given a linear measurement of them, with a noise conditional score network and any scheduler, as the
+    Draws samples given a linear measurement of them, with a noise conditional score network and any scheduler, as the
     module's docstring derives.
 
     ```python
     pipe = NCSNPosteriorPipeline.from_pretrained(folder)  # any NCSNPipeline's
     operator = lambda x: F.avg_pool2d(x, 4)
-    pipe(measurement, operator, noise_std=0.1, batch_size=8).images
+    pipe(measurement, operator, noise_std=0.05, batch_size=8).images
     ```
     """
 
@@ -91,146 +152,190 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         self,
         measurement: torch.Tensor | np.ndarray,
         operator: Callable[[torch.Tensor], torch.Tensor] | torch.Tensor | np.ndarray | Any,
-        noise_std: float,
+        noise_std: float | Sequence[float] | torch.Tensor | np.ndarray,
         batch_size: int | None = None,
         num_inference_steps: int = 25,
-        units: str = "data",
+        units: str = "image",
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
+        guidance_max_sigma: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[[NCSNPipeline, int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
-        Draw images whose measurement is `measurement`.
+        Draw samples whose measurement is `measurement`.
 
         Args:
             measurement (`torch.Tensor` or `np.ndarray`, real or complex):
-                y, of shape `(n, ...)`, as `operator` returns it, where n is 1 or `batch_size`: one measurement, of
-                which `batch_size` samples are drawn, or one for each sample.
+                y = A x + n of x as `output_type="pt"` returns it, [0, 1] for images. Of shape `(n, ...)`, as `operator`
+                returns it, where n is 1 or `batch_size`: one measurement, of which `batch_size` samples are drawn, or
+                one for each sample.
             operator (function, object with `A` and `A_adjoint`, or matrix `(m, channels * height * width)`):
-                A, linear. A torch function of `(batch_size, channels, height, width)`, whose adjoint autograd finds;
-                an object such as those of `deepinv.physics`; or a matrix that acts on flattened images. It must not
-                add noise. It is tried out on random images first.
-            noise_std (`float`):
-                sigma_y, the standard deviation of the measurement's noise, at least 0; of the real and of the
-                imaginary part for complex measurements. 0 keeps what is measured exactly.
-            batch_size (`int`, *optional*): The number of images; that of the measurements or labels by default.
+                A, linear. A torch function of `(batch_size, channels, ...)`, whose adjoint autograd finds;
+                an object such as those of `deepinv.physics`; or a matrix that acts on flattened samples. It must not
+                add noise. It is tried out on random data first.
+            noise_std (`float`, sequence of floats, `torch.Tensor` or `np.ndarray`):
+                sigma_y, the standard deviation of the measurement's noise, in the units of `measurement`; of the real
+                and of the imaginary part for complex ones. One number for all, at least 0, where 0 keeps what is
+                measured exactly; or, above 0, one for each channel of the measurement, or an array of its shape.
+            batch_size (`int`, *optional*): The number of samples; that of the measurements or labels by default.
             num_inference_steps (`int`, defaults to 25):
                 The number of noise levels, each of which takes *two* network evaluations: 25 take 50.
-            units (`str`, defaults to `"data"`):
-                What `measurement` and `noise_std` are in. `"data"`: the network's own, black `data_min`, -1 as a rule,
-                and white 1. `"image"`: those of images in [0, 1], y = A x + n with x in [0, 1], as in other
-                packages. Where black is -1, the same noise is half as large in them.
-            num_langevin_steps, sigmas, class_labels, guidance_scale, generator, latents, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs:
+            units (`str`, defaults to `"image"`):
+                What `measurement` and `noise_std` are in. `"image"`: the units of what comes out, as above. `"data"`:
+                the network's own, in which images are in [-1, 1] as a rule.
+            class_labels (`int`, `list[int]`, `dict` or `torch.Tensor`, *optional*):
+                As in [`NCSNPipeline.__call__`]. When not given, a class-conditional network is told no label, since
+                the measurement decides the class.
+            num_langevin_steps, sigmas, guidance_scale, guidance_max_sigma, generator, latents, output_type,
+            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs:
                 As in [`NCSNPipeline.__call__`]; "denoised" is the estimate given the measurement.
 
         Returns:
-            [`ImagePipelineOutput`] or `tuple`: the images, each an independent sample.
+            [`ImagePipelineOutput`] or `tuple`: the samples, each drawn independently.
 
         Raises:
             ValueError:
                 As [`NCSNPipeline.__call__`], and as [`LinearOperator`] for the operator; or the measurement does not
-                fit the operator or is not finite, or `noise_std` is not a number of at least 0. Nothing has been
-                computed then.
+                fit the operator or is not finite, or `noise_std` is out of its range. Nothing has been computed then.
             FloatingPointError: as [`NCSNPipeline.__call__`].
         """
-        noise_std = self._check_noise_std(noise_std)
-        if units not in UNITS:
-            raise ValueError(f"`units` must be one of {', '.join(map(repr, UNITS))}, not {units!r}.")
+        check_choice("units", units, UNITS)
         measurement = self._check_measurement(measurement)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, measurement=measurement)
-        shape = (batch_size, *self.image_shape)
-        names = _callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self.check_inputs(
-            shape, class_labels, guidance_scale, generator, latents, output_type, names, callback_on_step_end
-        )
-        device = self._execution_device
-        operator = LinearOperator(operator, shape, device)
-        measurement = self._fit_measurement(measurement, operator)
-        if units == "image":
-            # x = data_min + (1 - data_min) x', and A is linear
-            scale, black = 1 - self.config.data_min, torch.full(shape, self.config.data_min, device=device)
-            measurement, noise_std = scale * measurement + operator.A(black), scale * noise_std
-        timesteps = self._set_timesteps(self.scheduler, num_inference_steps, num_langevin_steps, sigmas)
-        labels = self.embedding_indices(class_labels, batch_size, device)
-        images = self._sample(
-            self._prepare_latents(shape, timesteps, None, latents, generator, device),
+        self._check_call(batch_size, generator, latents, output_type)
+        denoiser = self._prepare_denoiser(class_labels, batch_size, guidance_scale, guidance_max_sigma)
+        measured = self._measure(denoiser, measurement, operator, noise_std, units, batch_size)
+        chain = (num_inference_steps, num_langevin_steps, sigmas, 1.0, denoiser)
+        timesteps = self._set_timesteps(self.scheduler, *chain)
+        if measured.noise_std > 0:
+            measured.to_come, measured.generator = len(timesteps), generator
+        samples = self._sample(
+            measured,
+            self._prepare_latents(batch_size, timesteps, None, latents, generator),
             timesteps,
-            labels,
-            guidance_scale,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=names,
-            estimate=self._estimator(operator, measurement, noise_std, timesteps, labels, generator),
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
-        if noise_std == 0 and not self.interrupt:
+        if measured.noise_std == 0 and not self.interrupt:
             # what rounding has moved
-            images = images + operator.solve(measurement - operator.A(images), 1.0, 0.0)[1]
-        return self._finish(images, output_type, return_dict)
+            exact = measured.operator
+            samples = samples + exact.solve(measured.y - exact.A(samples), 1.0, 0.0)[1]
+        return self._finish(samples, output_type, return_dict)
 
-    def _estimator(self, operator, y, noise_std, timesteps, labels, generator) -> Callable:
-        """`estimate` of [`_sample`]: E[x0 | x, y] in the place of E[x0 | x]."""
-        sigmas, variance = self._noise_levels(timesteps).tolist(), noise_std**2
-        last = len(sigmas) - 1 if noise_std > 0 else None
-        mu = torch.zeros_like(y)
-        shift = torch.zeros(operator.shape, device=y.device)  # Aᵀ mu
+    def condition(
+        self,
+        measurement: torch.Tensor | np.ndarray,
+        operator: Any,
+        noise_std: float | Sequence[float] | torch.Tensor | np.ndarray,
+        units: str = "image",
+        class_labels: ClassLabels | None = None,
+        batch_size: int | None = None,
+    ) -> Measured:
+        """
+        The denoiser of data that were measured, in the network's units, for another sampler; arguments as of a call.
 
-        def estimate(i, x, t):
-            nonlocal mu, shift
-            sigma, c = sigmas[i], sigmas[i] ** 2
+        Raises:
+            ValueError: as a call.
+        """
+        check_choice("units", units, UNITS)
+        measurement = self._check_measurement(measurement)
+        batch_size, class_labels = self._check_batch(batch_size, class_labels, measurement=measurement)
+        denoiser = self.make_denoiser(class_labels, batch_size=batch_size)
+        return self._measure(denoiser, measurement, operator, noise_std, units, batch_size)
 
-            def denoise(x):
-                return self._denoise(x, t, sigma, labels)
+    def _measure(self, denoiser, measurement, operator, noise_std, units, batch_size) -> Measured:
+        """The denoiser given the measurement, all in the network's units, where each number has the same noise."""
+        shape, device = (batch_size, *self.sample_shape), self._execution_device
+        noise_std = self._check_noise_std(noise_std, measurement)
+        own = LinearOperator(operator, shape, device)
+        y = self._fit_measurement(measurement, own)
+        middle = torch.zeros(shape, device=device)
+        if units == "image":
+            # x = mean + scale x', and A is linear
+            y = y - own.A(self.units.mean(middle).expand(shape))
+            scale = self.units.scale(middle)
+        else:
+            scale = torch.ones((), device=device)
+        uniform = scale.numel() == 1 or bool((scale == scale.flatten()[0]).all())
+        if isinstance(noise_std, float) and uniform:
+            scale = scale.flatten()[0].item()
+            operator, y, noise_std = own, y / scale, noise_std / scale
+        else:
+            spread = noise_std if isinstance(noise_std, torch.Tensor) else None
+            operator = LinearOperator(operator, shape, device, scale=scale, noise_std=spread)
+            if spread is not None:
+                y, noise_std = operator.whiten(y), 1.0
+        self._warn_if_impossible(operator, y, noise_std)
+        return Measured(denoiser, operator, y, noise_std)
 
-            shifted = x + c * shift  # 1.
-            denoised = denoise(shifted)
-            r = y - operator.A(denoised) - variance * mu
-            if i != last:
-                z, u = operator.solve(r, c, variance)  # 2.
-                moved = denoise(shifted + u) - denoised
-                q = variance * z + operator.A(moved)
-                rz, zq = dot(r, z), dot(z, q)
-                a = torch.where(zq > LEAST_CURVATURE * rz, rz / zq, 0.0)
-                mu = mu + expand(a, z) * z
-                shift = shift + expand(a / c, u) * u
-                denoised = denoised + expand(a, moved) * moved
-                r = r - expand(a, q) * q
-            else:
-                e = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-                n = randn_tensor(y.shape, generator=generator, device=x.device, dtype=torch.float32)
-                moved = (denoise(shifted + LAST_STEP * sigma * e) - denoised) / LAST_STEP  # (2)
-                denoised, r = denoised + moved, r + noise_std * n - operator.A(moved)
-            z, u = operator.solve(r, c, variance)  # 3.
-            mu, shift = mu + z, shift + u / c
-            return denoised + u
-
-        return estimate
+    def _warn_if_impossible(self, operator: LinearOperator, y: torch.Tensor, noise_std: float) -> None:
+        """Whether no data of the network's range would give this measurement, by more than its noise."""
+        low, high = -_RANGE, _RANGE
+        if self.units.value_range is not None:
+            ends = torch.tensor(self.units.value_range, device=y.device).reshape(1, 1, 2)
+            low, high = self.units.to_network(ends.expand(1, self.sample_shape[0], 2)).unbind(-1)
+            low, high = low.min().item(), high.max().item()
+        misfit = misfit_in_range(operator, y, low, high)
+        allowed = 3 * noise_std + 0.02 * (high - low) * operator.norm
+        if (misfit > allowed).any():
+            what = f"{self.units.value_range}" if self.units.value_range is not None else "the training data's range"
+            logger.warning(
+                f"`measurement` is one that no data within {what} would give: the nearest is off by "
+                f"{misfit.max().item() / max(noise_std, 1e-12):.3g} times `noise_std` on average. Are `measurement` "
+                "and `noise_std` in the units of what the pipeline returns, and is `operator` the right one?"
+            )
 
     # Checks
 
     @staticmethod
-    def _check_noise_std(noise_std) -> float:
-        if isinstance(noise_std, bool) or not isinstance(noise_std, Real) or not 0 <= noise_std < math.inf:
-            raise ValueError(f"`noise_std` must be a finite number of at least 0, not {noise_std!r}.")
-        return float(noise_std)
+    def _check_noise_std(noise_std, measurement: torch.Tensor) -> float | torch.Tensor:
+        """One number, or numbers that broadcast with the measurement."""
+        if isinstance(noise_std, Real) and not isinstance(noise_std, bool):
+            if not 0 <= noise_std < math.inf:
+                raise ValueError(f"`noise_std` must be a finite number of at least 0, not {noise_std!r}.")
+            return float(noise_std)
+        try:
+            stds = torch.as_tensor(noise_std)
+        except (ValueError, TypeError, RuntimeError):
+            stds = torch.tensor(True)
+        if stds.dtype == torch.bool or stds.is_complex():
+            raise ValueError(
+                f"`noise_std` must be a finite number of at least 0, or an array of numbers above 0, not {noise_std!r}."
+            )
+        if stds.ndim == 0:
+            return NCSNPosteriorPipeline._check_noise_std(stds.item(), measurement)
+        if not (stds.isfinite() & (stds > 0)).all():
+            raise ValueError(
+                f"`noise_std` must hold finite numbers above 0, not {stds.min().item():g} to {stds.max().item():g}. "
+                "The number 0 keeps all that is measured exactly."
+            )
+        if stds.ndim == 1 and measurement.ndim > 2 and len(stds) == measurement.shape[1]:
+            stds = stds.reshape(-1, *[1] * (measurement.ndim - 2))  # one for each channel
+        fits = tuple(stds.shape) in (tuple(measurement.shape), tuple(measurement.shape[1:]))
+        if not fits and not (stds.shape[0] == measurement.shape[1] and stds.numel() == stds.shape[0]):
+            raise ValueError(
+                f"`noise_std` must be one number, one for each channel of the measurement, or of its shape, "
+                f"{tuple(measurement.shape[1:])}, not of shape {tuple(stds.shape)}."
+            )
+        return stds.float()
 
-    @staticmethod
-    def _check_measurement(measurement) -> torch.Tensor:
+    def _check_measurement(self, measurement) -> torch.Tensor:
         try:
             measurement = torch.as_tensor(measurement)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"`measurement` must be a tensor, not {type(measurement).__name__}: {error}") from error
-        if measurement.dtype == torch.uint8:
+        if measurement.dtype == torch.bool or (not _is_real(measurement.dtype) and self.draws_images):
             raise ValueError(
-                "`measurement` must be floating or complex, in the units of `units`, not uint8: 8-bit images divided "
-                "by 255 are in units of 'image'."
+                f"`measurement` must be floating or complex, of images in [0, 1], not {measurement.dtype}: divide "
+                "8-bit numbers by 255."
             )
         if not measurement.ndim or not measurement.numel():
             raise ValueError(f"`measurement` must have the shape (n, ...), not {tuple(measurement.shape)}.")
@@ -240,7 +345,7 @@ class NCSNPosteriorPipeline(NCSNPipeline):
 
     @staticmethod
     def _fit_measurement(measurement, operator) -> torch.Tensor:
-        """The measurement for each image, of the operator's `measurement_shape`."""
+        """The measurement for each sample, of the operator's `measurement_shape`."""
         batch_size, *shape = operator.measurement_shape
         if operator.is_complex:
             shape = shape[:-1]
@@ -254,3 +359,11 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             raise ValueError(f"`measurement` must be {kind}, as what `operator` returns is, not {measurement.dtype}.")
         measurement = torch.view_as_real(measurement.resolve_conj()) if operator.is_complex else measurement
         return measurement.to(operator.device, torch.float32).expand(operator.measurement_shape)
+
+
+# Data without bounds are taken to be within so much of their mean, in the network's units: ten standard deviations.
+_RANGE = 5.0
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex

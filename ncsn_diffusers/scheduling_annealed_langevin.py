@@ -95,64 +95,41 @@ The file is long because it is uploaded with each pipeline and has to run there 
 translation of other schedulers' configs, and the checks of every setting are all in it.
 """
 
-import inspect
 import json
 import math
 import os
-import reprlib
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from numbers import Integral, Real
-from typing import Any
+from itertools import pairwise
+from numbers import Integral
 
-import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, DummyObject, logging
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+
+from .checks import MAX_LEVELS, MAX_STEPS, check_choice, check_count, check_flag, check_levels, check_number, short
+from .denoiser import denoised_coefficients
+from .foreign_configs import (
+    BETA_SCHEDULES,
+    COMPATIBLE,
+    KEPT,
+    PREDICTION_TYPES,
+    RULE_KEYS,
+    SAMPLER_KEYS,
+    readable_config,
+    translate_config,
+)
+from .ladder import SIGMA_LIMITS, Ladder, train_sigmas
 
 logger = logging.get_logger(__name__)
 
-PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "score")
-BETA_SCHEDULES = ("geometric", "linear", "scaled_linear", "squaredcos_cap_v2")
 CONDITIONINGS = ("timestep", "sigma")
 NOISE_RULES = ("consistent", "euler_maruyama")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
-# What describes the network rather than the sampler: it must survive every swap of schedulers, also where the other
-# class takes it for its own default and would leave it out.
-NETWORK_KEYS = (
-    "num_train_timesteps",
-    "sigma_min",
-    "sigma_max",
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "trained_betas",
-    "prediction_type",
-    "conditioning",
-)
-# Known to this class alone, so that another class may drop them silently where they hold their default.
-SAMPLER_KEYS = ("num_langevin_steps", "step_size", "noise_rule", "denoise_final", "rho")
-# What is chosen for one noise rule and does not fit the other.
-RULE_KEYS = ("step_size", "num_langevin_steps", "denoise_final")
-
-# Keys that tell a config of this class from others where it does not name its class.
-OWN_KEYS = ("conditioning", "num_langevin_steps", "step_size", "noise_rule", "denoise_final")
-# Keys that describe the levels as betas. In a config without a class they are DDPM's language.
-BETA_KEYS = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
-# Spelled alike by stock classes, with another meaning: the order of another solver, and the range of their Karras
-# levels rather than that of the trained ones. While another class uses the config, ours are kept under `KEPT`.
-SPELLED_ALIKE = ("sigma_min", "sigma_max", "solver_order")
-KEPT = "_annealed_langevin"
-
-# Sane limits, checked before anything is built. With sigma in this range, sigma² is a normal number in float32.
-MAX_LEVELS = 100_000
-MAX_STEPS = 1_000_000
-SIGMA_LIMITS = (1e-10, 1e10)
+# Sane limits, checked before anything is built.
 RHO_LIMITS = (0.1, 1e4)
 
 # The most that h/h_ may be in (3).
@@ -246,35 +223,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             given betas.
     """
 
-    # All of these sample an NCSN from `scheduler.config` as it is.
-    _compatibles = [
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "PNDMScheduler",
-        "SASolverScheduler",
-        "UniPCMultistepScheduler",
-    ]
-    # The configs of these describe a network that this class can sample: DDPM's time and scaling, or NCSN++'s.
-    _readable = [
-        *_compatibles,
-        "DDIMInverseScheduler",
-        "DDIMParallelScheduler",
-        "DDPMParallelScheduler",
-        "DPMSolverMultistepInverseScheduler",
-        "DPMSolverSDEScheduler",
-        "LMSDiscreteScheduler",
-        "RePaintScheduler",
-        "ScoreSdeVeScheduler",
-        "UnCLIPScheduler",
-    ]
+    _compatibles = list(COMPATIBLE)
     order = 1
 
     @register_to_config
@@ -299,27 +248,27 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "linspace",
         rho: float | None = 7.0,
     ):
-        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("conditioning", conditioning, CONDITIONINGS)
-        _check_choice("noise_rule", noise_rule, NOISE_RULES)
-        _check_choice("solver_order", solver_order, (1, 2))
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        _check_flag("denoise_final", denoise_final)
-        _check_flag("clip_sample", clip_sample)
-        _check_count("num_train_timesteps", num_train_timesteps, at_least=2, at_most=MAX_LEVELS)
-        _check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
-        _check_number("clip_sample_range", clip_sample_range, above=0, at_most=SIGMA_LIMITS[1])
+        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("conditioning", conditioning, CONDITIONINGS)
+        check_choice("noise_rule", noise_rule, NOISE_RULES)
+        check_choice("solver_order", solver_order, (1, 2))
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_flag("denoise_final", denoise_final)
+        check_flag("clip_sample", clip_sample)
+        check_count("num_train_timesteps", num_train_timesteps, at_least=2, at_most=MAX_LEVELS)
+        check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
+        check_number("clip_sample_range", clip_sample_range, above=0, at_most=SIGMA_LIMITS[1])
         if step_size is not None:
-            _check_number("step_size", step_size, above=0, at_most=1)
+            check_number("step_size", step_size, above=0, at_most=1)
         if rho is not None:
-            _check_number("rho", rho, *RHO_LIMITS)
+            check_number("rho", rho, *RHO_LIMITS)
 
-        sigmas = _train_sigmas(
+        sigmas = train_sigmas(
             num_train_timesteps, sigma_min, sigma_max, beta_schedule, beta_start, beta_end, trained_betas
         )
-        betas = _sigmas_to_betas(sigmas)
-        self._train_sigmas, self._log_sigmas = sigmas, {}
+        self.ladder = Ladder(sigmas)
+        betas = self.ladder.betas
         self.betas = torch.from_numpy(betas).float()
         self.alphas_cumprod = torch.from_numpy(1 / (1 + sigmas**2)).float()
 
@@ -377,13 +326,13 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 value that `__init__` refuses.
         """
         if config is not None and not isinstance(config, (dict, str, os.PathLike)):
-            raise ValueError(f"A scheduler's config must be a dictionary, not {_short(config)}.")
+            raise ValueError(f"A scheduler's config must be a dictionary, not {short(config)}.")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         # Here and not in `from_config`, which a config passes by when it is given as a path.
-        config = _translate_config(config_dict, cls)
+        config = translate_config(config_dict, cls)
         noise_rule = config.get("noise_rule", "consistent")
         if kwargs.get("noise_rule", noise_rule) != noise_rule:
             config = {key: value for key, value in config.items() if key not in RULE_KEYS}
@@ -391,36 +340,17 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def __repr__(self) -> str:
         """The config, without the betas that follow from `sigma_min` and `sigma_max`; a user's are counted."""
-        config = json.loads(self.to_json_string())
-        config.pop(KEPT, None)
+        config = readable_config(json.loads(self.to_json_string()))
         betas = config.get("trained_betas")
-        if betas is None or are_exported(betas, config):
-            config.pop("trained_betas", None)
-        elif len(betas) > 8:
+        if betas is not None and len(betas) > 8:
             config["trained_betas"] = f"{len(betas)} betas from {min(betas):g} to {max(betas):g}"
         return f"{type(self).__name__} {json.dumps(config, indent=2)}\n"
 
     # Noise levels
 
-    def index_to_sigma(self, indices: torch.Tensor) -> torch.Tensor:
-        """
-        The trained noise levels at (fractional) indices, 0 the smallest, interpolated in log sigma.
-
-        Args:
-            indices (`torch.Tensor` of any shape, floating): those outside the ladder mean its ends.
-
-        Returns:
-            `torch.Tensor`: sigmas, of the same shape, dtype and device, in units of the data.
-        """
-        log_sigmas = self._ladder(indices)
-        indices = indices.clamp(0, len(log_sigmas) - 1)
-        lower = indices.floor().clamp(max=len(log_sigmas) - 2)
-        below, above = log_sigmas[lower.long()], log_sigmas[lower.long() + 1]
-        return torch.lerp(below, above, indices - lower).exp()
-
     def t_to_sigma(self, timesteps: float | torch.Tensor) -> torch.Tensor:
         """
-        The noise levels at timesteps: [`index_to_sigma`], or the identity for `conditioning="sigma"`.
+        The noise levels at timesteps: [`Ladder.sigma_at`], or the identity for `conditioning="sigma"`.
 
         Args:
             timesteps (`float` or `torch.Tensor` of any shape): what the network is given.
@@ -429,7 +359,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             `torch.Tensor`: sigmas, of the same shape, on the same device, in units of the data.
         """
         timesteps = _floating(timesteps)
-        return timesteps if self.config.conditioning == "sigma" else self.index_to_sigma(timesteps)
+        return timesteps if self.config.conditioning == "sigma" else self.ladder.sigma_at(timesteps)
 
     def sigma_to_t(self, sigmas: float | torch.Tensor) -> torch.Tensor:
         """
@@ -443,20 +373,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             `torch.Tensor`: timesteps, of the same shape, on the same device.
         """
         sigmas = _floating(sigmas)
-        if self.config.conditioning == "sigma":
-            return sigmas
-        log_sigmas = self._ladder(sigmas)
-        values = sigmas.log().clamp(log_sigmas[0], log_sigmas[-1])
-        upper = torch.searchsorted(log_sigmas, values).clamp(1, len(log_sigmas) - 1)
-        below, above = log_sigmas[upper - 1], log_sigmas[upper]
-        return upper - 1 + (values - below) / (above - below)
-
-    def _ladder(self, like: torch.Tensor) -> torch.Tensor:
-        """log sigma of the trained levels, rising, of shape `(num_train_timesteps,)`, copied once for each device."""
-        key = (like.device, like.dtype)
-        if key not in self._log_sigmas:
-            self._log_sigmas[key] = torch.from_numpy(np.log(self._train_sigmas)).to(like.dtype).to(like.device)
-        return self._log_sigmas[key]
+        return sigmas if self.config.conditioning == "sigma" else self.ladder.index_of(sigmas)
 
     # Before the chain
 
@@ -493,28 +410,28 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if sum(given) != 1:
             raise ValueError(
                 "Give exactly one of `num_inference_steps`, `sigmas` and `timesteps`, not num_inference_steps="
-                f"{_short(num_inference_steps)}, sigmas={_short(sigmas)}, timesteps={_short(timesteps)}."
+                f"{short(num_inference_steps)}, sigmas={short(sigmas)}, timesteps={short(timesteps)}."
             )
         if num_langevin_steps is None:
             num_langevin_steps = self.config.num_langevin_steps
-        _check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
+        check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
         denoise, paper = self.config.denoise_final, self.config.noise_rule == "euler_maruyama"
 
         if sigmas is not None:
             # the last level is listed once more for the paper's final denoising, or as the end's own noise level
-            levels = _check_levels(
+            levels = check_levels(
                 "sigmas", sigmas, *SIGMA_LIMITS, num_langevin_steps, extra=paper or not denoise, denoise=denoise
             )
         elif timesteps is None:
-            _check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
+            check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
             levels = None
         elif self.config.conditioning == "sigma":
-            levels = _check_levels("timesteps", timesteps, *SIGMA_LIMITS, num_langevin_steps, extra=paper and denoise)
+            levels = check_levels("timesteps", timesteps, *SIGMA_LIMITS, num_langevin_steps, extra=paper and denoise)
         else:
-            timesteps = _check_levels(
+            timesteps = check_levels(
                 "timesteps", timesteps, 0, len(self) - 1, num_langevin_steps, extra=paper and denoise
             )
-            levels = self.index_to_sigma(torch.from_numpy(timesteps)).numpy()
+            levels = self.ladder.sigma_at(torch.from_numpy(timesteps)).numpy()
 
         num_levels = num_inference_steps if levels is None else len(levels)
         if num_levels * num_langevin_steps > MAX_STEPS:
@@ -523,7 +440,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 f"{num_levels * num_langevin_steps} steps; a chain has at most {MAX_STEPS}."
             )
         if levels is None and (self.config.rho is None or paper):
-            levels = self.index_to_sigma(torch.from_numpy(self._spaced_indices(num_levels))).numpy()
+            levels = self.ladder.sigma_at(torch.from_numpy(self._spaced_indices(num_levels))).numpy()
         elif levels is None:
             levels = self._budget_levels(num_levels)
 
@@ -533,7 +450,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
         self._table = rows
         self.num_inference_steps = len(levels)
-        self.timesteps = self._row_timesteps = self.sigma_to_t(row_sigmas).to(device=device, dtype=torch.float32)
+        self.timesteps = self.sigma_to_t(row_sigmas).to(device=device, dtype=torch.float32)
         self.sigmas = torch.cat([row_sigmas, torch.tensor([final_sigma])]).float()
         # √(sigma_1² + data variance), with the variance 1 that images in [-1, 1] can have at most: the network's
         # input, x/√(1 + sigma_1²), then starts as unit noise.
@@ -543,7 +460,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def _budget_levels(self, num: int) -> np.ndarray:
         """Falling levels, equally spaced in sigma^(1/rho), of shape `(num,)`."""
-        largest, smallest = self._train_sigmas[[-1, 0]] ** (1 / self.config.rho)
+        largest, smallest = self.ladder.sigmas[[-1, 0]] ** (1 / self.config.rho)
         above = min(2.0, max(1.0, 3 - num / 10))  # steps left out
         below = above if self.config.denoise_final else 0  # else the last level is where the chain ends
         way = (above + np.arange(num)) / (above + num - 1 + below)  # from the largest, 0, to the smallest, 1
@@ -598,6 +515,11 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if paper and denoise:
             rows.append(_Row(levels[-1], kappa=0.0, c=0.0))
         return rows
+
+    @property
+    def noise_stds(self) -> list[float]:
+        """c of each row: the standard deviation of the noise that the step adds, 0 where it draws none."""
+        return [row.c for row in self._table]
 
     @property
     def step_index(self) -> int | None:
@@ -707,18 +629,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return AnnealedLangevinSchedulerOutput(prev_sample=prev_sample, pred_original_sample=denoised)
 
     def _find_row(self, timestep: float | torch.Tensor) -> int:
-        rows = self._row_timesteps
-        # A loop over `scheduler.timesteps[begin:]` hands out views into that tensor. Where they point is the row, also
-        # among the T rows of a level, whose timesteps are equal; and reading it waits for no device.
-        if (
-            isinstance(timestep, torch.Tensor)
-            and timestep.dtype == rows.dtype
-            and timestep.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
-        ):
-            return timestep.storage_offset()
-
         timestep = float(timestep)
-        timesteps = rows.numpy(force=True)
+        timesteps = self.timesteps.numpy(force=True)
         row = int(np.abs(timesteps - timestep).argmin())  # the first of a level's T rows
         if not math.isclose(timesteps[row], timestep, rel_tol=1e-4, abs_tol=1e-4):
             raise ValueError(
@@ -729,8 +641,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if 0 < row < last:
             logger.warning(
                 f"`timestep`={timestep:g} stands for the rows {row} to {last} of this chain, which begins with row "
-                f"{row}. Pass the elements of `scheduler.timesteps` themselves, or say where to begin with "
-                "`set_begin_index`."
+                f"{row}. Say where to begin with `set_begin_index`."
             )
         return row
 
@@ -753,13 +664,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return self._to_denoised(model_output, sample, self._sigma_like(timestep, sample))
 
     def _to_denoised(self, model_output: torch.Tensor, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        if self.config.prediction_type == "v_prediction":
-            return x / (1 + sigma**2) - model_output * (sigma / (1 + sigma**2) ** 0.5)
-        if self.config.prediction_type == "epsilon":
-            return x - sigma * model_output
-        if self.config.prediction_type == "score":
-            return x + sigma**2 * model_output
-        return model_output
+        a, b = denoised_coefficients(self.config.prediction_type, sigma)
+        return a * x + b * model_output
 
     # For training
 
@@ -825,313 +731,6 @@ def technique_4(ratio: float, num_steps: int) -> float:
     return float(r[np.abs(variance - 1).argmin()])
 
 
-def _train_sigmas(num_train_timesteps, sigma_min, sigma_max, beta_schedule, beta_start, beta_end, trained_betas):
-    """The trained ladder, rising, float64, of shape `(num_train_timesteps,)`."""
-    _check_number("sigma_min", sigma_min, *SIGMA_LIMITS)
-    _check_number("sigma_max", sigma_max, *SIGMA_LIMITS)
-    if beta_schedule == "geometric" and trained_betas is None:
-        if sigma_min >= sigma_max:
-            raise ValueError(f"`sigma_min`={sigma_min} must be below `sigma_max`={sigma_max}.")
-        ladder = f"`sigma_min`={sigma_min} and `sigma_max`={sigma_max}"
-        sigmas = np.geomspace(sigma_min, sigma_max, num_train_timesteps)
-    else:
-        if trained_betas is not None:
-            ladder, betas = "`trained_betas`", _check_betas(trained_betas)
-        else:
-            ladder = f"`beta_schedule`={beta_schedule!r}"
-            betas = _schedule_betas(num_train_timesteps, beta_schedule, beta_start, beta_end)
-        # 1 + sigma_t² = Π 1/(1 - beta)
-        with np.errstate(over="ignore"):
-            sigmas = np.sqrt(np.expm1(-np.cumsum(np.log1p(-betas))))
-        for name, value, default, actual in (
-            ("sigma_min", sigma_min, 0.01, sigmas[0]),
-            ("sigma_max", sigma_max, 50.0, sigmas[-1]),
-        ):
-            if value != default:
-                _check_end(name, value, actual)
-
-    low, high = SIGMA_LIMITS
-    # between neighbours that are equal in float32 no level could be interpolated
-    rise = all(np.all(np.diff(a.astype(np.float32)) > 0) for a in (sigmas, np.log(sigmas)))
-    if not (rise and low <= sigmas[0] and sigmas[-1] <= high):
-        raise ValueError(
-            f"{ladder}: the {len(sigmas)} noise levels go from {sigmas[0]:g} to {sigmas[-1]:g}; they must lie between "
-            f"{low:g} and {high:g}, and they and their logarithms must rise from each to the next in float32."
-        )
-    return sigmas
-
-
-def _check_betas(trained_betas) -> np.ndarray:
-    """`trained_betas` in float64, of shape `(num_train_timesteps,)`."""
-    needed = f"from 2 to {MAX_LEVELS} numbers in a row, each above 0 and below 1"
-    if isinstance(trained_betas, torch.Tensor):
-        trained_betas = trained_betas.numpy(force=True)
-    if not isinstance(trained_betas, (list, tuple, np.ndarray)) or not 2 <= len(trained_betas) <= MAX_LEVELS:
-        count = f"{len(trained_betas)} of them" if isinstance(trained_betas, (list, tuple, np.ndarray)) else "it"
-        raise ValueError(f"`trained_betas` must be {needed}, not {count}: {_short(trained_betas)}.")
-    if not all(isinstance(beta, Real) and not isinstance(beta, (bool, np.bool_)) for beta in trained_betas):
-        raise ValueError(f"`trained_betas` must be {needed}, not {_short(trained_betas)}.")
-    betas = np.asarray(trained_betas, dtype=np.float64)
-    if not np.all((betas > 0) & (betas < 1)):
-        raise ValueError(f"`trained_betas`, from {betas.min():g} to {betas.max():g}, must be {needed}.")
-    return betas
-
-
-def _schedule_betas(num_train_timesteps, beta_schedule, beta_start, beta_end) -> np.ndarray:
-    """The betas of diffusers' schedule, in float64, of shape `(num_train_timesteps,)`."""
-    if beta_schedule == "squaredcos_cap_v2":
-        return betas_for_alpha_bar(num_train_timesteps).double().numpy()
-    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        _check_number(name, value, above=0, below=1)
-    power = 0.5 if beta_schedule == "scaled_linear" else 1
-    return np.linspace(beta_start**power, beta_end**power, num_train_timesteps) ** (1 / power)
-
-
-def _check_end(name, value, actual):
-    if not math.isclose(value, actual, rel_tol=1e-4):
-        raise ValueError(
-            f"`{name}`={value} contradicts the ladder that the betas define, whose {name} is {actual:.6g}. Leave "
-            "it out, or leave out `trained_betas` if beta_schedule='geometric' is to define the ladder, or choose the "
-            "levels to sample with `set_timesteps(sigmas=...)`."
-        )
-
-
-def _sigmas_to_betas(sigmas: np.ndarray) -> np.ndarray:
-    """beta_t = 1 - alphas_cumprod_t/alphas_cumprod_(t-1) with alphas_cumprod = 1/(1 + sigma²), without cancellation."""
-    squares = sigmas**2
-    return np.diff(squares, prepend=0.0) / (1 + squares)
-
-
-# Configs
-
-
-def _translate_config(config: dict[str, Any], cls: type[AnnealedLangevinScheduler]) -> dict[str, Any]:
-    """A config of any readable class as `cls.__init__` needs it; the rules are those of `from_config`."""
-    config = dict(config)
-    kept, listed = config.pop(KEPT, None), config.pop("_use_default_values", [])
-    if not isinstance(listed, (list, tuple)):
-        raise ValueError(f"`_use_default_values` must be a list of keys, not {_short(listed)}.")
-
-    own = _defaults(cls)
-    writer = _find_writer(config, cls)
-    if writer is None:
-        not_listed = NETWORK_KEYS
-    else:
-        not_listed = own  # what this class lists as a default and drops would get its own
-        _complete(config, writer, kept, own)
-    listed = [key for key in listed if key not in not_listed]
-    if listed:
-        config["_use_default_values"] = listed
-
-    wish = {key: config.get(key) for key in ("prediction_type", "timestep_type")}
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            "`rescale_betas_zero_snr`=True puts the last noise level at infinity, where Langevin dynamics cannot "
-            "start; a config with `rescale_betas_zero_snr`=False is needed."
-        )
-    if config.get("use_flow_sigmas") or wish["prediction_type"] == "flow_prediction":
-        key = "use_flow_sigmas" if config.get("use_flow_sigmas") else "prediction_type"
-        raise ValueError(
-            f"`{key}`={config[key]!r} is flow matching, whose time and scaling are others: this class samples networks "
-            f"with a prediction_type of {', '.join(map(repr, PREDICTION_TYPES))} and use_flow_sigmas=False."
-        )
-    if wish == {"prediction_type": "v_prediction", "timestep_type": "continuous"}:
-        raise ValueError(
-            "`timestep_type`='continuous' with prediction_type='v_prediction' gives the network EDM's time, "
-            "log(sigma)/4; a config with timestep_type='discrete' is needed."
-        )
-
-    _drop_exported(config, own, is_own=writer is None)
-    return config
-
-
-def _find_writer(config: dict[str, Any], cls: type[AnnealedLangevinScheduler]) -> type | None:
-    """The stock class whose meaning the config has; `None` for this class."""
-    name = config.get("_class_name")
-    if name in [base.__name__ for base in cls.__mro__]:
-        return None
-    fits = f"What fits are configs of {cls.__name__}, {', '.join(sorted(cls._readable))}"
-    if name is not None and not isinstance(name, str):
-        raise ValueError(f"`_class_name` must be the name of a class, not {_short(name)}. {fits}.")
-    if name in cls._readable and hasattr(diffusers, name):
-        return getattr(diffusers, name)
-    has_own_keys = any(key in config for key in OWN_KEYS) or config.get("beta_schedule") == "geometric"
-    if has_own_keys and (name is None or not hasattr(diffusers, name)):  # where named, a subclass of this one
-        return None
-
-    # A scheduler that was just made has not written its class, but all of its keys.
-    written = {key for key in config if not key.startswith("_")}
-    if name is None and written == {"num_train_timesteps", "trained_betas"}:
-        name = "IPNDMScheduler"
-    if name is not None:
-        raise ValueError(
-            f"A config of {name} cannot be read: its time, its scaling or its steps are others than this class's, or "
-            f"it is not known. {fits}. If its betas and its prediction_type mean what DDPMScheduler's do, write "
-            "that as its `_class_name`."
-        )
-    keys = {key for key in written if config[key] is not None}
-    if keys <= _defaults(cls).keys() and not keys.intersection(BETA_KEYS):
-        return None
-    names = ["DDPMScheduler", *(name for name in cls._readable if name != "DDPMScheduler")]
-    classes = [getattr(diffusers, name) for name in names if hasattr(diffusers, name)]
-    known = {c: _defaults(c).keys() for c in classes if not isinstance(c, DummyObject)}
-    unknown = keys - set().union(*known.values()) - _defaults(cls).keys()
-    if unknown:
-        raise ValueError(
-            f"The config names no class, and no class that can be read knows {', '.join(sorted(unknown))}. {fits}: "
-            "add the `_class_name`."
-        )
-    return max(known, key=lambda c: (known[c] <= written, len(known[c] & keys)))
-
-
-def _complete(config: dict[str, Any], writer: type, kept: Any, own: dict[str, Any]) -> None:
-    """Fill in what `writer` means by the keys that are missing, and bring back what it cannot have meant."""
-    ve = writer.__name__ == "ScoreSdeVeScheduler"
-    if isinstance(writer, DummyObject):
-        needed = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
-        missing = [key for key in needed if key not in config]
-        if missing:
-            raise ValueError(
-                f"The config of {writer.__name__} lacks {', '.join(missing)}, and the defaults of that class can be "
-                f"read only where {' and '.join(writer._backends)} are installed. Install them or add the keys."
-            )
-        defaults = {}
-    else:
-        defaults = _defaults(writer)
-    if ve:  # runs NCSN++ networks, whose levels are this class's
-        defaults = {**defaults, "conditioning": "sigma", "prediction_type": "score"}
-        config.pop("trained_betas", None)
-    else:
-        for key in SPELLED_ALIKE if isinstance(kept, dict) else ("solver_order",):
-            config.pop(key, None)
-        # a class without the key, as RePaintScheduler, knows no other
-        defaults = {"prediction_type": "epsilon", **defaults}
-    for key in own:
-        if key in defaults and (ve or key not in SPELLED_ALIKE):
-            config.setdefault(key, defaults[key])
-    if not ve and isinstance(kept, dict):
-        config.update({key: kept[key] for key in SPELLED_ALIKE if key in kept})
-
-
-def _drop_exported(config: dict[str, Any], own: dict[str, Any], is_own: bool) -> None:
-    """
-    Drop what `__init__` wrote into the config and can work out again, for the ladder that is then asked for: the betas
-    of a geometric ladder, and the ends of any other.
-    """
-    full = {**own, **config}
-    betas = full["trained_betas"]
-    if full["beta_schedule"] == "geometric" and (betas is None or are_exported(betas, full)):
-        config.pop("trained_betas", None)
-        return
-    ends = {name: config.pop(name) for name in ("sigma_min", "sigma_max") if name in config}
-    if is_own and ends:  # has anybody changed one without the other?
-        _check_choice("beta_schedule", full["beta_schedule"], BETA_SCHEDULES)
-        _check_count("num_train_timesteps", full["num_train_timesteps"], at_least=2, at_most=MAX_LEVELS)
-        names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-        ladder = {name: full[name] for name in names}
-        sigmas = _train_sigmas(sigma_min=own["sigma_min"], sigma_max=own["sigma_max"], **ladder)
-        if "num_train_timesteps" in config and len(sigmas) != config["num_train_timesteps"]:
-            raise ValueError(
-                f"`num_train_timesteps`={config['num_train_timesteps']} contradicts the {len(sigmas)} `trained_betas`. "
-                "Leave one of them out."
-            )
-        for name, value in ends.items():
-            _check_number(name, value, *SIGMA_LIMITS)
-            _check_end(name, value, sigmas[0 if name == "sigma_min" else -1])
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """What `__init__` takes, and the defaults."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-
-
-def are_exported(betas: list[float], config: dict[str, Any]) -> bool:
-    """Whether the betas are those of the geometric ladder that the rest of the config describes."""
-    try:
-        _check_count("num_train_timesteps", config.get("num_train_timesteps"), at_least=2, at_most=MAX_LEVELS)
-        ladder = _train_sigmas(
-            config["num_train_timesteps"], config.get("sigma_min"), config.get("sigma_max"), "geometric", 0, 0, None
-        )
-        betas = _check_betas(betas)
-    except ValueError:
-        return False
-    return len(betas) == len(ladder) and np.allclose(betas, _sigmas_to_betas(ladder), rtol=1e-6, atol=0)
-
-
-# Checks
-
-
 def _floating(values: float | torch.Tensor) -> torch.Tensor:
     values = torch.as_tensor(values)
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)
-
-
-def _check_choice(name, value, choices):
-    if not isinstance(value, type(choices[0])) or isinstance(value, bool) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, not {_short(value)}.")
-
-
-def _check_flag(name, value):
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"`{name}` must be True or False, not {_short(value)}.")
-
-
-def _check_count(name, value, at_least=1, at_most=math.inf):
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(f"`{name}` must be an int of at least {at_least}, not {_short(value)}.")
-    if value > at_most:
-        raise ValueError(f"`{name}` must be at most {at_most}, not {_short(value)}.")
-
-
-def _check_number(name, value, at_least=-math.inf, at_most=math.inf, above=-math.inf, below=math.inf):
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number and at_least <= value <= at_most and above < value < below):
-        limits = [(at_least, "of at least"), (above, "above"), (at_most, "at most"), (below, "below")]
-        stated = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
-        raise ValueError(f"`{name}` must be a finite number {stated}, not {_short(value)}.")
-
-
-def _check_levels(name, values, low, high, num_steps, extra, denoise=None) -> np.ndarray:
-    """
-    The distinct levels, falling, float64, from what may be a whole chain's table: each `num_steps` times, the last
-    once more if `extra`, and a 0 at the end where `denoise` says what the chain does there (`None`: no 0 is meant).
-    """
-    if isinstance(values, torch.Tensor):
-        values = values.numpy(force=True)
-    try:
-        given = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):  # ragged, or no numbers
-        raise ValueError(f"`{name}` must be a list of numbers, not {_short(values)}.") from None
-    if given.ndim != 1 or not len(given):
-        raise ValueError(f"`{name}` must be a list of at least one number, not an array of shape {given.shape}.")
-    if len(given) > MAX_STEPS:
-        raise ValueError(f"`{name}` has {len(given)} values; a chain has at most {MAX_STEPS} steps.")
-
-    if denoise is not None and given[-1] == 0 and len(given) > 1:
-        if not denoise:
-            raise ValueError(
-                f"`{name}` ends in 0, the final denoising, but `denoise_final` is False: leave the 0 out, or make the "
-                "scheduler with `denoise_final=True`."
-            )
-        given = given[:-1]
-    runs = [(level, len(list(run))) for level, run in groupby(given.tolist())]
-    levels, counts = np.array([level for level, _ in runs]), [count for _, count in runs]
-    if len(levels) > MAX_LEVELS:
-        raise ValueError(f"`{name}` must be at most {MAX_LEVELS} levels, not {len(levels)}.")
-    if not np.all(np.diff(levels.astype(np.float32)) < 0):  # what is shown, and given to the network
-        raise ValueError(f"`{name}` must fall from each value to the next, not {_short(given.tolist())}.")
-    whole = [set(counts), {*counts[:-1], counts[-1] - 1}] if extra else [set(counts)]
-    if not any(count in ({1}, {num_steps}) for count in whole):
-        raise ValueError(
-            f"`{name}` must fall from each value to the next, or hold each num_langevin_steps={num_steps} times, not "
-            f"{_short(given.tolist())}."
-        )
-    if not np.all((levels >= low) & (levels <= high)):
-        hint = "" if denoise is None else "; a 0 stands for the final denoising, at the end only"
-        raise ValueError(f"`{name}` must be from {low:g} to {high:g}, not {_short(given.tolist())}{hint}.")
-    return levels

@@ -1,5 +1,5 @@
 """
-Denoising score matching (Vincent 2011; Song & Ermon 2019, equations 2, 5 and 6) through the scheduler's conversions.
+Denoising score matching (Vincent 2011; Song & Ermon 2019, equations 2, 5 and 6) of a denoiser.
 
 Draw a level sigma, perturb the data x0 to x = x0 + sigma z with z ~ N(0, I), and compare the network's score with that
 of the perturbation, -z/sigma. With the weight lambda(sigma) = sigma² the loss is
@@ -11,39 +11,43 @@ and since score = (D - x)/sigma² with the denoised estimate D, sigma score + z 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+
+from .denoiser import per_sample
+from .ladder import Ladder
 
 DISTRIBUTIONS = ("lognormal", "uniform")
 WEIGHTINGS = ("sigma_squared", "edm")
 
 
-def draw_timesteps(
-    scheduler, uniform: torch.Tensor, distribution: str = "lognormal", log_sigma_mean=-0.8, log_sigma_std=1.4
+def draw_sigmas(
+    ladder: Ladder, uniform: torch.Tensor, distribution: str = "lognormal", log_sigma_mean=-0.8, log_sigma_std=1.4
 ) -> torch.Tensor:
     """
-    Levels to train on, by inverting their cumulative distribution function.
+    Noise levels to train on, by inverting their cumulative distribution function.
 
     Args:
-        scheduler ([`AnnealedLangevinScheduler`]): whose ladder the levels are on.
+        ladder ([`Ladder`]): whose range the levels are in.
         uniform (`torch.Tensor` of shape `(batch_size,)`): uniform draws from [0, 1). See [`stratified`].
         distribution (`str`, defaults to `"lognormal"`):
             `"lognormal"`: log sigma is normal (EDM: Karras et al. 2022, arXiv:2206.00364), within the ladder;
-            `"uniform"`: each level is as likely as any other (the 2019 paper).
-        log_sigma_mean (`float`, defaults to -0.8): mean of log sigma for `"lognormal"`, sigma in units of the data.
+            `"uniform"`: each trained level is as likely as any other (the 2019 paper).
+        log_sigma_mean (`float`, defaults to -0.8): mean of log sigma for `"lognormal"`, sigma in the network's units.
         log_sigma_std (`float`, defaults to 1.4): standard deviation of log sigma for `"lognormal"`.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size,)`: timesteps, whole numbers for `"uniform"`.
+        `torch.Tensor` of shape `(batch_size,)`: sigmas.
 
     Raises:
         ValueError: the distribution is not one of the two.
     """
     if distribution == "uniform":
-        return scheduler.sigma_to_t(scheduler.index_to_sigma((uniform * len(scheduler)).floor()))
+        return ladder.sigma_at((uniform * len(ladder)).floor())
     if distribution == "lognormal":
         sigmas = torch.exp(log_sigma_mean + log_sigma_std * normal_quantile(uniform))
-        return scheduler.sigma_to_t(sigmas.clamp(scheduler.config.sigma_min, scheduler.config.sigma_max))
+        return sigmas.clamp(ladder.smallest, ladder.largest)
     raise ValueError(f"`distribution` must be one of {DISTRIBUTIONS}, not {distribution!r}.")
 
 
@@ -81,44 +85,22 @@ def stratified(uniform: torch.Tensor) -> torch.Tensor:
     return (torch.arange(len(uniform), device=uniform.device) + uniform) / len(uniform)
 
 
-def denoise(
-    model, scheduler, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    The denoised estimate D(x, sigma) of a network, whatever its prediction type and conditioning.
-
-    Args:
-        model (`torch.nn.Module`): the network, called as a [`UNet2DModel`] is.
-        scheduler ([`AnnealedLangevinScheduler`]): ladder, conditioning and prediction type.
-        x (`torch.Tensor` of shape `(batch_size, ...)`): in units of the data.
-        timesteps (`torch.Tensor` of shape `(batch_size,)`): the level of each image.
-        class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): for a network that takes them.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, ...)`: D, in units of the data, float32.
-    """
-    labels = {} if class_labels is None else {"class_labels": class_labels}
-    output = model(scheduler.scale_model_input(x, timesteps), timesteps, **labels, return_dict=False)[0]
-    return scheduler.predict_original_sample(output.float(), timesteps, x)
-
-
 def score_matching_loss(
-    model,
-    scheduler,
-    images: torch.Tensor,
+    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    data: torch.Tensor,
     noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None = None,
+    sigmas: torch.Tensor,
     weighting: str = "sigma_squared",
 ) -> torch.Tensor:
     """
-    ½ ‖sigma score(x, sigma) + z‖² of each image, divided by its number of dimensions: ½ for a network that returns
+    ½ ‖sigma score(x, sigma) + z‖² of each sample, divided by its number of dimensions: ½ for a network that returns
     the score 0.
 
     Args:
-        model, scheduler, timesteps, class_labels: see [`denoise`].
-        images (`torch.Tensor` of shape `(batch_size, ...)`): x0, in units of the data.
+        denoiser ([`Denoiser`] or any other): the network, in training or not.
+        data (`torch.Tensor` of shape `(batch_size, ...)`): x0, in the network's units.
         noise (`torch.Tensor` of shape `(batch_size, ...)`): z, standard normal.
+        sigmas (`torch.Tensor` of shape `(batch_size,)`): the noise level of each sample.
         weighting (`str`, defaults to `"sigma_squared"`):
             `"sigma_squared"`: lambda(sigma) = sigma², as the 2019 paper has it; `"edm"`: 1 + sigma² times as much,
             which weighs the error of a v-prediction equally at every level (Karras et al. 2022, arXiv:2206.00364,
@@ -132,7 +114,7 @@ def score_matching_loss(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, not {weighting!r}.")
-    denoised = denoise(model, scheduler, scheduler.add_noise(images, noise, timesteps), timesteps, class_labels)
-    sigma = scheduler.t_to_sigma(timesteps).reshape(-1, *[1] * (images.ndim - 1))
-    losses = 0.5 * ((denoised - images) / sigma).square().flatten(1).mean(1)
-    return losses * (1 + sigma.flatten() ** 2) if weighting == "edm" else losses
+    sigma = per_sample(sigmas, data)
+    denoised = denoiser(data + sigma * noise, sigmas)
+    losses = 0.5 * ((denoised - data) / sigma).square().flatten(1).mean(1)
+    return losses * (1 + sigmas**2) if weighting == "edm" else losses

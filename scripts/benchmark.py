@@ -622,7 +622,7 @@ class Problem:
     def largest_level(self) -> float:
         """Of the network, in units of [0, 1]."""
         scheduler = AnnealedLangevinScheduler.from_config(self.pipe.scheduler.config)
-        return scheduler.index_to_sigma(torch.tensor([len(scheduler) - 1.0])).item() / (1 - self.pipe.config.data_min)
+        return scheduler.ladder.sigma_at(torch.tensor([len(scheduler) - 1.0])).item() / (1 - self.pipe.config.data_min)
 
 
 def make_masking(kept: torch.Tensor) -> Callable[[float], Any]:

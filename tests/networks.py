@@ -89,7 +89,7 @@ class Gaussian:
 
 def train_sigmas(scheduler):
     """The trained ladder of an `AnnealedLangevinScheduler`, rising."""
-    return scheduler.index_to_sigma(torch.arange(len(scheduler), dtype=torch.float32))
+    return scheduler.ladder.sigma_at(torch.arange(len(scheduler), dtype=torch.float32))
 
 
 def to_model_output(denoised, x, sigma, prediction_type):

@@ -198,7 +198,7 @@ def test_it_learns(run):
     """
     _, folder, pipe = run
     assert isinstance(pipe.unet, RefineNet2DModel)
-    sigmas = pipe.scheduler.index_to_sigma(torch.arange(len(pipe.scheduler), dtype=torch.float64))
+    sigmas = pipe.scheduler.ladder.sigma_at(torch.arange(len(pipe.scheduler), dtype=torch.float64))
     least = (0.5 * DEVIATION**2 / (DEVIATION**2 + sigmas**2)).mean().item()
     assert least < 0.25
     (loss,) = records(folder, "validation_loss")

@@ -218,7 +218,7 @@ def test_adversarials_sampler(tmp_path):
 def test_levels_that_are_not_geometric_are_kept(tmp_path):
     levels = [3.0, 2.0, 1.0, 0.5, 0.1, 0.05, 0.04, 0.03, 0.02]
     pipe = converted(tmp_path, [weights("ncsnv2", levels), OPTIMIZER], sample_size=16)
-    sigmas = pipe.scheduler.index_to_sigma(torch.arange(9, dtype=torch.float64))
+    sigmas = pipe.scheduler.ladder.sigma_at(torch.arange(9, dtype=torch.float64))
     assert sigmas.tolist() == pytest.approx(levels[::-1])
 
 

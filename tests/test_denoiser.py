@@ -5,14 +5,16 @@ import torch
 from networks import MIXTURE, AnalyticUNet, ClassUNet, quiet_pipeline, small_unet, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNDenoiser, NCSNPipeline
+from ncsn_diffusers.units import image_units
 
 X = torch.randn(4, 1, 2, 4, generator=torch.Generator().manual_seed(0))
 VARIANTS = [{}, {"prediction_type": "epsilon"}, {"prediction_type": "score", "conditioning": "sigma"}]
 
 
-def analytic_pipeline(data_min=-1, **arguments):
+def analytic_pipeline(black=-1, **arguments):
     scheduler = AnnealedLangevinScheduler(**arguments)
-    return NCSNPipeline(AnalyticUNet(train_sigmas(scheduler).tolist(), **arguments), scheduler, data_min)
+    unet = AnalyticUNet(train_sigmas(scheduler).tolist(), **arguments)
+    return NCSNPipeline(unet, scheduler, **image_units(black))
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
@@ -73,7 +75,7 @@ def test_a_callback_may_ask_for_the_score_of_a_guided_chain():
     ("x", "sigma", "labels", "message"),
     [
         (X[:, :, :1], 1.0, None, "`x` must have the shape"),
-        (X, torch.ones(3), None, "`sigma` must be a number, or one for each of the 4 images"),
+        (X, torch.ones(3), None, "`sigma` must be a number or one for each of the 4 samples"),
         (X, -1.0, None, "`sigma` must be from 0 to 50"),
         (X, 60.0, None, "`sigma` must be from 0 to 50"),
         (X, math.nan, None, "`sigma` must be from 0 to 50"),
@@ -90,13 +92,13 @@ def test_score_refuses_levels_below_the_smallest():
         analytic_pipeline().score(X, 0.001)
 
 
-@pytest.mark.parametrize("data_min", [-1, 0])
-def test_denoiser_of_images_in_0_to_1(data_min):
-    pipe = analytic_pipeline(data_min)
-    scale = 1 - data_min
+@pytest.mark.parametrize("black", [-1, 0])
+def test_denoiser_of_images_in_0_to_1(black):
+    pipe = analytic_pipeline(black)
+    scale = 1 - black
     x = torch.rand(4, 1, 2, 4, generator=torch.Generator().manual_seed(0))
     denoiser = NCSNDenoiser(pipe)
-    expected = (pipe.denoise(scale * x + data_min, scale * 0.3) - data_min) / scale
+    expected = (pipe.denoise(scale * x + black, scale * 0.3) - black) / scale
     torch.testing.assert_close(denoiser(x, 0.3), expected)
     torch.testing.assert_close(denoiser(x, torch.full((4, 1, 1, 1), 0.3)), expected)
     assert len(list(denoiser.parameters())) == len(list(pipe.unet.parameters()))

@@ -38,7 +38,7 @@ from networks import (
 )
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
-from ncsn_diffusers.pipeline_ncsn import SCHEDULERS, check_scheduler
+from ncsn_diffusers.foreign_configs import SCHEDULERS, check_scheduler
 
 
 def analytic_pipeline(scheduler=None, **arguments):
@@ -393,9 +393,9 @@ def conditional_pipeline():
 @pytest.mark.parametrize(
     ("channels", "sample_size", "shape"), [(1, 8, (1, 8, 8)), (3, (4, 8), (3, 4, 8)), (4, [8, 4], (4, 8, 4))]
 )
-def test_image_shape_is_that_of_the_images(channels, sample_size, shape):
+def test_sample_shape_is_that_of_the_images(channels, sample_size, shape):
     pipe = small_pipeline(channels=channels, out_channels=channels, sample_size=sample_size)
-    assert pipe.image_shape == shape
+    assert pipe.sample_shape == shape
     assert pipe(batch_size=2, num_inference_steps=1, output_type="pt").images.shape == (2, *shape)
 
 

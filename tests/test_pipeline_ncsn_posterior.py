@@ -363,7 +363,7 @@ def test_loads_what_any_pipeline_saved(tmp_path):
     assert type(NCSNPipeline.from_pretrained(tmp_path / "posterior")) is NCSNPipeline
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "posterior")
     assert type(loaded) is NCSNPosteriorPipeline
-    assert NCSNPosteriorPipeline(**NCSNInpaintPipeline(**pipe.components).components).image_shape == (1, 8, 8)
+    assert NCSNPosteriorPipeline(**NCSNInpaintPipeline(**pipe.components).components).sample_shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(

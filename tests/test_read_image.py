@@ -13,7 +13,7 @@ from PIL import Image
 from ncsn_diffusers import NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation.evaluate import EvaluateConfig, load_real_images
-from ncsn_diffusers.pipeline_ncsn import find_white, read_image
+from ncsn_diffusers.image_files import find_white, read_image
 
 SIDE = 4  # of the images, whose rows are all alike unless they are turned
 

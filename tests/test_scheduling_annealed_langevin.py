@@ -877,27 +877,22 @@ def test_chain_may_begin_in_the_middle():
 @pytest.mark.parametrize("noise_rule", ["consistent", "euler_maruyama"])
 @pytest.mark.parametrize("denoise", [True, False])
 def test_chain_may_begin_in_the_middle_of_a_level(noise_rule, denoise):
-    # as stock image-to-image loops do: they slice the timesteps, noise the image, and know nothing of rows
+    # as image-to-image loops of diffusers do that say where they begin
     scheduler = AnnealedLangevinScheduler(
         noise_rule=noise_rule, prediction_type="sample", num_langevin_steps=2, denoise_final=denoise
     )
     scheduler.set_timesteps(10)
     image, noise = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
     for begin in range(len(scheduler.timesteps)):
-        results = []
-        for says_so in (False, True):
-            scheduler.set_timesteps(10)
-            if says_so:
-                scheduler.set_begin_index(begin)
-            timesteps = scheduler.timesteps[begin * scheduler.order :]
-            x, generator = scheduler.add_noise(image, noise, timesteps[:1]), torch.Generator().manual_seed(0)
-            for t in timesteps:
-                x = scheduler.step(torch.zeros_like(x), t, x, generator=generator).prev_sample
-            assert scheduler.step_index == len(scheduler.timesteps)
-            results.append(x)
-        assert torch.equal(*results)
+        scheduler.set_timesteps(10)
+        scheduler.set_begin_index(begin)
+        timesteps = scheduler.timesteps[begin * scheduler.order :]
+        x, generator = scheduler.add_noise(image, noise, timesteps[:1]), torch.Generator().manual_seed(0)
+        for t in timesteps:
+            x = scheduler.step(torch.zeros_like(x), t, x, generator=generator).prev_sample
+        assert scheduler.step_index == len(scheduler.timesteps)
         if denoise:
-            assert torch.count_nonzero(results[0]) == 0
+            assert torch.count_nonzero(x) == 0
 
 
 def test_a_row_that_is_guessed_is_said(caplog):
@@ -913,15 +908,13 @@ def test_a_row_that_is_guessed_is_said(caplog):
     scheduler = AnnealedLangevinScheduler()
     assert first_row(2, lambda timesteps: timesteps[7].item()) == 6
     assert "stands for the rows 6 to 7 of this chain, which begins with row 6" in caplog.text
-    # a value that stands for one row, the chain's beginning, or an element of the chain's own tensor is no guess
+    # a value that stands for one row, or the chain's beginning, is no guess
     for num_steps, timestep, row in (
         (1, lambda timesteps: timesteps[3].item(), 3),
         (1, lambda timesteps: timesteps[3].clone(), 3),
         (1, lambda timesteps: timesteps[3].double(), 3),
         (2, lambda timesteps: timesteps[0].item(), 0),
-        (2, lambda timesteps: timesteps[7], 7),
-        (2, lambda timesteps: timesteps[4:][3:4], 7),
-        (2, lambda timesteps: list(timesteps[3:])[2].expand(4), 5),
+        (2, lambda timesteps: timesteps[:1], 0),
     ):
         assert first_row(num_steps, timestep) == row
         assert not caplog.text

@@ -5,13 +5,29 @@ import torch
 from networks import MIXTURE, AnalyticUNet, GaussianMixture, to_model_output, train_sigmas
 
 from ncsn_diffusers import AnnealedLangevinScheduler
-from ncsn_diffusers.score_matching import draw_timesteps, normal_quantile, score_matching_loss, stratified
+from ncsn_diffusers.denoiser import Denoiser
+from ncsn_diffusers.score_matching import draw_sigmas, normal_quantile, score_matching_loss, stratified
 
 CONVENTIONS = [
     (prediction_type, conditioning)
     for prediction_type in ("v_prediction", "epsilon", "sample", "score")
     for conditioning in ("timestep", "sigma")
 ]
+
+
+def loss_of(model, scheduler, x0, noise, sigmas, **arguments):
+    if not isinstance(model, torch.nn.Module):
+        model = FunctionNetwork(model)
+    return score_matching_loss(Denoiser.of(model, scheduler), x0, noise, sigmas, **arguments)
+
+
+class FunctionNetwork(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, sample, timestep, return_dict=True):
+        return self.function(sample, timestep, return_dict=return_dict)
 
 
 class PointNetwork(torch.nn.Module):
@@ -39,8 +55,7 @@ def test_loss_of_the_exact_score_is_known(prediction_type, conditioning):
     for sigma in (0.05, 0.5, 5.0):
         x0 = deviation * torch.randn(count, dims, generator=generator)
         noise = torch.randn(count, dims, generator=generator)
-        timesteps = scheduler.sigma_to_t(torch.full((count,), sigma))
-        losses = score_matching_loss(network, scheduler, x0, noise, timesteps)
+        losses = loss_of(network, scheduler, x0, noise, torch.full((count,), sigma))
         assert losses.shape == (count,)
         expected = gain(sigma) / 2
         # a mean of count·dims halves of squared normals
@@ -52,11 +67,11 @@ def test_exact_score_of_a_mixture_beats_its_neighbours():
     generator = torch.Generator().manual_seed(0)
     x0 = MIXTURE.sample(4000, generator).float()
     noise = torch.randn(x0.shape, generator=generator)
-    timesteps = draw_timesteps(scheduler, torch.rand(len(x0), generator=generator))
+    sigmas = draw_sigmas(scheduler.ladder, torch.rand(len(x0), generator=generator))
 
     def loss(perturb):
         network = PointNetwork(scheduler, lambda x, sigma: perturb(MIXTURE.denoised(x.double(), sigma).float()))
-        return score_matching_loss(network, scheduler, x0, noise, timesteps).mean()
+        return loss_of(network, scheduler, x0, noise, sigmas).mean()
 
     exact = loss(lambda denoised: denoised)
     assert exact < loss(lambda denoised: denoised * 0.97)
@@ -68,7 +83,7 @@ def test_a_zero_score_costs_a_half():
     scheduler = AnnealedLangevinScheduler(prediction_type="score", conditioning="sigma")
     noise = torch.randn(5000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     model = lambda x, t, return_dict: (torch.zeros_like(x),)  # noqa: E731
-    losses = score_matching_loss(model, scheduler, torch.zeros_like(noise), noise, torch.full((5000,), 0.3))
+    losses = loss_of(model, scheduler, torch.zeros_like(noise), noise, torch.full((5000,), 0.3))
     assert losses.mean().item() == pytest.approx(0.5, rel=3 * math.sqrt(2 / noise.numel()))
 
 
@@ -76,16 +91,15 @@ def test_edm_weighs_the_error_of_a_v_prediction_equally():
     scheduler = AnnealedLangevinScheduler()
     generator = torch.Generator().manual_seed(0)
     images, noise = (torch.randn(6, 1, 4, 4, generator=generator) for _ in range(2))
-    timesteps = scheduler.sigma_to_t(torch.tensor([0.02, 0.1, 0.5, 2.0, 10.0, 40.0]))
-    target = scheduler.get_velocity(images, noise, timesteps)
+    sigma = torch.tensor([0.02, 0.1, 0.5, 2.0, 10.0, 40.0])
+    target = scheduler.get_velocity(images, noise, scheduler.sigma_to_t(sigma))
     model = lambda x, t, return_dict: (target + 0.3,)  # noqa: E731
-    losses = score_matching_loss(model, scheduler, images, noise, timesteps, weighting="edm")
+    losses = loss_of(model, scheduler, images, noise, sigma, weighting="edm")
     torch.testing.assert_close(losses, torch.full((6,), 0.5 * 0.3**2), rtol=1e-3, atol=0)
-    plain = score_matching_loss(model, scheduler, images, noise, timesteps)
-    sigma = scheduler.t_to_sigma(timesteps)
+    plain = loss_of(model, scheduler, images, noise, sigma)
     torch.testing.assert_close(losses / plain, 1 + sigma**2, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match=r"`weighting` must be one of .* not 'flat'"):
-        score_matching_loss(model, scheduler, images, noise, timesteps, weighting="flat")
+        loss_of(model, scheduler, images, noise, sigma, weighting="flat")
 
 
 def test_loss_takes_images_and_passes_gradients():
@@ -94,17 +108,14 @@ def test_loss_takes_images_and_passes_gradients():
     images = torch.rand(6, 1, 2, 4, generator=torch.Generator().manual_seed(1))
     scale = torch.ones(1, requires_grad=True)
     model = lambda x, t, return_dict: (unet(x, t, return_dict=return_dict)[0] * scale,)  # noqa: E731
-    timesteps = torch.tensor([0.0, 10.5, 300.0, 500.0, 700.25, 999.0])
+    sigmas = scheduler.t_to_sigma(torch.tensor([0.0, 10.5, 300.0, 500.0, 700.25, 999.0]))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
     def loss():
-        return score_matching_loss(model, scheduler, images, noise, timesteps)
+        return loss_of(model, scheduler, images, noise, sigmas)
 
     losses = loss()
-    one_by_one = [
-        score_matching_loss(model, scheduler, images[i : i + 1], noise[i : i + 1], timesteps[i : i + 1])
-        for i in range(6)
-    ]
+    one_by_one = [loss_of(model, scheduler, images[i : i + 1], noise[i : i + 1], sigmas[i : i + 1]) for i in range(6)]
     torch.testing.assert_close(losses, torch.cat(one_by_one))
     losses.sum().backward()
     with torch.no_grad():
@@ -116,25 +127,21 @@ def test_loss_takes_images_and_passes_gradients():
     torch.testing.assert_close(scale.grad, ((above - below) / 2e-2).reshape(1), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
-def test_lognormal_levels(conditioning):
-    scheduler = AnnealedLangevinScheduler(conditioning=conditioning)
+def test_lognormal_levels():
+    ladder = AnnealedLangevinScheduler().ladder
     uniform = torch.tensor([0.0, 0.158655254, 0.5, 0.841344746])
-    sigmas = scheduler.t_to_sigma(draw_timesteps(scheduler, uniform, "lognormal", -0.8, 1.4))
+    sigmas = draw_sigmas(ladder, uniform, "lognormal", -0.8, 1.4)
     expected = torch.tensor([0.01, math.exp(-2.2), math.exp(-0.8), math.exp(0.6)])
     torch.testing.assert_close(sigmas, expected, rtol=1e-4, atol=0)
-    shifted = scheduler.t_to_sigma(draw_timesteps(scheduler, uniform, log_sigma_mean=0.0, log_sigma_std=1.0))
+    shifted = draw_sigmas(ladder, uniform, log_sigma_mean=0.0, log_sigma_std=1.0)
     torch.testing.assert_close(shifted[1:].log(), torch.tensor([-1.0, 0.0, 1.0]), rtol=1e-4, atol=1e-4)
-    assert scheduler.t_to_sigma(draw_timesteps(scheduler, torch.tensor([1 - 1e-7]), log_sigma_std=9.0)) <= 50.001
+    assert draw_sigmas(ladder, torch.tensor([1 - 1e-7]), log_sigma_std=9.0) <= 50.001
 
 
-@pytest.mark.parametrize("conditioning", ["timestep", "sigma"])
-def test_uniform_levels_are_the_papers(conditioning):
-    scheduler = AnnealedLangevinScheduler(num_train_timesteps=10, sigma_max=1.0, conditioning=conditioning)
-    timesteps = draw_timesteps(scheduler, torch.arange(1000) / 1000, "uniform")
-    levels, counts = timesteps.unique(return_counts=True)
-    expected = train_sigmas(scheduler) if conditioning == "sigma" else torch.arange(10.0)
-    torch.testing.assert_close(levels, expected)
+def test_uniform_levels_are_the_papers():
+    scheduler = AnnealedLangevinScheduler(num_train_timesteps=10, sigma_max=1.0)
+    levels, counts = draw_sigmas(scheduler.ladder, torch.arange(1000) / 1000, "uniform").unique(return_counts=True)
+    torch.testing.assert_close(levels, train_sigmas(scheduler))
     assert counts.tolist() == [100] * 10
 
 
@@ -151,7 +158,7 @@ def test_normal_quantile_is_right_to_the_tails():
 
 def test_unknown_distribution():
     with pytest.raises(ValueError, match=r"`distribution` must be one of .*not 'cosine'"):
-        draw_timesteps(AnnealedLangevinScheduler(), torch.rand(3), "cosine")
+        draw_sigmas(AnnealedLangevinScheduler().ladder, torch.rand(3), "cosine")
 
 
 def test_stratified_draws_are_uniform_and_even():

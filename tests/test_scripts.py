@@ -15,7 +15,7 @@ from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.evaluation import extract_features, load_digit_classifier
-from ncsn_diffusers.pipeline_ncsn import SCHEDULERS
+from ncsn_diffusers.foreign_configs import SCHEDULERS
 
 ROOT = Path(__file__).parent.parent
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]

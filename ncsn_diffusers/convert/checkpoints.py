@@ -16,6 +16,7 @@ from diffusers.utils import logging
 
 from ..hub.loading import NCSNPipeline
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
+from ..units import image_units
 
 logger = logging.get_logger(__name__)
 
@@ -222,8 +223,8 @@ def make_scheduler(
 def make_pipeline(network: ModelMixin, scheduler: AnnealedLangevinScheduler, data_min: float) -> NCSNPipeline:
     """A pipeline that takes all levels of the ladder where the original's step size was chosen for them."""
     if scheduler.config.step_size is None:
-        return NCSNPipeline(network, scheduler, data_min)
-    return NCSNPipeline(network, scheduler, data_min, num_inference_steps=len(scheduler))
+        return NCSNPipeline(network, scheduler, **image_units(data_min))
+    return NCSNPipeline(network, scheduler, **image_units(data_min), num_inference_steps=len(scheduler))
 
 
 def first(value: Any, otherwise: Any) -> Any:

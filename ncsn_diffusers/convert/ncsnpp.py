@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from ..hub.loading import NCSNPipeline
+from ..units import image_units
 from .checkpoints import (
     Given,
     State,
@@ -62,7 +63,7 @@ def convert_ncsnpp(parts: dict, source: str, given: Given) -> NCSNPipeline:
         f"{source}: used were {used}, and the sampler is this package's own. Not used: "
         f"{', '.join(unused) or 'nothing'}."
     )
-    return NCSNPipeline(network, scheduler, data_min=data_min)
+    return NCSNPipeline(network, scheduler, **image_units(data_min))
 
 
 def _use_average(state: State, ema: Any, source: str) -> int:

@@ -8,6 +8,7 @@ None of a repository's code is run: the package's own takes its place.
 import os
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, snapshot_download
 from huggingface_hub.errors import (
@@ -48,7 +49,7 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
         is run: the package's own takes its place.
 
         DDPM, DDIM, PNDM and ScoreSdeVe pipelines load as well: `AnnealedLangevinScheduler` takes over their noise
-        levels, and `data_min` is that of their data.
+        levels, and the units are those of their images.
 
         The weights of an NCSN are safetensors. Of other repositories, safetensors are preferred; one that has only a
         pickle is read as diffusers does, by torch's loader for plain tensors, unless `use_safetensors=True`.
@@ -76,10 +77,11 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
         if "unet" not in given:
             check_finite(pipe.unet, folder, source)
         if foreign is not None:
+            low = pipe.units.to_network(torch.zeros(1, 1)).item()
             taken_over = "" if scheduler is None else f"its {index['scheduler'][1]} has become an "
             logger.warning(
                 f"{source} is a {foreign}: {taken_over}{type(pipe.scheduler).__name__}, and its data are taken to be "
-                f"in [{pipe.config.data_min:g}, 1]."
+                f"images, which the network sees in [{low:g}, 1]."
             )
         return pipe
 

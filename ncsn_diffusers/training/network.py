@@ -63,7 +63,7 @@ def make_network(
         in_channels=channels,
         block_out_channels=config.block_out_channels,
         dilations=(1,) * (len(config.block_out_channels) - 2) + (2, 4),
-        sigmas=scheduler.index_to_sigma(levels).tolist() if config.architecture == "ncsn" else None,
+        sigmas=scheduler.ladder.sigma_at(levels).tolist() if config.architecture == "ncsn" else None,
     )
 
 

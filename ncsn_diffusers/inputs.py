@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from PIL import Image
 
+from .checks import check_number
 from .image_files import read_image
 from .units import Units
 
@@ -142,6 +143,8 @@ def read_labels(class_labels: ClassLabels, num_classes: int | None, knows_no_lab
                 f"`class_labels` with weights must be a dictionary of {accepted}"
                 f"{', or None for no label,' if knows_no_label else ''} and their weights, not {class_labels!r}."
             )
+        for weight in class_labels.values():
+            check_number("a weight of `class_labels`", weight, above=-math.inf, below=math.inf)
         return dict(class_labels)
     accepted = f"an int or a list of {accepted}, of shape (batch_size,)"
     try:

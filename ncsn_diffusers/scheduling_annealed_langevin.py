@@ -448,7 +448,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         row_sigmas = torch.tensor([row.sigma for row in rows], dtype=torch.float64)
         final_sigma = 0.0 if denoise else levels[-1]
 
-        self._table = rows
+        self.table = rows
         self.num_inference_steps = len(levels)
         self.timesteps = self.sigma_to_t(row_sigmas).to(device=device, dtype=torch.float32)
         self.sigmas = torch.cat([row_sigmas, torch.tensor([final_sigma])]).float()
@@ -480,7 +480,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             )
         return num_train - 1 - np.arange(num) * num_train / num
 
-    def _make_table(self, levels: list[float], num_steps: int) -> list["_Row"]:
+    def _make_table(self, levels: list[float], num_steps: int) -> list["Row"]:
         """The rows of the module docstring's table for `num_steps` steps at each of the falling `levels`."""
         denoise, paper = self.config.denoise_final, self.config.noise_rule == "euler_maruyama"
         ratios = [above / below for above, below in pairwise(levels)]  # sigma/sigma' of each level but the last
@@ -497,9 +497,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         rows = []
         for i, (sigma, r) in enumerate(zip(levels, step_sizes, strict=True)):
             if paper:
-                rows += [_Row(sigma, kappa=1 - r, c=sigma * math.sqrt(2 * r))] * num_steps
+                rows += [Row(sigma, kappa=1 - r, c=sigma * math.sqrt(2 * r))] * num_steps
                 continue
-            rows += [_Row(sigma, kappa=1 - r, c=sigma * math.sqrt(1 - (1 - r) ** 2))] * (num_steps - 1)
+            rows += [Row(sigma, kappa=1 - r, c=sigma * math.sqrt(1 - (1 - r) ** 2))] * (num_steps - 1)
 
             last_level = i == len(levels) - 1
             next_sigma = levels[i + 1] if not last_level else (0.0 if denoise else sigma)
@@ -511,15 +511,20 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 b = -math.log(kappa) / h if kappa > 0 else math.inf
                 q = min(1 - h / (2 * (1 + 1 / b)) + h**2 / (1 + 6 / b), 1)
                 extrapolation = (1 - kappa) / 2 * q * min(h / h_, MAX_STEP_RATIO)  # (3)
-            rows.append(_Row(sigma, kappa, c, extrapolation, changes_level=not last_level))
+            rows.append(Row(sigma, kappa, c, extrapolation, changes_level=not last_level))
         if paper and denoise:
-            rows.append(_Row(levels[-1], kappa=0.0, c=0.0))
+            rows.append(Row(levels[-1], kappa=0.0, c=0.0))
         return rows
 
-    @property
-    def noise_stds(self) -> list[float]:
-        """c of each row: the standard deviation of the noise that the step adds, 0 where it draws none."""
-        return [row.c for row in self._table]
+    def reorder(self, indices: torch.Tensor) -> None:
+        """
+        Take the samples in another order, or some of them several times, in the middle of a chain.
+
+        Args:
+            indices (`torch.Tensor` of shape `(batch_size,)`): Which sample goes on in each place.
+        """
+        if self._previous_denoised is not None:
+            self._previous_denoised = self._previous_denoised[indices]
 
     @property
     def step_index(self) -> int | None:
@@ -539,8 +544,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: there is no such row.
         """
-        if not isinstance(begin_index, Integral) or not 0 <= begin_index < len(self._table):
-            raise ValueError(f"`begin_index` must be an int from 0 to {len(self._table) - 1}, not {begin_index!r}.")
+        if not isinstance(begin_index, Integral) or not 0 <= begin_index < len(self.table):
+            raise ValueError(f"`begin_index` must be an int from 0 to {len(self.table) - 1}, not {begin_index!r}.")
         self._begin_index = int(begin_index)
         self._restart(None)
 
@@ -602,9 +607,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             )
         if self._step_index is None:
             self._restart(self._find_row(timestep) if self._begin_index is None else self._begin_index)
-        elif self._step_index >= len(self._table):
-            raise ValueError(f"The chain of {len(self._table)} steps has ended; call `set_timesteps` for a new one.")
-        row = self._table[self._step_index]
+        elif self._step_index >= len(self.table):
+            raise ValueError(f"The chain of {len(self.table)} steps has ended; call `set_timesteps` for a new one.")
+        row = self.table[self._step_index]
         self._step_index += 1
 
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
@@ -709,8 +714,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One step: x' = kappa x + (1 - kappa) D + extrapolation (D - D_) + c z at noise level sigma, equation (3)."""
+class Row:
+    """
+    One step: x' = kappa x + (1 - kappa) D + extrapolation (D - D_) + c z at noise level sigma, equation (3).
+
+    `AnnealedLangevinScheduler.table` is the list of a chain's rows.
+    """
 
     sigma: float
     kappa: float

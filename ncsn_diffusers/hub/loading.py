@@ -156,7 +156,7 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
             )
         options = {name: kwargs.pop(name) for name in ("private", "token", "commit_message") if name in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-        super().save_pretrained(save_directory, True, variant, max_shard_size, **kwargs)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
         if push_to_hub:
             upload.push_to_hub(save_directory, repo_id, **options)
 

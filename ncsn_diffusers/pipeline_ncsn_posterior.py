@@ -1,56 +1,7 @@
-"""Images given a measurement: samples of the posterior for any linear operator.
+"""
+Samples given a measurement: the posterior for any linear operator, by the denoiser of measured.py.
 
-The problem
------------
-A measurement y = A x0 + n is given, with a linear operator A (a mask, a blur, averages, a projection) and noise n ~
-N(0, sigma_y² I); wanted are images x0 drawn from p(x0 | y), where p(x0) is the network's. A sampler of p(x0) becomes
-one of p(x0 | y) when at every level the estimate D(x, sigma) = E[x0 | x] gives way to E[x0 | x, y], which the network
-does not know.
-
-The estimate
-------------
-Let the data be Gaussian, x0 ~ N(m, S), and x = x0 + sigma z. Given x, x0 is Gaussian with
-
-    mean D(x, sigma) = m + S (S + sigma²)⁻¹ (x - m)    and covariance    C = sigma² J,    J = S (S + sigma²)⁻¹,
-
-J being the Jacobian of D. The measurement then adds, by the formula for conditional Gaussians,
-
-    E[x0 | x, y] = D(x, sigma) + C Aᵀ mu,    mu = (A C Aᵀ + sigma_y²)⁻¹ (y - A D(x, sigma)).
-
-C = sigma² J and D is affine, so that D(x, sigma) + C Aᵀ mu = D(x + sigma² Aᵀ mu, sigma): no Jacobian is left. And mu
-solves its equation exactly where, multiplied out,
-
-    E[x0 | x, y] = D(x + sigma² Aᵀ mu, sigma)    with    A D(x + sigma² Aᵀ mu, sigma) + sigma_y² mu = y.          (1)
-
-The network is asked about a shifted x, the shift being such that the answer agrees with the measurement. For other data
-(1) is an approximation.
-
-The multiplier
---------------
-On average over x, mu is sigma_y⁻² (y - A E[x0 | y]), whatever sigma is: it belongs to the data, not to the level. So it
-is carried down the ladder from 0, and at each level improved as follows. With c = sigma²,
-
-1.  x̃ = x + c Aᵀ mu,   D = D(x̃, sigma),   r = y - A D - sigma_y² mu.
-2.  One iteration of conjugate gradients on (1), whose matrix is sigma_y² + c A J Aᵀ, preconditioned by J = 1:
-    z = (sigma_y² + c A Aᵀ)⁻¹ r,   Jz = D(x̃ + c Aᵀ z, sigma) - D,   q = sigma_y² z + A Jz,   a = ⟨r, z⟩/⟨z, q⟩,
-    for each image, 0 where ⟨z, q⟩ ≤ 10⁻⁴ ⟨r, z⟩ (the network's noise, where J is almost 0);
-    mu += a z,   D += a Jz,   r -= a q.
-3.  z = (sigma_y² + c A Aᵀ)⁻¹ r,   D_y = D + c Aᵀ z,   mu += z.
-
-The scheduler steps with D_y in the place of D, whichever it is. 2 takes a second network evaluation; 3 takes none,
-since it holds J = 1: x0 is taken to be as uncertain as x is noisy. Where the data vary less than that, it believes the
-measurement too much, and mu at the next level makes up for it. Backward passes are not needed.
-
-This is exact for Gaussian data as the steps become many. It is not for mixtures of far-apart modes, where the share of
-each mode is decided at levels where (1) is only an approximation.
-
-The end
--------
-The last step lands on the estimate D_y at the smallest level sigma_L: what is uncertain below sigma_L is not drawn. In
-directions that the measurement fixes to a precision near sigma_L or finer, that would be all of it. The last estimate
-is therefore drawn from the Gaussian that (1) describes, at the cost of the evaluation of 2: with fresh normal e and n,
-
-    e' = sigma_L J e,    x0 = D_y + e' + c Aᵀ (sigma_y² + c A Aᵀ)⁻¹ (sigma_y n - A e').                            (2)
+A measurement, its noise and what comes out are in the units of the data; here they become the network's.
 """
 
 import math
@@ -62,83 +13,24 @@ import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_choice
 from .hub.loading import NCSNPipeline
 from .inputs import ClassLabels
-from .operators import LinearOperator, dot, expand, misfit_in_range
+from .measured import Measured
+from .operators import LinearOperator, misfit_in_range
+from .resampling import make_weighted
+from .twisted import Twisted
 
 UNITS = ("image", "data")
-# The least share of ⟨r, z⟩ that ⟨z, q⟩ may be: below it the network's Jacobian is lost in its noise.
-LEAST_CURVATURE = 1e-4
-# The step of the last difference of D, in units of sigma: the network is told sigma and sees 1.04 sigma.
-LAST_STEP = 0.3
 
 logger = logging.get_logger(__name__)
 
 
-class Measured:
-    """
-    The denoiser E[x0 | x, y] of measured data, equation (1) of the module's docstring, in the network's units.
-
-    It remembers the multiplier of the chain that it serves: each chain needs its own.
-
-    Args:
-        denoiser (denoiser): D(x, sigma) of all data.
-        operator ([`LinearOperator`]): A.
-        measurement (`torch.Tensor` of `operator.measurement_shape`): y.
-        noise_std (`float`): sigma_y.
-        num_evaluations (`int`, *optional*):
-            After so many calls the chain ends, and the estimate is drawn by (2) where there is noise.
-        generator (`torch.Generator` or a list of them, *optional*): The randomness of (2).
-    """
-
-    def __init__(
-        self,
-        denoiser: Callable,
-        operator: LinearOperator,
-        measurement: torch.Tensor,
-        noise_std: float,
-        num_evaluations: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ):
-        self.denoiser, self.operator, self.y = denoiser, operator, measurement
-        self.noise_std, self.generator = noise_std, generator
-        self.to_come = math.inf if num_evaluations is None or noise_std == 0 else num_evaluations
-        self.mu = torch.zeros_like(measurement)
-        self.shift = torch.zeros(operator.shape, device=measurement.device)  # Aᵀ mu
-
-    def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        operator, c, variance = self.operator, sigma**2, self.noise_std**2
-        self.to_come -= 1
-        shifted = x + c * self.shift  # 1.
-        denoised = self.denoiser(shifted, sigma)
-        r = self.y - operator.A(denoised) - variance * self.mu
-        if self.to_come > 0:
-            z, u = operator.solve(r, c, variance)  # 2.
-            moved = self.denoiser(shifted + u, sigma) - denoised
-            q = variance * z + operator.A(moved)
-            rz, zq = dot(r, z), dot(z, q)
-            a = torch.where(zq > LEAST_CURVATURE * rz, rz / zq, 0.0)
-            self.mu = self.mu + expand(a, z) * z
-            self.shift = self.shift + expand(a / c, u) * u
-            denoised = denoised + expand(a, moved) * moved
-            r = r - expand(a, q) * q
-        else:
-            e = randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=torch.float32)
-            n = randn_tensor(r.shape, generator=self.generator, device=x.device, dtype=torch.float32)
-            moved = (self.denoiser(shifted + LAST_STEP * sigma * e, sigma) - denoised) / LAST_STEP  # (2)
-            denoised, r = denoised + moved, r + self.noise_std * n - operator.A(moved)
-        z, u = operator.solve(r, c, variance)  # 3.
-        self.mu, self.shift = self.mu + z, self.shift + u / c
-        return denoised + u
-
-
 class NCSNPosteriorPipeline(NCSNPipeline):
     """
-    Draws samples given a linear measurement of them, with a noise conditional score network and any scheduler, as the
-    module's docstring derives.
+    Draws samples given a linear measurement of them, with a noise conditional score network and any scheduler; see
+    measured.py.
 
     ```python
     pipe = NCSNPosteriorPipeline.from_pretrained(folder)  # any NCSNPipeline's
@@ -161,6 +53,7 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
         guidance_max_sigma: float | None = None,
+        resample: bool | int = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str | None = None,
@@ -193,6 +86,11 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             class_labels (`int`, `list[int]`, `dict` or `torch.Tensor`, *optional*):
                 As in [`NCSNPipeline.__call__`]. When not given, a class-conditional network is told no label, since
                 the measurement decides the class.
+            resample (`bool` or `int`, defaults to `False`):
+                Weight the samples and resample them, so that modes that are far apart get their right shares
+                (twisted.py), at a third evaluation each level; an int is the size of the groups. For one measurement
+                with noise, under `AnnealedLangevinScheduler` with one step a level. On images the weights collapse as
+                a rule, which a warning says.
             num_langevin_steps, sigmas, guidance_scale, guidance_max_sigma, generator, latents, output_type,
             return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs:
                 As in [`NCSNPipeline.__call__`]; "denoised" is the estimate given the measurement.
@@ -216,6 +114,8 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         timesteps = self._set_timesteps(self.scheduler, *chain)
         if measured.noise_std > 0:
             measured.to_come, measured.generator = len(timesteps), generator
+        if resample is not False:
+            measured = self._twist(measured, len(timesteps), generator, resample)
         samples = self._sample(
             measured,
             self._prepare_latents(batch_size, timesteps, None, latents, generator),
@@ -223,7 +123,10 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            variance_noise=getattr(measured, "noise", None),
         )
+        if resample is not False:
+            self._report(measured.particles)
         if measured.noise_std == 0 and not self.interrupt:
             # what rounding has moved
             exact = measured.operator
@@ -275,6 +178,27 @@ class NCSNPosteriorPipeline(NCSNPipeline):
                 y, noise_std = operator.whiten(y), 1.0
         self._warn_if_impossible(operator, y, noise_std)
         return Measured(denoiser, operator, y, noise_std)
+
+    def _twist(self, measured: Measured, num_steps: int, generator, resample) -> Twisted:
+        """The denoiser of a call that resamples."""
+        num = len(measured.y)
+        if num > 1 and not torch.equal(measured.y, measured.y[:1].expand_as(measured.y)):
+            raise ValueError("`resample` is for samples of one measurement, not of one for each.")
+        if measured.noise_std == 0:
+            raise ValueError("`resample` weights by the measurement's noise, and `noise_std` is 0.")
+        weighted = make_weighted(measured.denoiser, num, measured.y.device, self.scheduler, generator, resample)
+        if len(self.scheduler.table) != len(set(self.scheduler.timesteps.tolist())):
+            raise ValueError("`resample` takes one Langevin step at each level, `num_langevin_steps`=1.")
+        return Twisted(
+            measured.denoiser,
+            measured.operator,
+            measured.y,
+            measured.noise_std,
+            num_steps,
+            generator,
+            weighted.particles,
+            self.scheduler,
+        )
 
     def _warn_if_impossible(self, operator: LinearOperator, y: torch.Tensor, noise_std: float) -> None:
         """Whether no data of the network's range would give this measurement, by more than its noise."""

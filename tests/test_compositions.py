@@ -65,7 +65,7 @@ class Target:
         return torch.stack(shares), torch.stack(deviations)
 
     def judge(self, x):
-        """The largest error of a share, the worst ratio of deviations, and the sliced Wasserstein distance in deviations."""
+        """The largest error of a share, the worst ratio of deviations, the sliced Wasserstein distance."""
         x = x.double()
         shares, deviations = self.modes(x, torch.full((len(x),), 1 / len(x)).double())
         ratios = (deviations / self.deviations)[self.shares > 0.05]

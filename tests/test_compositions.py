@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, ModelMixin
+from diffusers import DDIMScheduler, DDPMScheduler, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from networks import GaussianMixture, quiet_pipeline
 
@@ -341,3 +341,32 @@ def test_a_product_is_a_denoiser_of_any_denoisers():
     # N(1, 1)¹ N(-1, 1)³ is N(-½, ¼)
     expected = -0.5 + (x + 0.5) * 0.25 / (0.25 + 0.3**2)
     torch.testing.assert_close(product(x, 0.3), expected)
+
+
+class Summed:
+    """What is often done: the scores summed at one level, x + Σ w_i (D_i - x)."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def denoised(self, x, sigma):
+        return x + sum(weight * (part.denoised(x, sigma) - x) for part, weight in self.parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_table_of_the_documentation(name):
+    # 8,000 samples and 50 evaluations each, but 100 with weights where W is not 1
+    target = TARGETS[name]
+    weights = weights_of(target)
+    rows = {}
+    for scheduler in (DDIMScheduler, DDPMScheduler):
+        pipe = pipeline_of([Summed(target.parts)], scheduler)
+        rows[f"{scheduler.__name__}, summed scores"] = draw(pipe, 8000, 50, class_labels={None: 1})
+    pipe = pipeline_of([part for part, _ in target.parts])
+    rows["at the right level"] = draw(pipe, 8000, 50, class_labels=weights)
+    rows["with weights"] = draw(pipe, 8000, 50, class_labels=weights, resample=64)
+    shares = {row: target.judge(x)[0] for row, x in rows.items()}
+    print(f"{name}: {', '.join(f'{row} {share:.3f}' for row, share in shares.items())}")
+    assert shares["with weights"] < 0.04
+    assert all(shares["with weights"] < share for share in shares.values() if share > 0.04)

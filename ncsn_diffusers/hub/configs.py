@@ -29,6 +29,7 @@ FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipel
 
 INDEX = "model_index.json"
 CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+SAVING = ".saving-"  # how the names of folders begin that a save writes to
 
 OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
 OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel)}
@@ -70,6 +71,11 @@ def explain_missing_index(folder: str | os.PathLike, source: str) -> str:
     """Why a folder is no pipeline, and the way on."""
     folder = Path(folder)
     text = f"{source!r} holds no pipeline: {INDEX} is missing."
+    if any(folder.glob(f"{SAVING}*")):
+        return (
+            f"{text} A save into it was cut off while the new files took the places of the old ones: save the pipeline "
+            "once more."
+        )
     go_on = "`ncsn-diffusers train` with the run's settings and --resume_from_checkpoint latest goes on with it"
     checkpoints = [path.name for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
@@ -164,6 +170,7 @@ def _one_of(*values) -> Rule:
 _NULL = _one_of(None)
 _BOOL: Rule = (lambda value: isinstance(value, bool), "true or false")
 TEXT: Rule = (lambda value: isinstance(value, str), "a string")
+OBJECT: Rule = (lambda value: isinstance(value, dict), "a JSON object")
 _CLASS = _list_of(TEXT, 2, 2)
 
 _INDEX_RULES = {
@@ -174,7 +181,7 @@ _INDEX_RULES = {
 }
 # Limits far above what anyone trains: they are there so that a config cannot fill the memory or hang.
 _UNET_RULES = {
-    "sample_size": _either(_whole(1, 65_536), _list_of(_whole(1, 65_536), 2, 2)),
+    "sample_size": _either(_whole(1, 4096), _list_of(_whole(1, 4096), 2, 2)),
     "in_channels": _whole(1, 1024),
     "out_channels": _whole(1, 1024),
     "center_input_sample": _BOOL,
@@ -203,6 +210,7 @@ _UNET_RULES = {
     "num_class_embeds": _either(_NULL, _whole(1, 1_000_000)),
     "num_train_timesteps": _either(_NULL, _whole(1, 1_000_000)),
 }
+_LARGEST_IMAGE = 4 * 4096**2
 _SIGMAS = _list_of(_number(1e-10, 1e10), 2, 100_000)
 _NETWORK_RULES = {
     "UNet2DModel": _UNET_RULES,
@@ -215,7 +223,7 @@ _NETWORK_RULES = {
     "LevelUNet2DModel": {
         **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
         "sigmas": _SIGMAS,
-        "unet": _either(_NULL, (lambda value: isinstance(value, dict), "a JSON object")),
+        "unet": _either(_NULL, OBJECT),
     },
 }
 
@@ -284,7 +292,11 @@ def _check_unet_config(config: dict, name: str, source: str, expected: str) -> N
     check_values(config, _NETWORK_RULES[class_name], name, source)
     if class_name == "LevelUNet2DModel":
         check_values(config.get("unet") or {}, _UNET_RULES, name, source)
-    channels = [config.get(key, 3) for key in ("in_channels", "out_channels")]
+    size, channels = config["sample_size"], [config.get(key, 3) for key in ("in_channels", "out_channels")]
+    numbers = channels[0] * (size**2 if isinstance(size, int) else size[0] * size[1])
+    if numbers > _LARGEST_IMAGE:
+        reason = f"`sample_size`={size} and `in_channels`={channels[0]}: an image of {numbers:,} numbers, of "
+        raise OSError(unusable(name, source, f"{reason}{_LARGEST_IMAGE:,} at most"))
     if class_name == "UNet2DModel" and channels[0] != channels[1]:
         raise OSError(
             unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")

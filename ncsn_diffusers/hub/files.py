@@ -26,6 +26,7 @@ from .configs import (
     read_json,
 )
 from .model_card import make_model_card, read_training_config
+from .saving import check_stamp
 from .weights import WEIGHTS, find_not_finite, weight_names
 
 VARIANTS = ("fp16", "ema")
@@ -79,6 +80,8 @@ def collect_files(
             raise ValueError(
                 f"unet/{path.name} of {str(folder)!r} is not to be published: `{not_finite}` holds NaN or infinity."
             )
+
+    check_stamp(folder, str(folder))
 
     files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in weights}
     for path in sorted((folder / "unet").glob(f"{WEIGHTS}*.index*.json")):

@@ -561,9 +561,7 @@ def test_card_of_private_folders_and_sigma_conditioning(hub, folder):
     settings = json.loads((folder / "training_config.json").read_text())
     settings["train_data_dir"] = "/home/ann/faces"
     (folder / "training_config.json").write_text(json.dumps(settings))
-    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-    config["conditioning"] = "sigma"
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    make_pipeline(AnnealedLangevinScheduler(conditioning="sigma")).save_pretrained(folder)
     push_to_hub(folder, "ann/faces")
     text = hub.files("ann/faces")["README.md"].decode()
     assert "| data | faces |" in text and "/home/ann" not in text and "\ndatasets:" not in text

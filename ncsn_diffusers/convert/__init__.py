@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from ..hub.loading import NCSNPipeline
-from .checkpoints import Given, describe, read
+from .checkpoints import Given, read, wrap
 from .diffusers_ncsn import convert_diffusers_ncsn
 from .ncsnpp import convert_ncsnpp
 from .refinenets import convert_refinenet
@@ -33,6 +33,7 @@ def convert(
     num_langevin_steps: int | None = None,
     step_lr: float | None = None,
     denoise_final: bool | None = None,
+    act_fn: str | None = None,
 ) -> NCSNPipeline:
     """
     A pipeline with the weights of another's checkpoint, their moving average where there is one, and with the sampler
@@ -46,6 +47,9 @@ def convert(
     | NCSN++ of score_sde (Song et al. 2021, arXiv:2011.13456), 256 and 1024 pixels | `{model, ema, optimizer, step}` |
     | diffusers-ncsn 0.1.0 | a pipeline's folder |
 
+    The state dict of such a network is taken as well, alone or as `{"state_dict": …}`, in a file of torch's or of
+    safetensors.
+
     Args:
         checkpoint (`str` or `PathLike`): the file, or for diffusers-ncsn the folder.
         sample_size (`int`, *optional*): Height and width of the images.
@@ -56,6 +60,9 @@ def convert(
         num_langevin_steps (`int`, *optional*): Steps a level, `n_steps_each` in the originals' configs.
         step_lr (`float`, *optional*): Their step size, that of the last level, in units of the data squared.
         denoise_final (`bool`, *optional*): Their `denoise`.
+        act_fn (`str`, *optional*):
+            Their `nonlinearity`, of which the weights hold no trace: "elu", as published, "relu", "leaky_relu" (their
+            "lrelu") or "silu" (their "swish").
 
     Returns:
         [`NCSNPipeline`]
@@ -66,17 +73,20 @@ def convert(
         ValueError: an argument is out of range, contradicts the file, or is needed.
     """
     given = Given(
-        sample_size, data_min, sigma_min, sigma_max, num_train_timesteps, num_langevin_steps, step_lr, denoise_final
+        sample_size,
+        data_min,
+        sigma_min,
+        sigma_max,
+        num_train_timesteps,
+        num_langevin_steps,
+        step_lr,
+        denoise_final,
+        act_fn,
     )
     source = str(checkpoint)
     if Path(source).is_dir():
         return convert_diffusers_ncsn(Path(source), given)
-    parts = read(source)
-    if isinstance(parts, dict) and isinstance(parts.get("model"), dict):
+    parts = wrap(read(source), source)
+    if isinstance(parts, dict):
         return convert_ncsnpp(parts, source, given)
-    if isinstance(parts, (list, tuple)) and parts and isinstance(parts[0], dict):
-        return convert_refinenet(parts, source, given)
-    raise OSError(
-        f"{source!r} holds {describe(parts)}, and no checkpoint of a kind that is known: [model, optimizer] (NCSN), "
-        "[model, optimizer, epoch, step, average] (NCSNv2) or {'model', 'ema', …} (score_sde)."
-    )
+    return convert_refinenet(parts, source, given)

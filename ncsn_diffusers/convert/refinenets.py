@@ -69,9 +69,16 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
         block_out_channels=[state[f"res{n}.1.conv1.weight"].shape[0] for n in stages],
         dilations=dilations,
         sigmas=None if num_rows is None else sigmas,
+        act_fn=first(given.act_fn, "elu"),
     )
     fill(network, state, lambda name: _refinenet_name(name, stages, dilations), source)
-    logger.warning(f"{source}: used were {used}. Not used: {', '.join(unused) or 'nothing'}.")
+    assumed = [f"data in [{data_min}, 1] (`data_min`)"] if given.data_min is None else []
+    assumed += ["nonlinearity='elu' (`act_fn`)"] if given.act_fn is None else []
+    assumed.append("dilations that double from stage to stage")
+    logger.warning(
+        f"{source}: used were {used}. Not used: {', '.join(unused) or 'nothing'}. The file does not say, and it is "
+        f"taken from the paper: {', '.join(assumed)}."
+    )
     scheduler = make_scheduler(
         sigmas, **settings, is_consistent=published is ADVERSARIAL, knows_levels_only=num_rows is not None
     )
@@ -84,6 +91,13 @@ def _read_parts(parts: Sequence, source: str) -> tuple[State, str, list[str]]:
     used, unused = "the weights", []
     if len(parts) > 1:
         unused.append(f"the optimizer's state ({count_tensors(parts[1])} tensors)")
+    for i, part in enumerate(parts[1:4], 2):
+        # of what is in its place, only the fifth part has the network's names
+        if isinstance(part, dict) and {str(name).removeprefix("module.") for name in part} & state.keys():
+            unused.append(
+                f"part {i}, which looks like weights, too, or their average: the average is expected as part 5, so "
+                "save [model, optimizer, epoch, step, average] where it is one"
+            )
     if len(parts) > 4 and parts[4] is not None:
         average = get_state(parts[4], "its fifth part, the moving average,", source)
         differ = (average.keys() ^ state.keys()) - {"sigmas"}

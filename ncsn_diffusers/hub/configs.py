@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import pipeline_ncsn
-from ..networks_ncsn import LevelUNet2DModel, RefineNet2DModel
+from ..networks_ncsn import ACTIVATIONS, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline")
@@ -32,7 +32,7 @@ CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
 SAVING = ".saving-"  # how the names of folders begin that a save writes to
 
 OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
-OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel)}
+OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel)}
 NETWORKS = {"UNet2DModel": UNet2DModel, **OWN_NETWORKS}
 _LARGEST_CONFIG = 10_000_000  # bytes; a ladder of 100,000 betas takes 2.5 million
 
@@ -214,11 +214,13 @@ _LARGEST_IMAGE = 4 * 4096**2
 _SIGMAS = _list_of(_number(1e-10, 1e10), 2, 100_000)
 _NETWORK_RULES = {
     "UNet2DModel": _UNET_RULES,
+    "SkipUNet2DModel": _UNET_RULES,
     "RefineNet2DModel": {
         **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
         **{key: _UNET_RULES[key] for key in ("center_input_sample", "block_out_channels")},
         "dilations": _list_of(_whole(1, 64), 1, 16),
         "sigmas": _either(_NULL, _SIGMAS),
+        "act_fn": _one_of(*ACTIVATIONS),
     },
     "LevelUNet2DModel": {
         **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
@@ -297,7 +299,7 @@ def _check_unet_config(config: dict, name: str, source: str, expected: str) -> N
     if numbers > _LARGEST_IMAGE:
         reason = f"`sample_size`={size} and `in_channels`={channels[0]}: an image of {numbers:,} numbers, of "
         raise OSError(unusable(name, source, f"{reason}{_LARGEST_IMAGE:,} at most"))
-    if class_name == "UNet2DModel" and channels[0] != channels[1]:
+    if issubclass(NETWORKS[class_name], UNet2DModel) and channels[0] != channels[1]:
         raise OSError(
             unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")
         )

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 
 from .configs import CONFIGS, INDEX, SAVING, part_folder, read_config, read_json, unusable
@@ -67,6 +68,23 @@ def _is_in_use(path: Path, prefix: str) -> bool:
         return True
     except (OSError, ValueError):
         return False
+
+
+def save_as_new(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """
+    Save a pipeline in a folder that is not there yet, or is empty, and comes into being with all of its files.
+
+    Raises:
+        OSError: the folder cannot be written, or holds files.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with make_aside(folder.parent, f".{folder.name}{SAVING}") as aside:
+        pipeline.save_pretrained(aside / "new")
+        if folder.exists():
+            folder.rmdir()
+        (aside / "new").rename(folder)
+        _sync(folder.parent)
 
 
 def replace_pipeline(folder: Path, write: Callable[[Path], None]) -> None:

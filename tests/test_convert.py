@@ -352,7 +352,7 @@ def test_the_uploaded_pipeline_stands_alone(saved, tmp_path):
         import torch
         from diffusers import DiffusionPipeline
         pipe = DiffusionPipeline.from_pretrained(
-            sys.argv[1], custom_pipeline=sys.argv[1] + "/pipeline_ncsn.py", trust_remote_code=True
+            sys.argv[1], trust_remote_code=True
         )
         assert type(pipe.unet).__name__ == "RefineNet2DModel"
         images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
@@ -535,7 +535,7 @@ def test_activations(tmp_path, said):
                     patch.setattr(module, "act", act)
             patch.setattr(elu.unet, "_act", act)
             expected = elu.unet(x, sigmas).sample
-        assert_same(found, expected, 1e-6)
+        assert_same(found, expected, 1e-5)
         assert (found - published).abs().max() > 0.1 * published.abs().max()
     with pytest.raises(ValueError, match="`act_fn` must be one of elu, relu, leaky_relu, silu, not 'lrelu'"):
         converted(tmp_path, parts, sample_size=16, act_fn="lrelu")
@@ -577,7 +577,7 @@ def test_small_ncsnpp(tmp_path, nf, ch_mult, num_res_blocks, attention, network_
     x = reference.make_sample((2, 3, 16, 16), sigmas)
     assert_same(pipe.unet(x, sigmas).sample, network(state, x, sigmas), 2e-6)
     files = collect_files(tmp_path / "pipe", "ann/small")
-    assert ("unet/networks_ncsn.py" in files) == (network_class is SkipUNet2DModel)
+    assert any(name.startswith("unet/networks_ncsn") for name in files) == (network_class is SkipUNet2DModel)
 
 
 def test_ncsnpp_of_a_width_that_diffusers_blocks_have_not(tmp_path):

@@ -42,7 +42,7 @@ from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNP
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
 from ncsn_diffusers.hub.files import MODULES
 from ncsn_diffusers.hub.modules import collect_module, is_module
-from ncsn_diffusers.hub.space import GRADIO
+from ncsn_diffusers.hub.space import GRADIO, collect_space_files
 from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
@@ -345,6 +345,12 @@ def test_a_space_beside_the_model(hub, folder):
     assert len(hub.repositories["spaces/ann/digits"].commits) >= 2
 
 
+@pytest.mark.parametrize("name", ["2024", "true", "no", "1e3", "null", "digits"])
+def test_the_title_of_a_space_is_a_string(name):
+    card = read_card(collect_space_files(f"ann/{name}", license="mit")["README.md"])
+    assert (card["title"], card["models"], card["license"]) == (name, [f"ann/{name}"], "mit")
+
+
 def test_the_spaces_gradio_is_what_the_extra_asks_for():
     assert f'demo = ["gradio>={GRADIO}"]\n' in (ROOT / "pyproject.toml").read_text()
 
@@ -538,7 +544,8 @@ def test_card_quotes_the_command_of_the_run(hub, folder):
     [
         ("training_config.json", "[1]", "it must be a JSON object, not \\[1\\]"),
         ("training_config.json", '{"seed": 0', "it is not JSON"),
-        ("log.jsonl", '{"step": 20, "loss": 0.5}\n{"step": 40, "lo', "line 2 is not JSON"),
+        ("log.jsonl", '{"step": 20, "lo\n{"step": 40, "loss": 0.5}\n', "line 1 is not JSON"),
+        ("log.jsonl", '{"step": 20, "loss": 0.5}\n[7]\n', "line 2 must be a JSON object"),
     ],
 )
 def test_run_that_cannot_be_read(hub, folder, name, content, message):
@@ -546,6 +553,25 @@ def test_run_that_cannot_be_read(hub, folder, name, content, message):
     with pytest.raises(OSError, match=f"^{name} of '{folder}' cannot be used: {message}"):
         push_to_hub(folder, "ann/digits")
     assert not hub.repositories
+
+
+def test_a_log_whose_last_line_is_torn(hub, folder, caplog):
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 60, "loss": 0.0')
+    push_to_hub(folder, "ann/digits")
+    assert "| loss at the end | 0.125 |" in hub.files("ann/digits")["README.md"].decode()
+    assert f"The last line of {folder / 'log.jsonl'} is incomplete" in caplog.text
+
+
+def test_card_names_the_schedulers_that_fit(hub, folder):
+    push_to_hub(folder, "ann/digits")
+    text = hub.files("ann/digits")["README.md"].decode()
+    named = set(
+        re.findall(r"\w+Scheduler", text.split("These schedulers of diffusers sample it as well: ")[1].split(". ")[0])
+    )
+    assert {"DDIMScheduler", "UniPCMultistepScheduler"} <= named
+    assert named == set(pipeline_ncsn.SCHEDULERS)
+    assert not {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "LCMScheduler", "RePaintScheduler"} & named
 
 
 def test_card_names_the_data_set(hub, folder):

@@ -7,6 +7,7 @@ value.
 """
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -295,7 +296,7 @@ def _check_unet_config(config: dict, name: str, source: str, expected: str) -> N
     if class_name == "LevelUNet2DModel":
         check_values(config.get("unet") or {}, _UNET_RULES, name, source)
     size, channels = config["sample_size"], [config.get(key, 3) for key in ("in_channels", "out_channels")]
-    numbers = channels[0] * (size**2 if isinstance(size, int) else size[0] * size[1])
+    numbers = channels[0] * math.prod((size, size) if isinstance(size, int) else size)
     if numbers > _LARGEST_IMAGE:
         reason = f"`sample_size`={size} and `in_channels`={channels[0]}: an image of {numbers:,} numbers, of "
         raise OSError(unusable(name, source, f"{reason}{_LARGEST_IMAGE:,} at most"))

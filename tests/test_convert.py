@@ -69,7 +69,7 @@ def test_ncsn(tmp_path, said):
     assert pipe.config.data_min == 0
     assert (pipe.unet.config.sample_size, pipe.unet.config.in_channels) == (28, 1)
     assert "the optimizer's state (1 tensors)" in said.text
-    assert "10 are taken, from 1 to 0.01" in said.text
+    assert "10 of them are assumed, from 1 to 0.01" in said.text
 
 
 @torch.no_grad()
@@ -618,7 +618,7 @@ def test_an_average_of_other_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("parts", [3, {"a": 1}, [], [torch.zeros(1)]])
 def test_something_else_is_refused(tmp_path, parts):
-    with pytest.raises(OSError, match="no checkpoint of a kind that is known"):
+    with pytest.raises(OSError, match="and no checkpoint of a kind that can be converted"):
         converted(tmp_path, parts)
 
 

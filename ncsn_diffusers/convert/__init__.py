@@ -3,11 +3,11 @@ Checkpoints of others as pipelines of this package: the networks of the two NCSN
 of score_sde and of the package diffusers-ncsn.
 
 A checkpoint is a stranger's: it is read by torch's loader for plain tensors, which runs no code. Each of its tensors
-becomes one of the network's, or is named; each of the network's has to be found. What the file does not say is taken
-from the publication that it looks like, and is said in a warning, or has to be given.
+becomes one of the network's, or is named; each of the network's has to be found. Settings that the file does not hold
+come from the publication that it matches, and a warning names them; without such a publication they have to be given.
 
-What such a network is given is sigma and the noisy image as it is, and what it returns is the score, in units of data
-in [0, 1]: `conditioning="sigma"`, `prediction_type="score"`, `data_min=0`.
+Such a network is given sigma and the noisy image as it is, and returns the score, in units of data in [0, 1]:
+`conditioning="sigma"`, `prediction_type="score"`, `data_min=0`.
 """
 
 import os
@@ -37,7 +37,7 @@ def convert(
 ) -> NCSNPipeline:
     """
     A pipeline with the weights of another's checkpoint, their moving average where there is one, and with the sampler
-    of its paper. What is guessed, and what of the file is not used, is said in a warning.
+    of its paper. A warning says what has been guessed, and which parts of the file are not used.
 
     | checkpoint | what it holds |
     | --- | --- |

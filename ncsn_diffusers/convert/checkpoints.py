@@ -30,7 +30,7 @@ SIGMA_MIN = 0.01  # in all publications
 
 @dataclass
 class Given:
-    """What the user says, None where nothing."""
+    """The user's settings; None stands for those that were not given."""
 
     sample_size: int | None
     data_min: float | None
@@ -89,7 +89,8 @@ def read(source: str) -> Any:
     number = _count_tensors(path)
     if number > _MOST_TENSORS:
         raise OSError(
-            f"{source!r} holds {number:,} tensors, of {_MOST_TENSORS:,} at most: no network that is known has so many."
+            f"{source!r} holds {number:,} tensors, of {_MOST_TENSORS:,} at most: no network that can be converted has "
+            "so many."
         )
     try:
         if _is_safetensors(path):
@@ -180,7 +181,7 @@ def wrap(parts: Any, source: str) -> dict | Sequence:
     alone, or as `{"state_dict": …}`, is put into the one that its names are of.
 
     Raises:
-        OSError: it is no checkpoint of a kind that is known.
+        OSError: it is a checkpoint of another kind.
     """
     if isinstance(parts, dict) and isinstance(parts.get("state_dict"), dict):
         others = [f"`{name}`" for name in parts if name != "state_dict"]
@@ -204,9 +205,9 @@ def wrap(parts: Any, source: str) -> dict | Sequence:
                     prefix = name.removesuffix(known)
                     return wrapped({key.removeprefix(prefix): part for key, part in parts.items()})
     raise OSError(
-        f"{source!r} holds {describe(parts)}, and no checkpoint of a kind that is known: [model, optimizer] (NCSN), "
-        "[model, optimizer, epoch, step, average] (NCSNv2), {'model', 'ema', …} (score_sde), or the state dict of such "
-        "a network."
+        f"{source!r} holds {describe(parts)}, and no checkpoint of a kind that can be converted: "
+        "[model, optimizer] (NCSN), [model, optimizer, epoch, step, average] (NCSNv2), {'model', 'ema', …} (score_sde), "
+        "or the state dict of such a network."
     )
 
 
@@ -291,7 +292,7 @@ def find_ladder(
             )
         if None in (given.sigma_min, given.sigma_max):
             logger.warning(
-                f"{source} does not hold its noise levels: {num} are taken, from {largest:g} to {smallest:g}."
+                f"{source} does not hold its noise levels: {num} of them are assumed, from {largest:g} to {smallest:g}."
             )
     return [largest, *np.geomspace(largest, smallest, num).tolist()[1:-1], smallest]
 
@@ -350,5 +351,5 @@ def make_pipeline(network: ModelMixin, scheduler: AnnealedLangevinScheduler, dat
 
 
 def first(value: Any, otherwise: Any) -> Any:
-    """The value, unless it is None."""
+    """The value, or `otherwise` if it is None."""
     return otherwise if value is None else value

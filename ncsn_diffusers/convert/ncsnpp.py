@@ -45,7 +45,7 @@ def convert_ncsnpp(parts: dict, source: str, given: Given) -> NCSNPipeline:
     config, layout = _ncsnpp_layout(state, source)
     given.refuse(
         ("num_langevin_steps", "step_lr", "denoise_final"),
-        "the sampler of score_sde is another, whose steps are not Langevin's alone; it is not taken over.",
+        "score_sde has another sampler, whose steps are not Langevin's alone; it is not converted.",
     )
     given.refuse(("act_fn",), "diffusers' network has the activation swish throughout.")
     size = first(given.sample_size, config["sample_size"])
@@ -56,10 +56,10 @@ def convert_ncsnpp(parts: dict, source: str, given: Given) -> NCSNPipeline:
     fill(network, state, lambda name: _ncsnpp_name(name, layout), source)
     scheduler = make_scheduler(sigmas)
     logger.warning(
-        f"{source}: used were {used}, and the sampler is this package's own. Not used: "
-        f"{', '.join(unused) or 'nothing'}. The file does not say how the network is to be used. It is taken for one "
-        f"of the paper's: {', '.join([*assumed, *_ASSUMED])}. If its config differs, the pipeline is wrong: no option "
-        "of this command can mend that."
+        f"{source}: the pipeline has {used}, and this package's own sampler. Not used: "
+        f"{', '.join(unused) or 'nothing'}. The file does not say how the network was trained; these settings of the "
+        f"paper's configs are assumed: {', '.join([*assumed, *_ASSUMED])}. If the original's config has other ones, "
+        "the pipeline is wrong, and no option can mend it."
     )
     return NCSNPipeline(network, scheduler, data_min=data_min)
 

@@ -206,8 +206,8 @@ def wrap(parts: Any, source: str) -> dict | Sequence:
                     return wrapped({key.removeprefix(prefix): part for key, part in parts.items()})
     raise OSError(
         f"{source!r} holds {describe(parts)}, and no checkpoint of a kind that can be converted: "
-        "[model, optimizer] (NCSN), [model, optimizer, epoch, step, average] (NCSNv2), {'model', 'ema', …} (score_sde), "
-        "or the state dict of such a network."
+        "[model, optimizer] (NCSN), [model, optimizer, epoch, step, average] (NCSNv2), {'model', 'ema', …} "
+        "(score_sde), or the state dict of such a network."
     )
 
 

@@ -1,7 +1,7 @@
 """Networks that are given sigma and return the score: those of the two NCSN papers, and U-Nets told of a level's index.
 
 Song & Ermon 2019 (arXiv:1907.05600, appendix A.1) tell the network the noise level by an embedding in each
-normalisation; Song & Ermon 2020 (arXiv:2006.09011, technique 3 and appendix B.1) divide what an unconditional network
+normalization; Song & Ermon 2020 (arXiv:2006.09011, technique 3 and appendix B.1) divide what an unconditional network
 returns by sigma instead. The rest is the same: a stack of residual stages, most of them dilated rather than smaller
 (Yu & Koltun 2016, arXiv:1511.07122), and a RefineNet (Lin et al. 2017, arXiv:1611.06612) that fuses the stages from the
 last to the first.
@@ -11,17 +11,19 @@ last to the first.
     NCSNv2Deeper      128, 256, 256, 512, 512           1, 1, 1, 2, 4         83.4
     NCSNv2Deepest     128, 256, 256, 256, 512, 512      1, 1, 1, 1, 2, 4      94.1
 
-Instance normalisation takes away each channel's mean, and with it the colour of large areas. "InstanceNorm++" gives it
+Instance normalization takes away each channel's mean, and with it the color of large areas. "InstanceNorm++" gives it
 back: with mu_k and s_k the mean and deviation of channel k over the image, m and v those of mu over the channels,
 
     z_k = gamma_k ((x_k - mu_k)/s_k + alpha_k (mu_k - m)/v) + beta_k.                                            (1)
 
 A [`LevelUNet2DModel`] is a U-Net that was trained with the index of the level, as those of the package diffusers-ncsn
-are. This file stands alone, so that it can be uploaded beside the weights.
+are; a [`SkipUNet2DModel`] is a small NCSN++ (Song et al. 2021, arXiv:2011.13456). This file stands alone, so that it
+can be uploaded beside the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 from itertools import pairwise
 
 import torch
@@ -31,6 +33,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "elu": functional.elu,
+    "relu": functional.relu,
+    "leaky_relu": partial(functional.leaky_relu, negative_slope=0.2),
+    "silu": functional.silu,
+}
 
 
 @dataclass
@@ -63,9 +73,12 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
             The noise levels with an embedding each, falling, in units of the data: the network of 2019. Between two
             levels the embeddings are interpolated in log sigma, beyond them the end's is taken; the network was not
             trained there. `None` is the network of 2020, which takes any sigma.
+        act_fn (`str`, defaults to `"elu"`):
+            The activation: "elu", as published, "relu", "leaky_relu" (of slope 0.2) or "silu".
 
     Raises:
-        ValueError: `block_out_channels` and `dilations` differ in length, or are not positive, or `sigmas` do not fall.
+        ValueError: `act_fn` is none of these, `block_out_channels` and `dilations` differ in length or are not
+            positive, or `sigmas` do not fall.
     """
 
     _no_split_modules = ["ResidualBlock", "RefineBlock"]
@@ -79,27 +92,35 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (128, 256, 256, 256),
         dilations: Sequence[int] = (1, 1, 2, 4),
         sigmas: Sequence[float] | None = None,
+        act_fn: str = "elu",
     ):
         super().__init__()
+        if act_fn not in ACTIVATIONS:
+            raise ValueError(f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, not {act_fn!r}.")
         if len(block_out_channels) != len(dilations) or min(*block_out_channels, *dilations) < 1:
             raise ValueError(
                 "`block_out_channels` and `dilations` must be as many positive ints, one for each stage, not "
                 f"{block_out_channels} and {dilations}."
             )
         self._ladder = None if sigmas is None else _Ladder(sigmas)
+        self._act = act = ACTIVATIONS[act_fn]
         num_levels = None if sigmas is None else len(sigmas)
         channels = list(block_out_channels)
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.stages = nn.ModuleList()
         for i, dilation in enumerate(dilations):
-            first = ResidualBlock(channels[max(i - 1, 0)], channels[i], dilation, num_levels, is_transition=i > 0)
-            self.stages.append(nn.ModuleList([first, ResidualBlock(channels[i], channels[i], dilation, num_levels)]))
+            first = ResidualBlock(channels[max(i - 1, 0)], channels[i], dilation, num_levels, act, is_transition=i > 0)
+            self.stages.append(
+                nn.ModuleList([first, ResidualBlock(channels[i], channels[i], dilation, num_levels, act)])
+            )
         self.refine_blocks = nn.ModuleList()  # from the last stage to the first
         for i in reversed(range(len(channels))):
             is_first, is_last = i == len(channels) - 1, i == 0
             self.refine_blocks.append(
-                RefineBlock(channels[i], channels[max(i - 1, 0)], 1 if is_first else 2, 3 if is_last else 1, num_levels)
+                RefineBlock(
+                    channels[i], channels[max(i - 1, 0)], 1 if is_first else 2, 3 if is_last else 1, num_levels, act
+                )
             )
         self.norm_out = InstanceNorm2dPlus(channels[0], num_levels)
         self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
@@ -138,7 +159,7 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
         x = self.refine_blocks[0](outputs[-1:], level)
         for block, output in zip(self.refine_blocks[1:], reversed(outputs[:-1]), strict=True):
             x = block([output, x], level)
-        x = self.conv_out(functional.elu(self.norm_out(x, level)))
+        x = self.conv_out(self._act(self.norm_out(x, level)))
         if level is None:
             x = x / sigma.reshape(-1, 1, 1, 1)
         return ScoreNetworkOutput(sample=x) if return_dict else (x,)
@@ -186,6 +207,21 @@ class LevelUNet2DModel(ModelMixin, ConfigMixin):
         level = self._ladder.find(_per_image(timestep, sample))
         x = self.model(sample, level, class_labels, return_dict=False)[0]
         return ScoreNetworkOutput(sample=x) if return_dict else (x,)
+
+
+class SkipUNet2DModel(UNet2DModel):
+    """
+    The NCSN++ of score_sde at any width: a [`UNet2DModel`] whose group normalizations all have a quarter of their
+    channels as groups, 32 at most. diffusers' skip blocks have 32 in their attention, and more than a quarter of them
+    where they attend on the way up, so that theirs is the same network from 128 channels on only.
+    """
+
+    @wraps(UNet2DModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = min(module.num_channels // 4, 32)
 
 
 def _per_image(sigma: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
@@ -245,14 +281,21 @@ class InstanceNorm2dPlus(nn.Module):
 
 class ResidualBlock(nn.Module):
     """
-    Two convolutions, each after a normalisation and an ELU, beside a shortcut. A transition between stages halves the
-    image by its mean over 2 × 2 pixels if its dilation is 1.
+    Two convolutions, each after a normalization and an activation, beside a shortcut. A transition between stages
+    halves the image by its mean over 2 × 2 pixels if its dilation is 1.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, dilation: int, num_levels: int | None, is_transition: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        dilation: int,
+        num_levels: int | None,
+        act: Activation,
+        is_transition: bool = False,
     ):
         super().__init__()
+        self.act = act
         self.halves = is_transition and dilation == 1
         spread = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
         self.norm1 = InstanceNorm2dPlus(in_channels, num_levels)
@@ -264,17 +307,20 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, **(spread if dilation > 1 else {"kernel_size": 1}))
 
     def forward(self, x: torch.Tensor, level: torch.Tensor | None) -> torch.Tensor:
-        h = self.conv1(functional.elu(self.norm1(x, level)))
-        h = self.conv2(functional.elu(self.norm2(h, level)))
+        h = self.conv1(self.act(self.norm1(x, level)))
+        h = self.conv2(self.act(self.norm2(h, level)))
         h = h + (x if self.shortcut is None else self.shortcut(x))
         return functional.avg_pool2d(h, 2) if self.halves else h
 
 
 class ConvUnits(nn.Module):
-    """Residual units of two convolutions each, after an ELU; in the conditional network after a normalisation, too."""
+    """
+    Residual units of two convolutions each, after an activation; in the conditional network after a normalization, too.
+    """
 
-    def __init__(self, channels: int, num_units: int, num_levels: int | None):
+    def __init__(self, channels: int, num_units: int, num_levels: int | None, act: Activation):
         super().__init__()
+        self.act = act
         self.convs = nn.ModuleList(
             nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
             for _ in range(num_units)
@@ -285,7 +331,7 @@ class ConvUnits(nn.Module):
         for convs, norms in zip(self.convs, self.norms, strict=True):
             h = x
             for conv, norm in zip(convs, norms, strict=True):
-                h = conv(functional.elu(norm(h, level)))
+                h = conv(self.act(norm(h, level)))
             x = x + h
         return x
 
@@ -297,11 +343,18 @@ class RefineBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_inputs: int, num_output_units: int, num_levels: int | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_inputs: int,
+        num_output_units: int,
+        num_levels: int | None,
+        act: Activation,
     ):
         super().__init__()
+        self.act = act
         self.is_conditional = num_levels is not None
-        self.inputs = nn.ModuleList(ConvUnits(in_channels, 2, num_levels) for _ in range(num_inputs))
+        self.inputs = nn.ModuleList(ConvUnits(in_channels, 2, num_levels, act) for _ in range(num_inputs))
         num_fused = num_inputs if num_inputs > 1 else 0
         self.fuse_norms = _make_norms(in_channels, num_fused, num_levels)
         self.fuse_convs = nn.ModuleList(nn.Conv2d(in_channels, out_channels, 3, padding=1) for _ in range(num_fused))
@@ -309,7 +362,7 @@ class RefineBlock(nn.Module):
         self.pool_convs = nn.ModuleList(
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False) for _ in range(2)
         )
-        self.output = ConvUnits(out_channels, num_output_units, num_levels)
+        self.output = ConvUnits(out_channels, num_output_units, num_levels, act)
 
     def forward(self, inputs: Sequence[torch.Tensor], level: torch.Tensor | None) -> torch.Tensor:
         size = inputs[0].shape[2:]
@@ -320,7 +373,7 @@ class RefineBlock(nn.Module):
                 conv(norm(h, level)) for conv, norm, h in zip(self.fuse_convs, self.fuse_norms, adapted, strict=True)
             ]
             x = sum(functional.interpolate(h, size, mode="bilinear", align_corners=True) for h in fused)
-        path = x = functional.elu(x)
+        path = x = self.act(x)
         for conv, norm in zip(self.pool_convs, self.pool_norms, strict=True):
             path = norm(path, level)
             pool = functional.avg_pool2d if self.is_conditional else functional.max_pool2d
@@ -330,7 +383,7 @@ class RefineBlock(nn.Module):
 
 
 class _NoNorm(nn.Module):
-    """Where the conditional network has a normalisation and the other has none."""
+    """Where the conditional network has a normalization and the other has none."""
 
     def forward(self, x: torch.Tensor, level: None) -> torch.Tensor:
         return x

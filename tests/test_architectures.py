@@ -316,7 +316,9 @@ def test_another_architecture_cannot_go_on(small, tmp_path):
 def test_it_is_published_with_its_code(run):
     architecture, folder, _ = run
     files = collect_files(folder, "ann/gaussian", training_dir=folder)
-    assert {"unet/networks_ncsn.py", "pipeline_ncsn.py", "unet/diffusion_pytorch_model.safetensors"} <= files.keys()
+    index = json.loads(files["model_index.json"])
+    names = {f"{index['_class_name'][0]}.py", f"unet/{index['unet'][0]}.py", "unet/diffusion_pytorch_model.safetensors"}
+    assert names <= files.keys()
     card = files["README.md"].decode()
     assert f"| architecture | {architecture} |" in card
     assert "| the network is given | sigma |\n| the network returns | score |" in card

@@ -1,11 +1,17 @@
 """Checkpoints of others become pipelines that return what the originals' code returned (tests/convert_reference.py)."""
 
 import collections
+import io
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+import zipfile
+from pathlib import Path
 
 import convert_reference as reference
 import pytest
@@ -13,13 +19,14 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from networks import MIXTURE, AnalyticUNet, GaussianMixture
+from safetensors.torch import save_file
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.commands.convert import ConvertConfig, convert_checkpoint
 from ncsn_diffusers.convert import convert
 from ncsn_diffusers.convert.checkpoints import make_pipeline, make_scheduler
 from ncsn_diffusers.hub import collect_files
-from ncsn_diffusers.networks_ncsn import LevelUNet2DModel, RefineNet2DModel
+from ncsn_diffusers.networks_ncsn import LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
 
 LADDER = reference.geometric(50, 0.01, 9)
 NCSNV2 = reference.geometric(50, 0.01, 232)
@@ -62,7 +69,7 @@ def test_ncsn(tmp_path, said):
     assert pipe.config.data_min == 0
     assert (pipe.unet.config.sample_size, pipe.unet.config.in_channels) == (28, 1)
     assert "the optimizer's state (1 tensors)" in said.text
-    assert "10 are taken, from 1 to 0.01" in said.text
+    assert "10 of them are assumed, from 1 to 0.01" in said.text
 
 
 @torch.no_grad()
@@ -345,7 +352,7 @@ def test_the_uploaded_pipeline_stands_alone(saved, tmp_path):
         import torch
         from diffusers import DiffusionPipeline
         pipe = DiffusionPipeline.from_pretrained(
-            sys.argv[1], custom_pipeline=sys.argv[1] + "/pipeline_ncsn.py", trust_remote_code=True
+            sys.argv[1], trust_remote_code=True
         )
         assert type(pipe.unet).__name__ == "RefineNet2DModel"
         images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
@@ -404,11 +411,179 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     with pytest.raises(OSError, match="might run code"):
         converted(tmp_path, [weights("ncsn"), Harmful()])
-    (tmp_path / "text.pth").write_text("no checkpoint")
-    with pytest.raises(OSError, match="cannot be read"):
-        convert(tmp_path / "text.pth")
+    with pytest.raises(OSError, match=r"might run code: save its tensors alone") as raised:
+        converted(tmp_path, [weights("ncsn"), Path("x")])
+    assert "weights_only" not in str(raised.value) and "\n" not in str(raised.value)
     with pytest.raises(OSError, match="neither a file nor a folder"):
         convert(tmp_path / "missing.pth")
+
+
+def packed(name, content=b""):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(name, content)
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "an empty file: download it again"),
+        (b"no checkpoint", "a file of text"),
+        (b'{"a": 1}', "a file of text"),
+        (b"<!DOCTYPE html><html>...", "a web page, and not the file that it links to"),
+        (b"\n<html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n", "a pointer of Git LFS"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "a file of HDF5"),
+        (b"\x93NUMPY\x01\x00" + bytes(99), "an array of NumPy"),
+        (b"\x1f\x8b\x08\x00" + bytes(99), "a packed archive: unpack it"),
+        (bytes(257) + b"ustar" + bytes(300), "a packed archive: unpack it"),
+        (b"\x84\xa5model" + bytes(99), "no checkpoint of PyTorch, but MessagePack"),
+        (b"\xde\x00\x11" + bytes(99), "no checkpoint of PyTorch, but MessagePack"),
+        (packed("arrays.npy"), "a ZIP archive that torch has not written"),
+        (packed("checkpoint/data.pkl")[:-10], "cut off, for the end of it is missing"),
+        (packed("model/constants.pkl"), "a TorchScript program"),
+        (bytes(range(255, 0, -1)), "damaged, or"),
+        (b"\x80\x02}q\x00.", "damaged, or"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path, content, kind):
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=f"^'{path}' is {kind}") as raised:
+        convert(path)
+    assert "weights_only" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_damaged_checkpoint(tmp_path):
+    for new in (True, False):
+        path = tmp_path / "checkpoint.pth"
+        torch.save([weights("ncsn"), OPTIMIZER], path, _use_new_zipfile_serialization=new)
+        path.write_bytes(path.read_bytes()[: 3 * path.stat().st_size // 4])
+        with pytest.raises(OSError, match=r"is (cut off|damaged)"):
+            convert(path)
+    save_file(weights("ncsn"), tmp_path / "checkpoint.safetensors")
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="is damaged"):
+        convert(path)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_many_tensors_are_refused_at_once(tmp_path, new):
+    state = {f"a{i}": torch.zeros(1) for i in range(21_000)}
+    torch.save([state, {}], tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=new)
+    start = time.perf_counter()
+    with pytest.raises(OSError, match=r"holds 21,\d\d\d tensors, of 20,000 at most"):
+        convert(tmp_path / "checkpoint.pth")
+    assert time.perf_counter() - start < 1
+
+
+# Weights alone
+
+
+@torch.no_grad()
+def test_state_dicts_alone(tmp_path, said):
+    _, x, sigmas, expected = reference.read("ncsn")
+    state = {key.removeprefix("module."): tensor for key, tensor in weights("ncsn").items()}
+    save_file(state, tmp_path / "checkpoint.safetensors")
+    torch.save({"state_dict": {f"net.{key}": tensor for key, tensor in state.items()}, "epoch": 3}, tmp_path / "b.pth")
+    torch.save(weights("ncsn"), tmp_path / "c.pth")
+    for name in ("checkpoint.safetensors", "b.pth", "c.pth"):
+        pipe = convert(tmp_path / name)
+        assert_same(pipe.unet(x, sigmas).sample, expected, 1e-5)
+    assert "`state_dict` is used. Not used: `epoch`" in said.text
+    _, x, sigmas, expected = reference.read("ncsnpp")
+    pipe = converted(tmp_path, weights("ncsnpp", reference.geometric(348, 0.01, 20)))
+    assert_same(pipe.unet(x, sigmas).sample, expected, 1e-6)
+    for parts in ({"decay": 0.9, "num_updates": 3, "shadow_params": [x]}, {"ema": {"shadow_params": [x]}}):
+        with pytest.raises(OSError, match=r"an? .*average alone, .* save it as \{'model'"):
+            converted(tmp_path, parts)
+
+
+def test_an_average_in_another_place_is_named(tmp_path, said):
+    average = {key.removeprefix("module."): tensor for key, tensor in weights("ncsnv2", LADDER, seed=7).items()}
+    for place in (2, 3, 4):
+        parts = [weights("ncsnv2", LADDER), *[OPTIMIZER, 12, 3000][: place - 2], average]
+        said.clear()
+        pipe = converted(tmp_path, parts, sample_size=16)
+        assert f"part {place}, which looks like weights, too" in said.text
+        assert torch.equal(pipe.unet.conv_in.weight, weights("ncsnv2", LADDER)["module.begin_conv.weight"])
+
+
+# What leaves no trace in the weights
+
+
+@torch.no_grad()
+def test_activations(tmp_path, said):
+    _, x, sigmas, published = reference.read("ncsnv2")
+    parts = [weights("ncsnv2", LADDER), OPTIMIZER]
+    elu = converted(tmp_path, parts, sample_size=16)
+    assert "nonlinearity='elu' (`act_fn`)" in said.text and "data in [0, 1] (`data_min`)" in said.text
+    assert_same(elu.unet(x, sigmas).sample, published, 1e-5)
+    for act_fn, act in (
+        ("relu", lambda x: x.clamp(min=0)),
+        ("leaky_relu", lambda x: x.clamp(min=0) + 0.2 * x.clamp(max=0)),
+        ("silu", lambda x: x * x.sigmoid()),
+    ):
+        pipe = converted(tmp_path, parts, sample_size=16, act_fn=act_fn)
+        pipe.save_pretrained(tmp_path / "pipe")
+        found = NCSNPipeline.from_pretrained(tmp_path / "pipe").unet(x, sigmas).sample
+        with pytest.MonkeyPatch.context() as patch:  # the network that gives what the originals' code gives
+            for module in elu.unet.modules():
+                if hasattr(module, "act"):
+                    patch.setattr(module, "act", act)
+            patch.setattr(elu.unet, "_act", act)
+            expected = elu.unet(x, sigmas).sample
+        assert_same(found, expected, 1e-5)
+        assert (found - published).abs().max() > 0.1 * published.abs().max()
+    with pytest.raises(ValueError, match="`act_fn` must be one of elu, relu, leaky_relu, silu, not 'lrelu'"):
+        converted(tmp_path, parts, sample_size=16, act_fn="lrelu")
+    with pytest.raises(ValueError, match="`act_fn`='relu': diffusers' network has the activation swish"):
+        converted(tmp_path, {"model": weights("ncsnpp", reference.geometric(348, 0.01, 20))}, act_fn="relu")
+
+
+# Small NCSN++, whose normalizations have other groups than diffusers' blocks
+
+
+@torch.no_grad()
+def test_the_reference_written_anew_is_the_originals():
+    shapes, x, sigmas, expected = reference.read("ncsnpp")
+    network = reference.NCSNpp(32, (1, 4, 4), 1, {1})
+    assert network.shapes == shapes
+    assert_same(
+        network(reference.make_state(shapes, sigmas=reference.geometric(348, 0.01, 20)), x, sigmas), expected, 2e-6
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("nf", "ch_mult", "num_res_blocks", "attention", "network_class"),
+    [
+        (64, (1, 1, 2), 1, {1}, SkipUNet2DModel),
+        (96, (1, 1, 1), 1, {1}, SkipUNet2DModel),
+        (32, (1, 2, 3), 2, {1, 2}, SkipUNet2DModel),
+        (32, (1, 2), 1, set(), UNet2DModel),
+        (128, (1, 1, 2), 1, {1}, UNet2DModel),
+    ],
+)
+def test_small_ncsnpp(tmp_path, nf, ch_mult, num_res_blocks, attention, network_class):
+    network = reference.NCSNpp(nf, ch_mult, num_res_blocks, attention)
+    state = reference.make_state(network.shapes, sigmas=reference.geometric(348, 0.01, 20))
+    converted(tmp_path, {"model": state, "ema": None}).save_pretrained(tmp_path / "pipe")
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(pipe.unet) is network_class
+    sigmas = torch.tensor([20.0, 0.5])
+    x = reference.make_sample((2, 3, 16, 16), sigmas)
+    assert_same(pipe.unet(x, sigmas).sample, network(state, x, sigmas), 2e-6)
+    files = collect_files(tmp_path / "pipe", "ann/small")
+    assert any(name.startswith("unet/networks_ncsn") for name in files) == (network_class is SkipUNet2DModel)
+
+
+def test_ncsnpp_of_a_width_that_diffusers_blocks_have_not(tmp_path):
+    state = reference.make_state(reference.NCSNpp(48, (1, 2), 1, {1}).shapes, sigmas=reference.geometric(348, 0.01, 20))
+    with pytest.raises(OSError, match="a level has 48 channels, and its blocks need multiples of 32"):
+        converted(tmp_path, {"model": state})
 
 
 def without(state, *names):
@@ -443,7 +618,7 @@ def test_an_average_of_other_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("parts", [3, {"a": 1}, [], [torch.zeros(1)]])
 def test_something_else_is_refused(tmp_path, parts):
-    with pytest.raises(OSError, match="no checkpoint of a kind that is known"):
+    with pytest.raises(OSError, match="and no checkpoint of a kind that can be converted"):
         converted(tmp_path, parts)
 
 
@@ -485,6 +660,26 @@ def test_arguments_are_checked(tmp_path, name, given, named):
 # The command
 
 
+def test_a_command_that_is_killed_can_be_given_again(tmp_path, monkeypatch):
+    torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
+    folder = tmp_path / "pipelines" / "new"
+    config = ConvertConfig(str(tmp_path / "checkpoint.pth"), str(folder), sample_size=16)
+    for name in ("os.replace", "pathlib.Path.rename"):  # while it writes; when all is written
+        process = os.fork()
+        if process == 0:
+            monkeypatch.setattr(name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            convert_checkpoint(config)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        assert not folder.exists() and len(list(folder.parent.iterdir())) == 1
+    folder.mkdir()
+    convert_checkpoint(config)
+    assert [path.name for path in folder.parent.iterdir()] == ["new"]
+    assert NCSNPipeline.from_pretrained(folder).unet.config.sample_size == 16
+    with pytest.raises(FileExistsError, match="exists: give a new folder"):
+        convert_checkpoint(config)
+
+
 def test_command(tmp_path):
     torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
     command = [sys.executable, "-m", "ncsn_diffusers.commands.convert", "checkpoint.pth", "pipeline"]
@@ -496,5 +691,3 @@ def test_command(tmp_path):
     pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.config.data_min == -1
     assert not pipe.unet.config.center_input_sample
-    with pytest.raises(FileExistsError, match="exists: give a new folder"):
-        convert_checkpoint(ConvertConfig(str(tmp_path / "checkpoint.pth"), str(tmp_path / "pipeline")))

@@ -40,17 +40,20 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
-from ncsn_diffusers.hub.space import GRADIO
+from ncsn_diffusers.hub.files import MODULES
+from ncsn_diffusers.hub.modules import collect_module, is_module
+from ncsn_diffusers.hub.space import GRADIO, collect_space_files
 from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
+PIPELINE, SCHEDULER, NETWORKS = (collect_module(MODULES[part]) for part in ("pipeline", "scheduler", "unet"))
 FILES = {
     ".gitattributes",
     "README.md",
     "model_index.json",
-    "pipeline_ncsn.py",
+    *PIPELINE[1],
     "scheduler/scheduler_config.json",
-    "scheduler/scheduling_annealed_langevin.py",
+    *(f"scheduler/{name}" for name in SCHEDULER[1]),
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 }
@@ -147,7 +150,7 @@ def test_unet_loads_alone_under_any_scheduler(hub, pipe):
 def test_stock_scheduler_stays(hub):
     make_pipeline(DDIMScheduler.from_config(AnnealedLangevinScheduler().config)).push_to_hub("ann/ddim")
     assert type(NCSNPipeline.from_pretrained("ann/ddim").scheduler) is DDIMScheduler
-    assert "scheduler/scheduling_annealed_langevin.py" not in hub.files("ann/ddim")
+    assert not any(name.startswith("scheduler/scheduling") for name in hub.files("ann/ddim"))
 
 
 def test_revision_and_tag(hub, pipe):
@@ -228,6 +231,15 @@ def test_folder_that_cannot_be_published(hub, folder, damage, error, message):
         push_to_hub(folder, "ann/digits")
     assert TOKEN not in str(raised.value)
     assert not hub.repositories
+
+
+def test_the_folder_is_looked_at_before_the_token(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FileNotFoundError, match=f"There is no folder '{tmp_path}/nothing'"):
+        push_to_hub(tmp_path / "nothing", "ann/digits")
+    with pytest.raises(FileNotFoundError, match=r"holds no pipeline: model_index\.json is missing"):
+        push_to_hub(tmp_path, "ann/digits")
+    assert not hub.requests
 
 
 def test_arguments_that_cannot_work(hub, folder, pipe, monkeypatch):
@@ -331,6 +343,12 @@ def test_a_space_beside_the_model(hub, folder):
     push_to_hub(folder, "digits", space=True)  # and once more, where both exist
     assert set(hub.files("spaces/ann/digits")) == set(files) | {"notes.txt"}
     assert len(hub.repositories["spaces/ann/digits"].commits) >= 2
+
+
+@pytest.mark.parametrize("name", ["2024", "true", "no", "1e3", "null", "digits"])
+def test_the_title_of_a_space_is_a_string(name):
+    card = read_card(collect_space_files(f"ann/{name}", license="mit")["README.md"])
+    assert (card["title"], card["models"], card["license"]) == (name, [f"ann/{name}"], "mit")
 
 
 def test_the_spaces_gradio_is_what_the_extra_asks_for():
@@ -526,7 +544,8 @@ def test_card_quotes_the_command_of_the_run(hub, folder):
     [
         ("training_config.json", "[1]", "it must be a JSON object, not \\[1\\]"),
         ("training_config.json", '{"seed": 0', "it is not JSON"),
-        ("log.jsonl", '{"step": 20, "loss": 0.5}\n{"step": 40, "lo', "line 2 is not JSON"),
+        ("log.jsonl", '{"step": 20, "lo\n{"step": 40, "loss": 0.5}\n', "line 1 is not JSON"),
+        ("log.jsonl", '{"step": 20, "loss": 0.5}\n[7]\n', "line 2 must be a JSON object"),
     ],
 )
 def test_run_that_cannot_be_read(hub, folder, name, content, message):
@@ -534,6 +553,25 @@ def test_run_that_cannot_be_read(hub, folder, name, content, message):
     with pytest.raises(OSError, match=f"^{name} of '{folder}' cannot be used: {message}"):
         push_to_hub(folder, "ann/digits")
     assert not hub.repositories
+
+
+def test_a_log_whose_last_line_is_torn(hub, folder, caplog):
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 60, "loss": 0.0')
+    push_to_hub(folder, "ann/digits")
+    assert "| loss at the end | 0.125 |" in hub.files("ann/digits")["README.md"].decode()
+    assert f"The last line of {folder / 'log.jsonl'} is incomplete" in caplog.text
+
+
+def test_card_names_the_schedulers_that_fit(hub, folder):
+    push_to_hub(folder, "ann/digits")
+    text = hub.files("ann/digits")["README.md"].decode()
+    named = set(
+        re.findall(r"\w+Scheduler", text.split("These schedulers of diffusers sample it as well: ")[1].split(". ")[0])
+    )
+    assert {"DDIMScheduler", "UniPCMultistepScheduler"} <= named
+    assert named == set(pipeline_ncsn.SCHEDULERS)
+    assert not {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "LCMScheduler", "RePaintScheduler"} & named
 
 
 def test_card_names_the_data_set(hub, folder):
@@ -561,9 +599,7 @@ def test_card_of_private_folders_and_sigma_conditioning(hub, folder):
     settings = json.loads((folder / "training_config.json").read_text())
     settings["train_data_dir"] = "/home/ann/faces"
     (folder / "training_config.json").write_text(json.dumps(settings))
-    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-    config["conditioning"] = "sigma"
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    make_pipeline(AnnealedLangevinScheduler(conditioning="sigma")).save_pretrained(folder)
     push_to_hub(folder, "ann/faces")
     text = hub.files("ann/faces")["README.md"].decode()
     assert "| data | faces |" in text and "/home/ann" not in text and "\ndatasets:" not in text
@@ -647,6 +683,92 @@ def test_without_the_package(hub, pipe, tmp_path):
     assert type(saved.scheduler) is DDIMScheduler
     saved.push_to_hub("ann/copy")
     check_same(NCSNPipeline.from_pretrained("ann/copy"), saved)
+
+
+def write_modules(folder, value):
+    """The package's modules with two siblings more, and a constant that differs."""
+    folder.mkdir()
+    for path in MODULES["pipeline"].parent.glob("*.py"):
+        (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    for module in ("pipeline_ncsn", "scheduling_annealed_langevin"):
+        with open(folder / f"{module}.py", "a", encoding="utf-8") as file:
+            file.write(f"\nfrom .tiny import (\n    double,\n)\n\nCONSTANT = {value}\n")
+    (folder / "tiny.py").write_text("from .tinier import VALUE\n\n\ndef double():\n    return 2 * VALUE\n")
+    (folder / "tinier.py").write_text(f"VALUE = {value}\n")
+    return {part: folder / path.name for part, path in MODULES.items()}
+
+
+def test_siblings_of_two_repositories_in_one_process(hub, pipe, tmp_path, monkeypatch):
+    for name, value in (("first", 1), ("second", 2)):
+        monkeypatch.setattr("ncsn_diffusers.hub.files.MODULES", write_modules(tmp_path / name, value))
+        pipe.push_to_hub(f"ann/{name}")
+    assert sum("tiny" in name or "tinier" in name for name in hub.files("ann/first")) == 4
+    torch.save(draw(pipe), tmp_path / "expected.pt")
+    program = """
+    import sys
+    import torch
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
+
+    pipes = []
+
+    def check():
+        for value, pipe in pipes:
+            pipe.set_progress_bar_config(disable=True)
+            for part in (pipe, pipe.scheduler):
+                module = sys.modules[type(part).__module__]
+                assert module.__name__.startswith("diffusers_modules."), module
+                assert (module.double(), module.CONSTANT) == (2 * value, value), (module.double(), value)
+            images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+            torch.testing.assert_close(images, torch.load(sys.argv[1], weights_only=True), rtol=0, atol=1e-5)
+
+    for how in ("online", "offline", "folder"):
+        for value, name in ((1, "ann/first"), (2, "ann/second"), (1, "ann/first")):
+            source = snapshot_download(name) if how == "folder" else name
+            options = {"local_files_only": True} if how == "offline" else {}
+            pipes.append((value, DiffusionPipeline.from_pretrained(source, trust_remote_code=True, **options)))
+            check()
+    assert not any(name.startswith("ncsn_diffusers") for name in sys.modules)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path / "expected.pt"],
+        cwd=tmp_path,
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_names_of_modules(tmp_path):
+    paths = write_modules(tmp_path / "one", 1)
+    name, files = collect_module(paths["pipeline"])
+    assert re.fullmatch(r"pipeline_ncsn_[0-9a-f]{8}", name) and all(map(is_module, files))
+    assert not any(map(is_module, ["pipeline.py", "scheduler/my_file.py", "a/b/units_12345678.py", "x_12345678.txt"]))
+    assert collect_module(paths["pipeline"]) == (name, files)
+    # the same sibling has one name, whichever module it goes with; a change deep below renames all above it
+    siblings = {file for file in files if file.startswith("tin")}
+    assert len(siblings) == 2 and siblings <= collect_module(paths["scheduler"])[1].keys()
+    assert not collect_module(write_modules(tmp_path / "two", 2)["scheduler"])[1].keys() & files.keys()
+    # diffusers copies what the file itself imports
+    imported = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", files[f"{name}.py"].decode(), flags=re.MULTILINE))
+    assert {f"{module}.py" for module in imported} == files.keys() - {f"{name}.py"}
+    (tmp_path / "one" / "tinier.py").write_text("from . import tiny\n")
+    with pytest.raises(ValueError, match=r"tinier\.py:1: from \. import tiny must read `from \.name import"):
+        collect_module(paths["pipeline"])
+    (tmp_path / "one" / "tinier.py").write_text("from .tiny import double\n")
+    with pytest.raises(ValueError, match="imports itself"):
+        collect_module(paths["pipeline"])
+    assert len(NETWORKS[1]) == 1  # diffusers would not download a sibling in unet/
+
+
+def test_modules_of_an_earlier_upload_do_not_stay(hub, pipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ncsn_diffusers.hub.files.MODULES", write_modules(tmp_path / "older", 1))
+        pipe.push_to_hub("ann/digits")
+    hub.repositories["ann/digits"].commit("main", {"mine.py": (b"", False)}, "By hand")
+    pipe.push_to_hub("ann/digits")
+    assert set(hub.files("ann/digits")) == FILES | {"mine.py"}
 
 
 @pytest.mark.parametrize("arguments", [{"push_to_hub": True}, {"push_to_hub": True, "repo_id": "ann/copy"}])

@@ -1,6 +1,8 @@
 """Loading what strangers have made: broken and hostile configs, pipelines of others, weights that are not finite."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
-from ncsn_diffusers.hub import collect_files, loading
+from ncsn_diffusers.hub import collect_files, loading, saving
 from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.settings import load_pipeline
 
@@ -101,6 +103,7 @@ HOSTILE = [
     (UNET, "sample_size", -8),
     (UNET, "sample_size", 8.5),
     (UNET, "sample_size", "8"),
+    (UNET, "sample_size", 65_536),
     (UNET, "sample_size", [8, 8, 8]),
     (UNET, "sample_size", [[[[[[8]]]]]]),
     (UNET, "sample_size", True),
@@ -248,6 +251,237 @@ def test_shards(tmp_path):
     pipe.save_pretrained(tmp_path / "pipe", max_shard_size="20KB")
     assert len(list((tmp_path / "pipe" / "unet").glob("*-of-*.safetensors"))) > 1
     check_same(NCSNPipeline.from_pretrained(tmp_path / "pipe"), pipe)
+
+
+def test_shard_indexes_are_checked(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe", max_shard_size="20KB")
+    index = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first, second = sorted(set(content["weight_map"].values()))[:2]
+    key = next(key for key, shard in content["weight_map"].items() if shard == first)
+
+    def changed(**shards):
+        shards = {**content["weight_map"], **shards}
+        return {**content, "weight_map": {key: shard for key, shard in shards.items() if shard is not ...}}
+
+    for value, message in (
+        ({}, "it has no `metadata`"),
+        ({"metadata": {}}, "it has no `weight_map`"),
+        ({**content, "weight_map": []}, r"`weight_map` must be a JSON object, not \[\]"),
+        ({**content, "metadata": 3}, "`metadata` must be a JSON object, not 3"),
+        (changed(**{key: 3}), f"`weight_map` must name a file of weights for `{key}`, not '3'"),
+        (changed(**{key: "../../other"}), f"`weight_map` must name a file of weights for `{key}`, not '../../other'"),
+        (
+            changed(**{key: "diffusion_pytorch_model-9.safetensors"}),
+            "`weight_map` names .*, which is missing",
+        ),
+        (changed(**{key: second}), f"`weight_map` says that `{key}` is in {second}, which lacks it"),
+        (changed(**{key: ...}), f"`weight_map` lacks 1 tensors of the network: `{key}`"),
+    ):
+        index.write_text(json.dumps(value))
+        start = time.perf_counter()
+        with pytest.raises(OSError, match=f"^unet/{index.name} of '.*' cannot be used: {message}"):
+            NCSNPipeline.from_pretrained(tmp_path / "pipe")
+        assert time.perf_counter() - start < 1
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    return tmp_path / "ddpm"
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_foreign_weights_that_are_incomplete(foreign, pickled):
+    """diffusers loads them, and draws from memory that nobody has written to."""
+    weights = load_file(foreign / WEIGHTS)
+    kept = {key: value for key, value in weights.items() if not key.startswith("conv_out.")}
+    name = WEIGHTS
+    if pickled:
+        name = WEIGHTS.replace("safetensors", "bin")
+        (foreign / WEIGHTS).unlink()
+        torch.save(kept, foreign / name)
+    else:
+        save_file(kept, foreign / name, metadata={"format": "pt"})
+    with pytest.raises(OSError, match=rf"^{name} of .* lacks 2 tensors of the network: `conv_out\.bias`"):
+        NCSNPipeline.from_pretrained(foreign)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_attention_of_2022_is_found_under_its_old_names(tmp_path, pickled):
+    unet = small_unet(attention_head_dim=4)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    weights, old = load_file(tmp_path / WEIGHTS), {}
+    for key, value in weights.items():
+        for new, name in ((".to_q.", "query"), (".to_k.", "key"), (".to_v.", "value"), (".to_out.0.", "proj_attn")):
+            key = key.replace(new, f".{name}.")
+        old[key] = value
+    assert any(".proj_attn." in key for key in old)
+    if pickled:
+        (tmp_path / WEIGHTS).unlink()
+        torch.save(old, tmp_path / WEIGHTS.replace("safetensors", "bin"))
+    else:
+        save_file(old, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    loaded = NCSNPipeline.from_pretrained(tmp_path).unet.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_that_are_no_file(foreign, suffix):
+    (foreign / WEIGHTS).unlink()
+    name = WEIGHTS.replace("safetensors", suffix)
+    os.mkfifo(foreign / name)
+    with pytest.raises(OSError, match=f"^{name} of '{foreign}' cannot be used: it is no file"):
+        NCSNPipeline.from_pretrained(foreign)
+
+
+def test_a_header_of_many_tensors(foreign):
+    header = {f"a{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(300_000)}
+    content = json.dumps(header).encode()
+    (foreign / WEIGHTS).write_bytes(len(content).to_bytes(8, "little") + content + bytes(1_200_000))
+    start = time.perf_counter()
+    with pytest.raises(OSError, match=f"^{WEIGHTS} of .* its header takes 2[0-9,]* bytes, of 4,000,000 at most"):
+        NCSNPipeline.from_pretrained(foreign)
+    assert time.perf_counter() - start < 1
+
+
+# --- Replacing a pipeline ---
+
+
+def make_other_pipeline():
+    """The same network's names and shapes, other weights, levels and settings."""
+    pipe = make_pipeline(AnnealedLangevinScheduler(sigma_max=5.0, sigma_min=0.1, step_size=0.5))
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.mul_(1.25)
+    return pipe
+
+
+def run_apart(function):
+    """Run a function in a process of its own; its exit code."""
+    process = os.fork()
+    if process == 0:
+        try:
+            function()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_save_that_is_killed(tmp_path):
+    old, new = make_pipeline(), make_other_pipeline()
+    expected = {"old": draw(old), "new": draw(new)}
+    assert (expected["old"] - expected["new"]).abs().max() > 0.1
+    folder, outcomes = tmp_path / "pipe", []
+    for kill_at in range(100):
+        old.save_pretrained(folder)
+        assert not list(folder.glob(".saving-*"))
+
+        def save(kill_at=kill_at):
+            replace, count = os.replace, iter(range(100))
+
+            def replace_or_die(*arguments):
+                if next(count) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(*arguments)
+
+            os.replace = replace_or_die
+            new.save_pretrained(folder)
+
+        code = run_apart(save)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        try:
+            images = draw(NCSNPipeline.from_pretrained(folder))
+        except OSError as error:
+            assert "model_index.json is missing. A save into it was cut off" in str(error)
+            outcomes.append("refused")
+        else:
+            (outcome,) = (name for name, other in expected.items() if torch.allclose(images, other, rtol=0, atol=1e-5))
+            outcomes.append(outcome)
+    # aside; the old index; then the three files and the new index
+    assert outcomes == ["old", "old", "refused", "refused", "refused", "refused"]
+    torch.testing.assert_close(draw(NCSNPipeline.from_pretrained(folder)), expected["new"], rtol=0, atol=1e-5)
+
+
+def test_a_reader_beside_a_writer(tmp_path):
+    pipes = {50.0: make_pipeline(), 5.0: make_other_pipeline()}
+    weights = {sigma_max: pipe.unet.conv_in.weight.clone() for sigma_max, pipe in pipes.items()}
+    folder = tmp_path / "pipe"
+    pipes[50.0].save_pretrained(folder)
+    process = os.fork()
+    if process == 0:
+        while True:
+            for pipe in reversed(pipes.values()):
+                pipe.save_pretrained(folder)
+                time.sleep(0.1)
+    read = []
+    try:
+        for _ in range(8):
+            try:
+                pipe = NCSNPipeline.from_pretrained(folder)
+            except OSError as error:  # on a machine that is busy
+                assert "is being replaced by another pipeline all the time" in str(error)
+                continue
+            read.append(pipe.scheduler.config.sigma_max)
+            assert torch.equal(pipe.unet.conv_in.weight, weights[read[-1]])
+            assert pipe.scheduler.config.step_size == pipes[read[-1]].scheduler.config.step_size
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert read
+
+
+def test_files_of_two_pipelines(tmp_path, saved):
+    make_other_pipeline().save_pretrained(tmp_path / "other")
+    for name in (WEIGHTS, SCHEDULER):
+        own = (saved / name).read_bytes()
+        (saved / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        message = rf"^{WEIGHTS} of '{saved}' cannot be used: it was saved with .* other noise levels"
+        with pytest.raises(OSError, match=message):
+            NCSNPipeline.from_pretrained(saved)
+        with pytest.raises(OSError, match=message):
+            collect_files(saved, "ann/digits")
+        (saved / name).write_bytes(own)
+    rewrite(saved / SCHEDULER, step_size=0.1)  # not what the network was trained with
+    rewrite(saved / UNET, sample_size=16)
+    assert NCSNPipeline.from_pretrained(saved).scheduler.config.step_size == 0.1
+
+
+def test_variants_beside_a_pipeline_that_is_replaced(tmp_path, caplog):
+    folder, pipe = tmp_path / "pipe", make_pipeline()
+    names = {f"diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16")}
+
+    def found():
+        return {path.name for path in (folder / "unet").glob("diffusion*")}
+
+    pipe.save_pretrained(folder, variant="fp16")
+    pipe.save_pretrained(folder)
+    pipe.save_pretrained(folder)
+    assert found() == names and not caplog.text
+    pipe.save_pretrained(folder, max_shard_size="20KB")
+    assert not found() & names
+    assert "diffusion_pytorch_model.fp16.safetensors" in caplog.text and "are removed" in caplog.text
+    pipe.save_pretrained(folder)
+    assert found() == {"diffusion_pytorch_model.safetensors"}
+    pipe.save_pretrained(folder, variant="fp16")
+    assert found() == names
+    make_other_pipeline().save_pretrained(folder, variant="fp16")  # of other levels
+    assert found() == {"diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_a_save_that_fails_changes_nothing(saved, monkeypatch):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+
+    def fail(*arguments, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_metadata", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make_other_pipeline().save_pretrained(saved)
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
 # --- Pipelines of others ---

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from ..convert import convert
+from ..hub import save_as_new
 from .cli import run
 
 EXAMPLE = "ncsn-diffusers convert checkpoint.pth my-ncsn"
@@ -18,8 +19,8 @@ class ConvertConfig:
     """
     Turn a checkpoint of NCSN, NCSNv2, adversarial score matching, score_sde (NCSN++) or diffusers-ncsn into a pipeline.
 
-    No code of the checkpoint is run. What is not given is taken from the file or from the publication that it is of,
-    and is said.
+    No code of the checkpoint is run. Settings that are not given come from the file or from the paper; the command says
+    which it has guessed.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
@@ -52,6 +53,9 @@ class ConvertConfig:
     denoise_final: bool | None = None
     """End on the denoised estimate: `denoise` in the original's config."""
 
+    act_fn: str | None = None
+    """Activation: `nonlinearity` in the original's config, elu, relu, leaky_relu (lrelu) or silu (swish)."""
+
 
 def convert_checkpoint(config: ConvertConfig) -> None:
     settings = asdict(config)
@@ -59,7 +63,7 @@ def convert_checkpoint(config: ConvertConfig) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"`output_dir`={str(output_dir)!r} exists: give a new folder, or an empty one.")
     pipe = convert(checkpoint, **settings)
-    pipe.save_pretrained(output_dir)
+    save_as_new(pipe, output_dir)
     number = sum(parameter.numel() for parameter in pipe.unet.parameters())
     print(
         f"Saved a {type(pipe.unet).__name__} of {number:,} parameters in {output_dir.resolve()}. "

@@ -40,7 +40,7 @@ class PushConfig:
     """Weights to upload besides the main ones: fp16 (half precision), ema (the averages of a training run)."""
 
     license: str | None = None
-    """Licence of the weights, for the card, such as apache-2.0, mit or cc-by-sa-4.0."""
+    """License of the weights, for the card, such as apache-2.0, mit or cc-by-sa-4.0."""
 
     dataset: str | None = None
     """The data set's name on the Hub, for the card; by default the one in the training settings."""

@@ -1,8 +1,10 @@
 """What all conversions share: reading a file of torch's, filling a network from it, and the ladder and the sampler."""
 
 import math
+import mmap
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -13,8 +15,11 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging
+from safetensors.torch import load_file
 
 from ..hub.loading import NCSNPipeline
+from ..hub.weights import read_header
+from ..networks_ncsn import ACTIVATIONS
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units
 
@@ -26,7 +31,7 @@ SIGMA_MIN = 0.01  # in all publications
 
 @dataclass
 class Given:
-    """What the user says, None where nothing."""
+    """The user's settings; None stands for those that were not given."""
 
     sample_size: int | None
     data_min: float | None
@@ -36,13 +41,16 @@ class Given:
     num_langevin_steps: int | None
     step_lr: float | None
     denoise_final: bool | None
+    act_fn: str | None
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if name not in ("data_min", "denoise_final") and value is not None and not 0 < value < math.inf:
+            if name not in ("data_min", "denoise_final", "act_fn") and value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be above 0, not {value!r}.")
         if self.data_min not in (None, 0, -1):
             raise ValueError(f"`data_min` must be -1 or 0, black in the data, not {self.data_min!r}.")
+        if self.act_fn not in (None, *ACTIVATIONS):
+            raise ValueError(f"`act_fn` must be one of {', '.join(ACTIVATIONS)}, not {self.act_fn!r}.")
 
     def refuse(self, names: Iterable[str], reason: str) -> None:
         for name in names:
@@ -67,16 +75,96 @@ class Published:
 
 
 def read(source: str) -> Any:
-    if not Path(source).is_file():
+    """
+    What a file of torch's or of safetensors holds.
+
+    Raises:
+        OSError: it is neither, or is damaged, or holds what might run code.
+    """
+    path = Path(source)
+    if not path.is_file():
         raise OSError(f"{source!r} is neither a file nor a folder.")
-    try:
-        return torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    kind = _find_kind(path)
+    if kind is not None:
+        raise OSError(f"{source!r} is {kind}.")
+    number = _count_tensors(path)
+    if number > _MOST_TENSORS:
         raise OSError(
-            f"{source!r} cannot be read: it is damaged, no checkpoint of torch, or holds more than tensors, numbers "
-            f"and names, which might run code ({type(error).__name__}: {reason})."
+            f"{source!r} holds {number:,} tensors, of {_MOST_TENSORS:,} at most: no network that can be converted has "
+            "so many."
+        )
+    try:
+        if _is_safetensors(path):
+            read_header(path)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({name[1]})" if name else ""
+        raise OSError(
+            f"{source!r} is damaged, or holds more than tensors, numbers and names{what}, which might run code: save "
+            "its tensors alone, as [model.state_dict()], where you trust the file."
         ) from error
+    except Exception as error:  # torch raises all kinds where a file is cut off
+        raise OSError(f"{source!r} is damaged, or no checkpoint of torch ({type(error).__name__}).") from error
+
+
+_MOST_TENSORS = 20_000  # the largest NCSN++ has about 6,000 with its average and its optimizer's state
+# How files begin that are often taken for a checkpoint, and what they are.
+_BEGINNINGS = (
+    (rb"version https://git-lfs", "a pointer of Git LFS, and not the file itself, which `git lfs pull` fetches"),
+    (rb"\s*<", "a web page, and not the file that it links to: download that"),
+    (rb"\x89HDF", "a file of HDF5, such as Keras writes, and no checkpoint of PyTorch"),
+    (rb"\x93NUMPY", "an array of NumPy, and no checkpoint of PyTorch"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|.{257}ustar", "a packed archive: unpack it, and give the file in it"),
+    (
+        rb"[\x81-\x8f\xde\xdf]",
+        "no checkpoint of PyTorch, but MessagePack, as the JAX version of score_sde writes: convert the checkpoint of "
+        "its PyTorch version",
+    ),
+)
+
+
+def _find_kind(path: Path) -> str | None:
+    """What a file is that torch cannot have written; None if it may have."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "an empty file: download it again"
+    if _is_safetensors(path):
+        return None
+    for beginning, kind in _BEGINNINGS:
+        if re.match(beginning, start, re.DOTALL):
+            return kind
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
+        return "a file of text, and no checkpoint of PyTorch"
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.partition("/")[2] for name in archive.namelist()[:1000]]
+        except zipfile.BadZipFile:
+            return "cut off, for the end of it is missing: download it again"
+        if "constants.pkl" in names:
+            return "a TorchScript program, which would have to be run: save the network's state_dict() instead"
+        if "data.pkl" not in names:
+            return "a ZIP archive that torch has not written: unpack it, and give the file in it"
+    return None
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def _count_tensors(path: Path) -> int:
+    """The number of tensors in a file of torch's, at once: its reader takes 0.1 ms for each."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:2] == b"PK":  # the end of the archive says how many files it holds, to 65,535
+            end = content.rfind(b"PK\5\6")
+            return int.from_bytes(content[end + 10 : end + 12], "little") if end >= 0 else 0
+        # before torch 1.6: the names of the storages, which come before their content
+        return len(set(re.findall(rb"X[\x01-\x16]\0\0\0(\d+)[qr]", content[:100_000_000])))
 
 
 def describe(value: Any) -> str:
@@ -86,6 +174,42 @@ def describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"a list of {', '.join(type(part).__name__ for part in value[:6])}"
     return f"a {type(value).__name__}"
+
+
+def wrap(parts: Any, source: str) -> dict | Sequence:
+    """
+    A checkpoint as the originals save it: `{"model": …}` of score_sde, or `[model, …]` of the others. A state dict
+    alone, or as `{"state_dict": …}`, is put into the one that its names are of.
+
+    Raises:
+        OSError: it is a checkpoint of another kind.
+    """
+    if isinstance(parts, dict) and isinstance(parts.get("state_dict"), dict):
+        others = [f"`{name}`" for name in parts if name != "state_dict"]
+        if others:
+            logger.warning(f"{source}: of its parts, `state_dict` is used. Not used: {', '.join(others)}.")
+        parts = parts["state_dict"]
+    if isinstance(parts, dict) and isinstance(parts.get("model"), dict):
+        return parts
+    if isinstance(parts, (list, tuple)) and parts and isinstance(parts[0], dict):
+        return parts
+    if isinstance(parts, dict):
+        if any("shadow_params" in part for part in (parts, parts.get("ema")) if isinstance(part, dict)):
+            raise OSError(
+                f"{source!r} holds a moving average alone, a list of tensors without names: save it as {{'model': "
+                "network.state_dict(), 'ema': the average}, with the network that it is of."
+            )
+        # what wraps the network, such as Lightning's module, has put its name before theirs
+        for known, wrapped in (("all_modules.0.W", lambda s: {"model": s}), ("begin_conv.weight", lambda s: [s])):
+            for name in parts:
+                if isinstance(name, str) and (name == known or name.endswith(f".{known}")):
+                    prefix = name.removesuffix(known)
+                    return wrapped({key.removeprefix(prefix): part for key, part in parts.items()})
+    raise OSError(
+        f"{source!r} holds {describe(parts)}, and no checkpoint of a kind that can be converted: "
+        "[model, optimizer] (NCSN), [model, optimizer, epoch, step, average] (NCSNv2), {'model', 'ema', …} "
+        "(score_sde), or the state dict of such a network."
+    )
 
 
 def get_state(part: Any, what: str, source: str) -> State:
@@ -169,7 +293,7 @@ def find_ladder(
             )
         if None in (given.sigma_min, given.sigma_max):
             logger.warning(
-                f"{source} does not hold its noise levels: {num} are taken, from {largest:g} to {smallest:g}."
+                f"{source} does not hold its noise levels: {num} of them are assumed, from {largest:g} to {smallest:g}."
             )
     return [largest, *np.geomspace(largest, smallest, num).tolist()[1:-1], smallest]
 
@@ -228,5 +352,5 @@ def make_pipeline(network: ModelMixin, scheduler: AnnealedLangevinScheduler, dat
 
 
 def first(value: Any, otherwise: Any) -> Any:
-    """The value, unless it is None."""
+    """The value, or `otherwise` if it is None."""
     return otherwise if value is None else value

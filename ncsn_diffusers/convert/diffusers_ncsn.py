@@ -21,7 +21,8 @@ def convert_diffusers_ncsn(folder: Path, given: Given) -> NCSNPipeline:
             "conversion: NCSNPipeline.from_pretrained loads it."
         )
     given.refuse(
-        ("sample_size", "sigma_min", "sigma_max", "num_train_timesteps"), "the configs in the folder have it already."
+        ("sample_size", "sigma_min", "sigma_max", "num_train_timesteps", "act_fn"),
+        "the configs in the folder have it already.",
     )
     unet = {key: value for key, value in _read_config(folder / "unet" / "config.json").items() if key[0] != "_"}
     sampler = _read_config(folder / "scheduler" / "scheduler_config.json")

@@ -1,4 +1,4 @@
-"""The NCSN++ of score_sde, as diffusers' UNet2DModel."""
+"""The NCSN++ of score_sde, as diffusers' UNet2DModel, or a SkipUNet2DModel where its groups are others."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from ..hub.loading import NCSNPipeline
+from ..networks_ncsn import SkipUNet2DModel
 from ..units import image_units
 from .checkpoints import (
     Given,
@@ -45,25 +46,38 @@ def convert_ncsnpp(parts: dict, source: str, given: Given) -> NCSNPipeline:
     config, layout = _ncsnpp_layout(state, source)
     given.refuse(
         ("num_langevin_steps", "step_lr", "denoise_final"),
-        "the sampler of score_sde is another, whose steps are not Langevin's alone; it is not taken over.",
+        "score_sde has another sampler, whose steps are not Langevin's alone; it is not converted.",
     )
-    if given.sample_size is None:
-        logger.warning(
-            f"{source}: images of {config['sample_size']}×{config['sample_size']}, if it is a network of the paper, "
-            "whose attention is at 16×16."
-        )
+    given.refuse(("act_fn",), "diffusers' network has the activation swish throughout.")
+    size = first(given.sample_size, config["sample_size"])
+    assumed = [] if given.sample_size is not None else [f"attention at 16×16 (and so images of {size}×{size})"]
     data_min = first(given.data_min, 0)
     sigmas = find_ladder(ladder, given, source)
-    network = UNet2DModel(
-        **{**config, "sample_size": given.sample_size or config["sample_size"]}, center_input_sample=data_min == 0
-    )
+    network = _make_network({**config, "center_input_sample": data_min == 0, "sample_size": size}, source)
     fill(network, state, lambda name: _ncsnpp_name(name, layout), source)
     scheduler = make_scheduler(sigmas)
     logger.warning(
-        f"{source}: used were {used}, and the sampler is this package's own. Not used: "
-        f"{', '.join(unused) or 'nothing'}."
+        f"{source}: the pipeline has {used}, and this package's own sampler. Not used: "
+        f"{', '.join(unused) or 'nothing'}. The file does not say how the network was trained; these settings of the "
+        f"paper's configs are assumed: {', '.join([*assumed, *_ASSUMED])}. If the original's config has other ones, "
+        "the pipeline is wrong, and no option can mend it."
     )
     return NCSNPipeline(network, scheduler, **image_units(data_min))
+
+
+def _make_network(config: dict, source: str) -> UNet2DModel:
+    """diffusers' own class where its normalizations have the originals' groups, and else ours."""
+    channels = config["block_out_channels"]
+    for count in channels:
+        if count % 32:
+            raise OSError(
+                f"{source!r} is an NCSN++ that diffusers' UNet2DModel cannot be: a level has {count} channels, and its "
+                "blocks need multiples of 32."
+            )
+    network = SkipUNet2DModel(**config)
+    stock = UNet2DModel(**config)
+    norms = [[m.num_groups for m in n.modules() if isinstance(m, torch.nn.GroupNorm)] for n in (network, stock)]
+    return stock if norms[0] == norms[1] else network
 
 
 def _use_average(state: State, ema: Any, source: str) -> int:
@@ -82,6 +96,16 @@ def _use_average(state: State, ema: Any, source: str) -> int:
     return len(names)
 
 
+# Settings of the originals' config that leave no trace in the weights, and that UNet2DModel cannot have otherwise.
+_ASSUMED = (
+    "sde='vesde'",
+    "continuous=True",
+    "scale_by_sigma=True",
+    "skip_rescale=True",
+    "nonlinearity='swish'",
+    "fir=True with fir_kernel=[1, 3, 3, 1]",
+    "progressive_combine='sum'",
+)
 _RESNET = {
     "norm1": "GroupNorm_0",
     "conv1": "Conv_0",

@@ -48,7 +48,7 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
     if "normalizer.embed.weight" in state:
         num_rows, columns = state["normalizer.embed.weight"].shape
         if columns != 3 * state["begin_conv.weight"].shape[0]:
-            raise OSError(f"{source!r}: its normalization is not InstanceNorm++, the only one that is known.")
+            raise OSError(f"{source!r}: its normalization is not InstanceNorm++, the only one that can be converted.")
     published = _published(num_rows, in_channels, ladder is not None)
     sigmas = find_ladder(ladder, given, source, published)
     if num_rows not in (None, len(sigmas)):
@@ -69,9 +69,16 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
         block_out_channels=[state[f"res{n}.1.conv1.weight"].shape[0] for n in stages],
         dilations=dilations,
         sigmas=None if num_rows is None else sigmas,
+        act_fn=first(given.act_fn, "elu"),
     )
     fill(network, state, lambda name: _refinenet_name(name, stages, dilations), source)
-    logger.warning(f"{source}: used were {used}. Not used: {', '.join(unused) or 'nothing'}.")
+    assumed = [f"data in [{data_min}, 1] (`data_min`)"] if given.data_min is None else []
+    assumed += ["nonlinearity='elu' (`act_fn`)"] if given.act_fn is None else []
+    assumed.append("dilations that double from stage to stage")
+    logger.warning(
+        f"{source}: the pipeline has {used}. Not used: {', '.join(unused) or 'nothing'}. The file does not hold these "
+        f"settings, which are assumed as published: {', '.join(assumed)}."
+    )
     scheduler = make_scheduler(
         sigmas, **settings, is_consistent=published is ADVERSARIAL, knows_levels_only=num_rows is not None
     )
@@ -79,11 +86,18 @@ def convert_refinenet(parts: Sequence, source: str, given: Given) -> NCSNPipelin
 
 
 def _read_parts(parts: Sequence, source: str) -> tuple[State, str, list[str]]:
-    """The weights, or their moving average; what they are; and what of the file is not used."""
+    """The weights, or their moving average; which of the two they are; and the parts of the file that are not used."""
     state = get_state(parts[0], "its first part, the model,", source)
     used, unused = "the weights", []
     if len(parts) > 1:
         unused.append(f"the optimizer's state ({count_tensors(parts[1])} tensors)")
+    for i, part in enumerate(parts[1:4], 2):
+        # the optimizer's state and the counts, which belong here, have other names than the network
+        if isinstance(part, dict) and {str(name).removeprefix("module.") for name in part} & state.keys():
+            unused.append(
+                f"part {i}, which looks like weights, too, or their average: the average is expected as part 5, so "
+                "save [model, optimizer, epoch, step, average] where it is one"
+            )
     if len(parts) > 4 and parts[4] is not None:
         average = get_state(parts[4], "its fifth part, the moving average,", source)
         differ = (average.keys() ^ state.keys()) - {"sigmas"}
@@ -97,7 +111,7 @@ def _read_parts(parts: Sequence, source: str) -> tuple[State, str, list[str]]:
     if "begin_conv.weight" not in state or "res1.1.conv1.weight" not in state:
         raise OSError(
             f"{source!r} holds no RefineNet of the NCSN papers but {list_names(state)}: other networks, such as the "
-            "U-Nets of adversarial score matching, are not known."
+            "U-Nets of adversarial score matching, cannot be converted."
         )
     return state, used, unused
 
@@ -110,24 +124,24 @@ def _published(num_rows: int | None, in_channels: int, has_ladder: bool) -> list
 
 
 def _settings(sigmas: list[float], given: Given, found: Published | None, source: str) -> dict:
-    """Size of the images and the sampler's settings: what is given, or else published."""
+    """Size of the images and the sampler's settings, as they are given or else as they were published."""
     if found is None:
         if given.sample_size is None:
             raise ValueError(
                 "`sample_size` must be given, the height and width of the images: the file does not say, and its "
-                f"{len(sigmas)} noise levels from {sigmas[0]:g} to {sigmas[-1]:g} are of none that is known."
+                f"{len(sigmas)} noise levels from {sigmas[0]:g} to {sigmas[-1]:g} match no published configuration."
             )
         if given.step_lr is None:
             given.refuse(("num_langevin_steps", "denoise_final"), "the original's sampler needs `step_lr`, too.")
-            logger.warning(f"{source} is of no publication that is known: the sampler is this package's own.")
+            logger.warning(f"{source} matches no published configuration: the sampler is this package's own.")
             return {"sample_size": given.sample_size}
     names = ("sample_size", "num_langevin_steps", "step_lr", "denoise_final")
     settings = {name: first(getattr(given, name), getattr(found, name, None)) for name in names}
     guessed = [f"{name}={settings[name]}" for name in names if getattr(given, name) is None and found is not None]
     if guessed:
         logger.warning(
-            f"{source}: its {len(sigmas)} noise levels from {sigmas[0]:g} to {sigmas[-1]:g} are those of {found.name}; "
-            f"from there are taken {', '.join(guessed)}."
+            f"{source}: its {len(sigmas)} noise levels from {sigmas[0]:g} to {sigmas[-1]:g} match {found.name}, "
+            f"whose settings are used: {', '.join(guessed)}."
         )
     settings["num_langevin_steps"] = first(settings["num_langevin_steps"], 1)
     settings["denoise_final"] = first(settings["denoise_final"], True)

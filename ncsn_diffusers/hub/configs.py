@@ -7,6 +7,7 @@ value.
 """
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -21,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import pipeline_ncsn
 from ..foreign_configs import SCHEDULERS
-from ..networks_ncsn import LevelUNet2DModel, RefineNet2DModel
+from ..networks_ncsn import ACTIVATIONS, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units
 
@@ -31,9 +32,10 @@ FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipel
 
 INDEX = "model_index.json"
 CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+SAVING = ".saving-"  # how the names of folders begin that a save writes to
 
 OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
-OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel)}
+OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel)}
 NETWORKS = {"UNet2DModel": UNet2DModel, **OWN_NETWORKS}
 _LARGEST_CONFIG = 10_000_000  # bytes; a ladder of 100,000 betas takes 2.5 million
 
@@ -72,6 +74,11 @@ def explain_missing_index(folder: str | os.PathLike, source: str) -> str:
     """Why a folder is no pipeline, and the way on."""
     folder = Path(folder)
     text = f"{source!r} holds no pipeline: {INDEX} is missing."
+    if any(folder.glob(f"{SAVING}*")):
+        return (
+            f"{text} A save into it was cut off while the new files took the places of the old ones: save the pipeline "
+            "once more."
+        )
     go_on = "`ncsn-diffusers train` with the run's settings and --resume_from_checkpoint latest goes on with it"
     checkpoints = [path.name for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
@@ -166,6 +173,7 @@ def _one_of(*values) -> Rule:
 _NULL = _one_of(None)
 _BOOL: Rule = (lambda value: isinstance(value, bool), "true or false")
 TEXT: Rule = (lambda value: isinstance(value, str), "a string")
+OBJECT: Rule = (lambda value: isinstance(value, dict), "a JSON object")
 _CLASS = _list_of(TEXT, 2, 2)
 
 _ANY = _number(-1e30, 1e30)  # in whatever units
@@ -193,7 +201,7 @@ PIPELINE_SETTINGS = (
 )
 # Limits far above what anyone trains: they are there so that a config cannot fill the memory or hang.
 _UNET_RULES = {
-    "sample_size": _either(_whole(1, 65_536), _list_of(_whole(1, 65_536), 2, 2)),
+    "sample_size": _either(_whole(1, 4096), _list_of(_whole(1, 4096), 2, 2)),
     "in_channels": _whole(1, 1024),
     "out_channels": _whole(1, 1024),
     "center_input_sample": _BOOL,
@@ -222,19 +230,22 @@ _UNET_RULES = {
     "num_class_embeds": _either(_NULL, _whole(1, 1_000_000)),
     "num_train_timesteps": _either(_NULL, _whole(1, 1_000_000)),
 }
+_LARGEST_IMAGE = 4 * 4096**2
 _SIGMAS = _list_of(_number(1e-10, 1e10), 2, 100_000)
 _NETWORK_RULES = {
     "UNet2DModel": _UNET_RULES,
+    "SkipUNet2DModel": _UNET_RULES,
     "RefineNet2DModel": {
         **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
         **{key: _UNET_RULES[key] for key in ("center_input_sample", "block_out_channels")},
         "dilations": _list_of(_whole(1, 64), 1, 16),
         "sigmas": _either(_NULL, _SIGMAS),
+        "act_fn": _one_of(*ACTIVATIONS),
     },
     "LevelUNet2DModel": {
         **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
         "sigmas": _SIGMAS,
-        "unet": _either(_NULL, (lambda value: isinstance(value, dict), "a JSON object")),
+        "unet": _either(_NULL, OBJECT),
     },
 }
 
@@ -303,8 +314,12 @@ def _check_unet_config(config: dict, name: str, source: str, expected: str) -> N
     check_values(config, _NETWORK_RULES[class_name], name, source)
     if class_name == "LevelUNet2DModel":
         check_values(config.get("unet") or {}, _UNET_RULES, name, source)
-    channels = [config.get(key, 3) for key in ("in_channels", "out_channels")]
-    if class_name == "UNet2DModel" and channels[0] != channels[1]:
+    size, channels = config["sample_size"], [config.get(key, 3) for key in ("in_channels", "out_channels")]
+    numbers = channels[0] * math.prod((size, size) if isinstance(size, int) else size)
+    if numbers > _LARGEST_IMAGE:
+        reason = f"`sample_size`={size} and `in_channels`={channels[0]}: an image of {numbers:,} numbers, of "
+        raise OSError(unusable(name, source, f"{reason}{_LARGEST_IMAGE:,} at most"))
+    if issubclass(NETWORKS[class_name], UNet2DModel) and channels[0] != channels[1]:
         raise OSError(
             unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")
         )

@@ -1,6 +1,6 @@
 """
-What of a saved pipeline is uploaded, chosen file by file: its configs, its weights as safetensors, the scheduler's and
-the pipeline's module, the card and its images. Checkpoints, logs and whatever else lies in a folder stay there.
+What of a saved pipeline is uploaded, chosen file by file: its configs, its weights as safetensors, the modules of the
+scheduler and the pipeline, the card and its images. Checkpoints, logs and whatever else lies in a folder stay there.
 """
 
 import json
@@ -26,9 +26,17 @@ from .configs import (
     read_json,
 )
 from .model_card import make_model_card, read_training_config
+from .modules import collect_module
+from .saving import check_stamp
 from .weights import WEIGHTS, find_not_finite, weight_names
 
 VARIANTS = ("fp16", "ema")
+# The modules of what diffusers does not have. That of the networks has no siblings: diffusers would not download them.
+MODULES = {
+    "pipeline": Path(pipeline_ncsn.__file__),
+    "scheduler": Path(scheduling_annealed_langevin.__file__),
+    "unet": Path(networks_ncsn.__file__),
+}
 
 _SECRET = re.compile(r"hf_(oauth_|jwt_)?[A-Za-z0-9]{16,}")
 
@@ -52,6 +60,63 @@ def collect_files(
         OSError: a config holds what cannot be used.
     """
     folder, training_dir = Path(folder), None if training_dir is None else Path(training_dir)
+    index, weights = check_folder(folder)
+    for path in weights:
+        not_finite = find_not_finite(path)
+        if not_finite is not None:
+            raise ValueError(
+                f"unet/{path.name} of {str(folder)!r} is not to be published: `{not_finite}` holds NaN or infinity."
+            )
+
+    files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in weights}
+    for path in sorted((folder / "unet").glob(f"{WEIGHTS}*.index*.json")):
+        files[f"unet/{path.name}"] = path
+    for name in (f"{part}/{name}" for part, name in CONFIGS.items()):
+        config = read_json(folder / name, name, str(folder))
+        files[name] = _to_json({key: value for key, value in config.items() if key != "_name_or_path"})
+
+    uses_ema = bool(read_training_config(training_dir).get("use_ema"))
+    files |= _make_variants(folder, NETWORKS[index["unet"][1]], variants, uses_ema)
+
+    index.pop("_name_or_path", None)  # a path of this machine
+    name, modules = collect_module(MODULES["pipeline"])
+    index["_class_name"] = [name, "NCSNPipeline"]
+    files |= modules
+    for part, class_names in (("scheduler", (OWN_SCHEDULER,)), ("unet", OWN_NETWORKS)):
+        if index[part][1] in class_names:
+            name, modules = collect_module(MODULES[part])
+            index[part] = [name, index[part][1]]
+            files |= {f"{part}/{file}": content for file, content in modules.items()}
+    files[INDEX] = _to_json(index)
+
+    if training_dir is not None:
+        for name in ("samples", "loss"):
+            images = [*training_dir.glob(f"{name}.png"), *training_dir.glob(f"{name}-*.png")]
+            if images:
+                files[f"{name}.png"] = max(images, key=lambda path: path.stat().st_mtime)
+    own_card = (training_dir or folder) / "README.md"
+    if own_card.is_file():
+        files["README.md"] = own_card
+    else:
+        card = make_model_card(folder, repo_id, license, dataset, training_dir, tuple(files), _variants(files))
+        files["README.md"] = str(card).encode()
+    _check_secrets(files)
+    return files
+
+
+def check_folder(folder: Path) -> tuple[dict, list[Path]]:
+    """
+    Find out whether a folder holds a pipeline that can be published, before the Hub is asked for anything.
+
+    Returns:
+        `dict`: its index.
+        `list[Path]`: the files of its weights.
+
+    Raises:
+        As [`collect_files`].
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(explain_missing_index(folder, str(folder)))
     configs = [f"{part}/{name}" for part, name in CONFIGS.items()]
@@ -73,47 +138,8 @@ def collect_files(
                 "loads it. Load the pipeline, save it again, which leaves safetensors, and upload that."
             )
         raise FileNotFoundError(f"{str(folder)!r} holds no complete pipeline: unet/{WEIGHTS}.safetensors is missing.")
-    for path in weights:
-        not_finite = find_not_finite(path)
-        if not_finite is not None:
-            raise ValueError(
-                f"unet/{path.name} of {str(folder)!r} is not to be published: `{not_finite}` holds NaN or infinity."
-            )
-
-    files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in weights}
-    for path in sorted((folder / "unet").glob(f"{WEIGHTS}*.index*.json")):
-        files[f"unet/{path.name}"] = path
-    for name in configs:
-        config = read_json(folder / name, name, str(folder))
-        files[name] = _to_json({key: value for key, value in config.items() if key != "_name_or_path"})
-
-    uses_ema = bool(read_training_config(training_dir).get("use_ema"))
-    files |= _make_variants(folder, NETWORKS[index["unet"][1]], variants, uses_ema)
-
-    index.pop("_name_or_path", None)  # a path of this machine
-    index["_class_name"] = ["pipeline_ncsn", "NCSNPipeline"]
-    files["pipeline_ncsn.py"] = Path(pipeline_ncsn.__file__)
-    if index["scheduler"][1] == OWN_SCHEDULER:
-        index["scheduler"] = ["scheduling_annealed_langevin", OWN_SCHEDULER]
-        files["scheduler/scheduling_annealed_langevin.py"] = Path(scheduling_annealed_langevin.__file__)
-    if index["unet"][1] in OWN_NETWORKS:
-        index["unet"] = ["networks_ncsn", index["unet"][1]]
-        files["unet/networks_ncsn.py"] = Path(networks_ncsn.__file__)
-    files[INDEX] = _to_json(index)
-
-    if training_dir is not None:
-        for name in ("samples", "loss"):
-            images = [*training_dir.glob(f"{name}.png"), *training_dir.glob(f"{name}-*.png")]
-            if images:
-                files[f"{name}.png"] = max(images, key=lambda path: path.stat().st_mtime)
-    own_card = (training_dir or folder) / "README.md"
-    if own_card.is_file():
-        files["README.md"] = own_card
-    else:
-        card = make_model_card(folder, repo_id, license, dataset, training_dir, tuple(files), _variants(files))
-        files["README.md"] = str(card).encode()
-    _check_secrets(files)
-    return files
+    check_stamp(folder, str(folder))
+    return index, weights
 
 
 def _make_variants(

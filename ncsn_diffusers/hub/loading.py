@@ -34,6 +34,7 @@ from .configs import (
     read_configs,
     translate_index,
 )
+from .saving import check_stamp, read_whole, replace_pipeline
 from .weights import check_complete, check_content, check_finite, check_weights, weight_names
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,12 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
             ValueError: the pipeline is of another kind, or was saved by a newer version of this package.
         """
         source = str(pretrained_model_name_or_path)
-        folder = source if os.path.isdir(source) else str(cls.download(source, **kwargs))
+        if os.path.isdir(source):
+            return read_whole(source, lambda: cls._load(source, source, **kwargs))
+        return cls._load(str(cls.download(source, **kwargs)), source, **kwargs)
+
+    @classmethod
+    def _load(cls, folder: str, source: str, **kwargs) -> "NCSNPipeline":
         given = kwargs.keys() & CONFIGS.keys()
         index, scheduler = read_configs(folder, source, given)
         foreign = pipeline_class_name(index) if pipeline_class_name(index) in FOREIGN_PIPELINES else None
@@ -69,13 +75,15 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
             kwargs["use_safetensors"] = True
         check_complete(folder, source, given, only_safetensors=kwargs.get("use_safetensors") is True)
         if "unet" not in given:
-            check_weights(folder, source, own=foreign is None)
+            check_weights(folder, source, only_safetensors=kwargs.get("use_safetensors") is True)
+        if not given:
+            check_stamp(folder, source, kwargs.get("variant"))
         if scheduler is not None:
             kwargs["scheduler"] = scheduler
         pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=source)
         if "unet" not in given:
-            check_finite(pipe.unet, folder, source)
+            check_finite(pipe.unet, folder, source, may_be_offloaded=kwargs.get("device_map") is not None)
         if foreign is not None:
             low = pipe.units.to_network(torch.zeros(1, 1)).item()
             taken_over = "" if scheduler is None else f"its {index['scheduler'][1]} has become an "
@@ -146,8 +154,12 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
         As [`~DiffusionPipeline.save_pretrained`]. With `push_to_hub=True` the folder is uploaded as well, under its
         name or as `repo_id` says; `private`, `token` and `commit_message` are as of [`push_to_hub`].
 
+        A pipeline that is in the folder is replaced as a whole: whoever loads it meanwhile, or after a save that was
+        cut off, gets the old one, the new one, or an error.
+
         Raises:
             ValueError: `safe_serialization=False`; nothing has been written then.
+            OSError: the folder cannot be written; what was in it is as before.
         """
         if not safe_serialization:
             raise ValueError(
@@ -156,7 +168,9 @@ class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
             )
         options = {name: kwargs.pop(name) for name in ("private", "token", "commit_message") if name in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        save = super().save_pretrained
+        options_of_save = {"variant": variant, "max_shard_size": max_shard_size, **kwargs}
+        replace_pipeline(Path(save_directory), lambda folder: save(folder, **options_of_save))
         if push_to_hub:
             upload.push_to_hub(save_directory, repo_id, **options)
 

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData
 
+from .. import pipeline_ncsn
 from .configs import CONFIGS, INDEX, TEXT, check_values, read_json, unusable
+
+logger = logging.get_logger(__name__)
 
 _EXAMPLE_DATASET = "ylecun/mnist"  # of which the package embeds a part, to train on by default
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,12 +63,12 @@ def make_model_card(
     )
     size = unet["sample_size"]
     size = f"{size} × {size}" if isinstance(size, int) else " × ".join(map(str, size))
-    colour = {1: "gray", 3: "colour", 4: "colour and transparency"}.get(unet["in_channels"], "many-channelled")
+    color = {1: "gray", 3: "color", 4: "color and transparency"}.get(unet["in_channels"], "many-channel")
     name = repo_id.split("/")[-1]
     parts = [
         f"# {name}",
         "A noise conditional score network ([Song & Ermon 2019](https://arxiv.org/abs/1907.05600)) that draws "
-        f"{colour} images of {size} pixels{', of a class or of any' if conditional else ''}, for "
+        f"{color} images of {size} pixels{', of the class that is asked for or of all' if conditional else ''}, for "
         "[diffusers](https://huggingface.co/docs/diffusers).",
     ]
     if "samples.png" in images:
@@ -76,13 +80,13 @@ def make_model_card(
         parts.append(_training_section(settings, log, link))
         if "loss.png" in images:
             parts.append("![Loss curve](loss.png)")
-    licence = f"The weights are under the licence `{license}`." if license else "No licence has been named."
+    terms = f"The weights are under the license `{license}`." if license else "No license has been named."
     if dataset == _EXAMPLE_DATASET:
-        licence += (
+        terms += (
             " The MNIST digits, by Yann LeCun and Corinna Cortes, are under "
             "[CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/)."
         )
-    parts += [f"## Licence\n\n{licence}", _CITATION]
+    parts += [f"## License\n\n{terms}", _CITATION]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -112,7 +116,8 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
         return text + "\n\nThe network is conditioned on sigma itself: it runs under annealed Langevin dynamics only."
     return f"""{text}
 
-Any scheduler of diffusers samples it, DDIM for example:
+These schedulers of diffusers sample it as well: {", ".join(pipeline_ncsn.SCHEDULERS)}. Others have another time or
+scaling of the noise, and are refused. DDIM for example:
 
 ```python
 from diffusers import DDIMScheduler
@@ -230,10 +235,17 @@ def _read_log(training_dir: str | Path | None) -> list[dict]:
     path = Path(training_dir or "", "log.jsonl")
     if training_dir is None or not path.is_file():
         return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    records, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
-            raise OSError(unusable(path.name, str(training_dir), f"line {number} is not JSON ({error})")) from error
+            if number < len(lines):
+                reason = f"line {number} is not JSON ({error})"
+                raise OSError(unusable(path.name, str(training_dir), reason)) from error
+            logger.warning(f"The last line of {path} is incomplete, and is left out of the card.")
+            break
+        if not isinstance(record, dict):
+            raise OSError(unusable(path.name, str(training_dir), f"line {number} must be a JSON object"))
+        records.append(record)
     return records

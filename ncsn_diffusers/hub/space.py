@@ -60,17 +60,18 @@ def _make_requirements(requires: list[str]) -> str:
 
 
 def _make_card(repo_id: str, license: str | None) -> str:
-    licence = [f"license: {license}"] if license else []
+    # quoted as in JSON, which YAML contains: a name may look like a number or a truth value
+    terms = [f"license: {json.dumps(license)}"] if license else []
     data = [
-        f"title: {repo_id.split('/')[-1]}",
+        f"title: {json.dumps(repo_id.split('/')[-1])}",
         "emoji: 🎲",
         "colorFrom: yellow",
         "colorTo: red",
         "sdk: gradio",
         f"sdk_version: {GRADIO}",
         "app_file: app.py",
-        *licence,
-        f"models:\n- {repo_id}",
+        *terms,
+        f"models:\n- {json.dumps(repo_id)}",
     ]
     text = f"""Draws, inpaints and restores images with the noise conditional score network
 [{repo_id}](https://huggingface.co/{repo_id}).

@@ -18,15 +18,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..pipeline_ncsn import NCSNPipeline
-from .files import collect_files, read_content, without_secrets
+from .files import check_folder, collect_files, read_content, without_secrets
+from .modules import is_module
 from .space import PACKAGE, collect_space_files
 from .weights import WEIGHTS
 
 _ATTEMPTS = 5
 _FIRST_WAIT = 2.0  # seconds before the second attempt; each further wait is twice as long
-# What is of one upload as a whole. A variant of the weights that stayed from the one before would load as if it were of
-# this network.
-_REPLACED = {None: (f"unet/{WEIGHTS}",), "space": (f"{PACKAGE.name}/", f"{PACKAGE.name}-")}  # beginnings of paths
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +81,8 @@ def push_to_hub(
         PermissionError: the token is missing, invalid, or may not write there.
         OSError: the Hub could not be reached, or failed, several times.
     """
+    if isinstance(pipeline, str | Path):
+        check_folder(Path(pipeline))
     api = HfApi(token=token)
     repo_id = _check_access(api, repo_id, private, tag)
     if space:
@@ -263,7 +263,7 @@ def _upload(
     def commit() -> CommitInfo:
         # Anew for each attempt. A commit whose answer was lost is found to have changed nothing, and not made twice.
         present = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
-        stale = sorted(path for path in present if path not in files and path.startswith(_REPLACED[repo_type]))
+        stale = sorted(path for path in present if path not in files and _is_replaced(path, repo_type))
         if stale:
             logger.warning(
                 f"{', '.join(stale)} of {repo_id} are of an earlier upload, which this one replaces, and are removed."
@@ -282,6 +282,16 @@ def _upload(
     if tag is not None:
         _retry(lambda: api.create_tag(repo_id, tag=tag, revision=info.oid))
     return info
+
+
+def _is_replaced(path: str, repo_type: str | None) -> bool:
+    """
+    Whether a file in the repository belongs to an earlier upload, and goes if the next one does not have it. A variant
+    of the weights that stayed would load as if it were of the new network.
+    """
+    if repo_type == "space":
+        return path.startswith((f"{PACKAGE.name}/", f"{PACKAGE.name}-"))
+    return path.startswith(f"unet/{WEIGHTS}") or is_module(path)
 
 
 def _retry(function: Callable[[], Any]) -> Any:

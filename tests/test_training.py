@@ -474,6 +474,35 @@ def launch(*arguments, num_threads):
     )
 
 
+# Two processes that run a script, as torchrun starts them, but of one that has imported torch already
+FORK = """
+import os, runpy, socket, sys
+import ncsn_diffusers.training
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+del sys.argv[0]
+children = []
+for rank in ("0", "1"):
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    children.append(os.fork())
+    if not children[-1]:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def run_two(*arguments, launcher=(sys.executable, "-c", FORK)):
+    """The output of two processes that run this script."""
+    process = launch(*launcher, *arguments, num_threads=1)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
 def flags(config):
     """The command line that makes this config."""
     default, words = TrainingConfig(), []
@@ -1040,17 +1069,19 @@ def test_accumulated_batches_follow_the_whole_one(small):
     assert (trained_weights(small(seed=1, **same)) - whole).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("max_cache_gb", [4.0, 0.0])
-def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
+# accelerate launches several CPU processes through MPI only; torchrun does it with gloo
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize(
+    ("max_cache_gb", "launcher"), [(4.0, TORCHRUN), (0.0, (sys.executable, "-c", FORK))], ids=["torchrun", "fork"]
+)
+def test_two_processes_follow_one(small, tmp_path, max_cache_gb, launcher):
     arguments = {"class_conditional": True, "random_flip": True, "max_cache_gb": max_cache_gb, "num_epochs": 3}
     arguments |= {"eval_steps": 2, "eval_batch_size": 5, "validation_split": "train[:16]", "adam_epsilon": 1e-3}
     train(small(output_dir=str(tmp_path / "one"), **arguments))
     config = small(output_dir=str(tmp_path / "two"), train_batch_size=10, **arguments)
-    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = launch(*torchrun, SCRIPT, *flags(config), num_threads=1)
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, output
+    run_two(SCRIPT, *flags(config), launcher=launcher)
     one, two = (
         torch.cat([p.flatten() for p in NCSNPipeline.from_pretrained(tmp_path / name).unet.parameters()])
         for name in ("one", "two")
@@ -1112,10 +1143,7 @@ def test_two_processes_and_a_full_disk(small, tmp_path, broken):
     config = small(train_batch_size=10, checkpointing_steps=1, checkpoints_total_limit=9)
     script = tmp_path / "run.py"
     script.write_text(FULL_DISK.replace("CONFIG", repr(config).replace("TrainingConfig", "training.TrainingConfig")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = launch(*torchrun, script, broken, num_threads=1)
-    output = process.communicate(timeout=120)[0].decode()
-    assert process.returncode == 0, output
+    output = run_two(script, broken)
     assert "The checkpoint of step 2 could not be written: [Errno 28] No space left on device." in output
     saved = {path.name for path in (tmp_path / "out").glob("*checkpoint-*")}
     steps = {"renaming": (), "interrupt": (1, 3)}.get(broken, (1, 3, 4))

@@ -27,7 +27,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from ..atomic_files import remove_incomplete
-from ..data import CachedImages, LoadedImages, StreamedImages
+from ..data import LoadedImages, StreamedImages
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
 from ..hub.weights import WEIGHTS
@@ -37,7 +37,7 @@ from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_timesteps, score_matching_loss, stratified
 from . import checkpoints
 from .config import FIXED_SETTINGS, TrainingConfig, changed_settings
-from .images import choose_noise_levels, open_training_images, open_validation_images
+from .images import Images, choose_noise_levels, open_training_images, open_validation_images
 from .log import CANNOT_WRITE, RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
 from .network import check_size, make_network
@@ -719,18 +719,18 @@ class Trainer:
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-def count_classes(images: CachedImages | LoadedImages | StreamedImages, num_classes: int | None) -> list[float] | None:
+def count_classes(images: Images, num_classes: int | None) -> list[float] | None:
     """
     The share of each class among the images that have a label; `None` without classes, and for a stream, whose labels
     are not known beforehand.
     """
     if num_classes is None or isinstance(images, StreamedImages):
         return None
-    if isinstance(images, CachedImages):
-        labels = images.labels
-    else:
+    if isinstance(images, LoadedImages):
         column = images.dataset[images.reader.label_column]
         labels = torch.tensor([num_classes if label is None or label != label else int(label) for label in column])
+    else:
+        labels = torch.as_tensor(images.labels)
     counts = labels.bincount(minlength=num_classes)[:num_classes].double()
     return (counts / counts.sum()).tolist()
 

@@ -100,6 +100,8 @@ class Trainer:
         if self.starting_point is not None:
             config = fill_settings(config, self.starting_point)
         self.config = config
+        if manifest is not None:
+            self._check_fixed_settings(manifest)
 
         # The data
         self._check_resolution()
@@ -161,6 +163,17 @@ class Trainer:
                 "on with --resume_from_checkpoint latest, or replace them with --overwrite_output_dir."
             )
         return checkpoint
+
+    def _check_fixed_settings(self, manifest: dict) -> None:
+        """Whether the checkpoint with this manifest was trained with the settings that must stay as they are."""
+        changed = changed_settings(manifest["config"], self.config)
+        for name in FIXED_SETTINGS:
+            if name in changed:
+                before, now = changed[name]["before"], changed[name]["now"]
+                raise ValueError(
+                    f"`{name}`: the network of {self.checkpoint} was trained with {before!r}, and cannot go on with "
+                    f"{now!r}."
+                )
 
     def _find_repository(self, config: TrainingConfig) -> BackgroundPush | None:
         """What uploads to the repository, whose name and token are good. It need not exist yet."""
@@ -670,12 +683,6 @@ class Trainer:
         for name, now in self._order().items():
             if manifest[name] != now:
                 changed[name] = {"before": manifest[name], "now": now}
-        for name in FIXED_SETTINGS:
-            if name in changed:
-                before, now = changed[name]["before"], changed[name]["now"]
-                raise ValueError(
-                    f"`{name}`: the network of {checkpoint} was trained with {before!r}, and cannot go on with {now!r}."
-                )
         changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in changed.items())
         if changes:
             self.accelerator.print(f"Going on with other settings than before: {changes}.")

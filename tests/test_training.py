@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import math
 import os
@@ -28,10 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision
 from ncsn_diffusers.noise_levels import choose_num_train_timesteps
-from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_unet, processes, train
+from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_unet, memory, processes, train
 from ncsn_diffusers.training import trainer as training
 from ncsn_diffusers.training.config import training_command
-from ncsn_diffusers.training.log import LossPerLevel
+from ncsn_diffusers.training.log import LossPerLevel, RunLog
 
 CPU_HAS_BFLOAT16 = precision.cpu_has_bfloat16  # which conftest.py replaces
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
@@ -304,8 +305,72 @@ def test_going_on_equals_never_stopping(small, tmp_path, arguments):
         assert first == second
 
 
+# What a full disk or a kill leaves of a line
+TORN = ['{"step": 2, "lo', "", '{"step": 2, "lo{"step": 2, "loss": 0.5}', '"step"', '{"loss": 1.0}', "\0" * 20]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_log_costs_no_run(small, tmp_path, capsys, torn):
+    train(small(max_train_steps=2, checkpointing_steps=1))
+    path = tmp_path / "out" / "log.jsonl"
+    whole = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in whole] == [1, 2]
+    path.write_text(f"{whole[0]}\n{torn}" + ("\n" if torn == "" else ""))
+    train(small(max_train_steps=3, checkpointing_steps=1, resume_from_checkpoint="latest"))
+    said = capsys.readouterr().out
+    assert f"{path}: line 2 is damaged, as by a kill or a full disk, and left out." in said
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]  # of 2 what settings have changed
+    assert records[1].keys() == {"step", "changed_settings"}
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, capsys, monkeypatch):
+    class FullDisk(io.FileIO):
+        def write(self, content):
+            if len(content) > 5:
+                return super().write(content[:5])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = RunLog(Accelerator(), tmp_path)
+    log.write({"step": 1})
+    monkeypatch.setattr("builtins.open", lambda path, mode, **_: FullDisk(path, mode.replace("b", "")))
+    log.write({"step": 2})
+    monkeypatch.undo()
+    log.write({"step": 3})
+    assert (
+        f"log.jsonl could not be written: [Errno 28] No space left on device: '{log.path}'." in capsys.readouterr().out
+    )
+    assert log.path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_what_cannot_be_written_leaves_the_old_file(small, tmp_path, monkeypatch, capsys):
+    """As on a full disk: a file of 0 bytes is opened, and nothing goes into it."""
+    train(small(num_epochs=1))
+    out = tmp_path / "out"
+    before = {
+        name: (out / name).read_bytes() for name in ("training_config.json", "samples.png", "loss.png", "log.jsonl")
+    }
+
+    def full(self, path, *_, **__):
+        Path(path).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    train(small(num_epochs=2, resume_from_checkpoint="latest"))
+    said = capsys.readouterr().out
+    for name in ("samples.png", "loss.png"):
+        assert f"{name} could not be written: [Errno 28] No space left on device: '{out / name}'." in said
+        assert (out / name).read_bytes() == before[name]
+    monkeypatch.setattr(Path, "write_text", lambda path, *_, **__: full(None, path))
+    with pytest.raises(OSError, match=r"No space left on device: '.*training_config.json'"):
+        train(small(num_epochs=3, resume_from_checkpoint="latest"))
+    assert json.loads((out / "training_config.json").read_text())["num_epochs"] == 2
+    assert not list(out.glob("incomplete-*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_saves_and_goes_on(small, tmp_path, monkeypatch, capsys, number):
+def test_interrupt_saves_and_goes_on(small, tmp_path, monkeypatch, capfd, number):
     whole = trained_weights(small(output_dir=str(tmp_path / "whole")))
     loss, calls = training.score_matching_loss, []
 
@@ -316,11 +381,19 @@ def test_interrupt_saves_and_goes_on(small, tmp_path, monkeypatch, capsys, numbe
         return loss(*arguments)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def draw(*_):
+        raise AssertionError("drawing takes a while")
+
     with monkeypatch.context() as patch:
         patch.setattr(training, "score_matching_loss", interrupted)
+        patch.setattr(Trainer, "_draw", draw)
         train(small())
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert "Interrupted after 2 of 4 steps" in capsys.readouterr().out
+    captured = capfd.readouterr()
+    assert "Interrupted: ending the step, then saving a checkpoint and the pipeline. A second" in captured.err
+    assert "Interrupted after 2 of 4 steps" in captured.out
+    assert not (tmp_path / "out" / "samples.png").exists()
     assert (tmp_path / "out" / "model_index.json").exists()
     assert torch.equal(trained_weights(small(resume_from_checkpoint="latest")), whole)
 
@@ -342,11 +415,92 @@ def test_second_interrupt_ends_at_once(small, monkeypatch):
         signal.signal(signal.SIGINT, previous)
 
 
+@pytest.mark.parametrize("when", ["during the run", "at the end", "at the validation"])
+def test_interrupt_ends_the_drawing(small, tmp_path, monkeypatch, capsys, when):
+    forward, calls = UNet2DModel.forward, []
+
+    def interrupted(self, *arguments, **keywords):
+        if not self.conv_in.weight.requires_grad:  # what is sampled and evaluated
+            calls.append(1)
+            if len(calls) == (51 if when == "at the validation" else 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(UNet2DModel, "forward", interrupted)
+    eval_steps = None if when == "at the end" else 2
+    train(small(eval_steps=eval_steps, validation_split="train[:40]", num_epochs=2))
+    monkeypatch.undo()
+    out, said = tmp_path / "out", capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert not any("validation_loss" in record for record in records)
+    if when == "at the end":
+        assert len(calls) < 10
+        assert "samples.png is left out." in said
+        assert checkpoints.latest(out).name == "checkpoint-4"
+    else:
+        assert "Interrupted after 2 of 4 steps" in said
+        assert checkpoints.latest(out).name == "checkpoint-2"
+    assert {path.name for path in out.glob("*.png")} == {"loss.png"} | ({"samples-2.png"} if len(calls) > 50 else set())
+    assert (out / "model_index.json").exists()
+
+
+def test_the_constructor_changes_nothing(small, tmp_path):
+    out = tmp_path / "out"
+    Trainer(small())
+    assert not out.exists()
+    train(small(max_train_steps=2, checkpointing_steps=1))
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))}
+    Trainer(small(overwrite_output_dir=True))
+    Trainer(small(resume_from_checkpoint="latest"))
+    assert {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*"))} == before
+
+
+def test_the_folder_is_looked_at_again(small, tmp_path):
+    """Another run has used it while this one has read its data."""
+    waiting, resuming = Trainer(small()), Trainer(small(resume_from_checkpoint="latest"))
+    train(small(max_train_steps=2))
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(FileExistsError, match="holds a pipeline or checkpoints already"):
+        waiting.train()
+    with pytest.raises(OSError, match="was changed by another run: start again"):
+        resuming.train()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
 def launch(*arguments, num_threads):
     environment = {"OMP_NUM_THREADS": str(num_threads), "ACCELERATE_USE_CPU": "true", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         arguments, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+# Two processes that run a script, as torchrun starts them, but of one that has imported torch already
+FORK = """
+import os, runpy, socket, sys
+import ncsn_diffusers.training
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+del sys.argv[0]
+children = []
+for rank in ("0", "1"):
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    children.append(os.fork())
+    if not children[-1]:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def run_two(*arguments, launcher=(sys.executable, "-c", FORK)):
+    """The output of two processes that run this script."""
+    process = launch(*launcher, *arguments, num_threads=1)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    return output
 
 
 def flags(config):
@@ -370,6 +524,7 @@ def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(sma
         process, deadline = launch(sys.executable, SCRIPT, *flags(config), num_threads=threads), time.monotonic() + 120
         while process.poll() is None and not condition():
             assert time.monotonic() < deadline
+            time.sleep(0.005)  # a checkpoint takes several times as long
         process.kill()
         process.wait()
 
@@ -482,7 +637,10 @@ def test_going_on_from_an_earlier_one_gives_up_the_later(small, tmp_path, capsys
     train(small(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9))
     arguments = {"learning_rate": 1e-4, "resume_from_checkpoint": str(out / "checkpoint-1")}
     train(small(max_train_steps=2, **arguments))
-    assert f"Later checkpoints, up to {out / 'checkpoint-4'}, are given up" in capsys.readouterr().out
+    assert (
+        f"Later checkpoints, up to {out / 'checkpoint-4'}, are deleted when the next one is written"
+        in capsys.readouterr().out
+    )
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     # what goes on next has the settings, and so the weights, of the branch that was kept
     manifest = checkpoints.read_manifest(checkpoints.latest(out))
@@ -510,6 +668,64 @@ def test_full_disk_and_unwritable_folder_are_reported_at_the_start(small, tmp_pa
     with pytest.raises(OSError, match=r"`output_dir`=.*the disk has 0.001 GB left, and 2 checkpoints .* take 0.0"):
         train(small(block_out_channels=(32, 32)))
     train(small(checkpointing_steps=0, max_train_steps=1))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"class_conditional": True}, {"architecture": "ncsnv2"}])
+def test_a_step_that_does_not_fit_the_memory_is_refused(small, monkeypatch, arguments):
+    """The estimate is what the backward pass of a real step has kept, and no more."""
+    arguments = {"train_batch_size": 40, "block_out_channels": (16, 16, 16), **arguments}
+    trainer = Trainer(small(**arguments))
+    kept, weights = {}, {p.data_ptr() for p in trainer.weights}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # which keeps it alive
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.training_step(trainer.images.batches(40, seed=0))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    measured += 3 * 4 * sum(p.numel() for p in trainer.weights)
+
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(0.5 * measured))
+    message = r"`train_batch_size`=40: to train on as many images of 8×8 pixels takes at least [\d.]+ GB of memory, and"
+    with pytest.raises(ValueError, match=message) as failure:
+        Trainer(small(**arguments))
+    estimate = float(str(failure.value).split("at least ")[1].split(" GB")[0]) * 1e9
+    assert estimate == pytest.approx(measured, rel=0.1)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: int(1.01 * estimate))
+    Trainer(small(**arguments))
+
+
+def test_a_resolution_that_does_not_fit_the_memory_is_refused_before_the_images_are_read(small, monkeypatch):
+    monkeypatch.setattr(training, "open_training_images", None)
+    with pytest.raises(ValueError, match="as many images of 16384×16384 pixels takes at least"):
+        Trainer(small(resolution=16384))
+
+
+def test_free_memory():
+    free = memory.free_bytes(torch.device("cpu"))
+    if not Path("/proc/meminfo").exists():
+        assert free is None
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        assert 10_000_000 < free <= total
+    assert memory.free_bytes(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: …")],
+)
+def test_too_little_memory_during_a_step(small, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(training, "score_matching_loss", fail)
+    with pytest.raises(
+        ValueError, match=r"`train_batch_size`=20 takes more memory than cpu has: .* checkpoint is none"
+    ):
+        train(small())
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_no_training(small, tmp_path, monkeypatch, capsys):
@@ -725,12 +941,12 @@ def test_settings_given_anew_hold(small, tmp_path, changes):
     for p, q in zip(before, trainer.weights, strict=True):
         reference.state[p] = {k: v.clone() for k, v in trainer.optimizer.optimizer.state[q].items()}
 
-    def keep_gradients(grad_norm, skip=trainer._skip_unless_finite):
+    def keep_gradients(grad_norm, add_gradient=trainer.statistics.add_gradient):
         for p, q in zip(before, trainer.weights, strict=True):
             p.grad = None if q.grad is None else q.grad.clone()
-        skip(grad_norm)
+        return add_gradient(grad_norm)
 
-    trainer._skip_unless_finite = keep_gradients
+    trainer.statistics.add_gradient = keep_gradients
     trainer.training_step(trainer.images.batches(config.train_batch_size, config.seed, 3))
     reference.step()
     schedule.step()
@@ -810,10 +1026,7 @@ def test_averages_begin_with_the_weights_when_they_are_asked_for_late(small):
 
 def test_two_runs_on_one_folder(small, tmp_path):
     (tmp_path / "out").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(package=Path(training.__file__).parent), tmp_path / "out"],
-        stdout=subprocess.PIPE,
-    )
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     before = sorted((tmp_path / "out").iterdir())
     for arguments in ({}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
@@ -825,13 +1038,11 @@ def test_two_runs_on_one_folder(small, tmp_path):
     train(small(max_train_steps=1))  # the owner's death has released it
 
 
-# checkpoints.py alone, without the seconds that importing torch takes
+# what checkpoints.lock does, without the seconds that importing it takes
 HOLD = """
-import importlib.util, pathlib, sys, time
-spec = importlib.util.spec_from_file_location("checkpoints", "{package}/checkpoints.py")
-checkpoints = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(checkpoints)
-file = checkpoints.lock(pathlib.Path(sys.argv[1]))
+import fcntl, pathlib, sys, time
+file = (pathlib.Path(sys.argv[1]) / ".lock").open("a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 print("held", flush=True)
 time.sleep(300)
 """
@@ -842,7 +1053,7 @@ def test_a_run_that_is_over_leaves_the_folder_free(small, tmp_path):
     train(config)
     with pytest.raises(FileExistsError) as failure:  # kept by a notebook, and with it the frames and what they hold
         train(config)
-    code = HOLD.format(package=Path(training.__file__).parent).replace("time.sleep(300)", "")
+    code = HOLD.replace("time.sleep(300)", "")
     assert subprocess.check_output([sys.executable, "-c", code, tmp_path / "out"]) == b"held\n"
     assert "holds a pipeline" in str(failure.value)
 
@@ -858,17 +1069,19 @@ def test_accumulated_batches_follow_the_whole_one(small):
     assert (trained_weights(small(seed=1, **same)) - whole).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("max_cache_gb", [4.0, 0.0])
-def test_two_processes_follow_one(small, tmp_path, max_cache_gb):
+# accelerate launches several CPU processes through MPI only; torchrun does it with gloo
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize(
+    ("max_cache_gb", "launcher"), [(4.0, TORCHRUN), (0.0, (sys.executable, "-c", FORK))], ids=["torchrun", "fork"]
+)
+def test_two_processes_follow_one(small, tmp_path, max_cache_gb, launcher):
     arguments = {"class_conditional": True, "random_flip": True, "max_cache_gb": max_cache_gb, "num_epochs": 3}
     arguments |= {"eval_steps": 2, "eval_batch_size": 5, "validation_split": "train[:16]", "adam_epsilon": 1e-3}
     train(small(output_dir=str(tmp_path / "one"), **arguments))
     config = small(output_dir=str(tmp_path / "two"), train_batch_size=10, **arguments)
-    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = launch(*torchrun, SCRIPT, *flags(config), num_threads=1)
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, output
+    run_two(SCRIPT, *flags(config), launcher=launcher)
     one, two = (
         torch.cat([p.flatten() for p in NCSNPipeline.from_pretrained(tmp_path / name).unet.parameters()])
         for name in ("one", "two")
@@ -930,10 +1143,7 @@ def test_two_processes_and_a_full_disk(small, tmp_path, broken):
     config = small(train_batch_size=10, checkpointing_steps=1, checkpoints_total_limit=9)
     script = tmp_path / "run.py"
     script.write_text(FULL_DISK.replace("CONFIG", repr(config).replace("TrainingConfig", "training.TrainingConfig")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = launch(*torchrun, script, broken, num_threads=1)
-    output = process.communicate(timeout=120)[0].decode()
-    assert process.returncode == 0, output
+    output = run_two(script, broken)
     assert "The checkpoint of step 2 could not be written: [Errno 28] No space left on device." in output
     saved = {path.name for path in (tmp_path / "out").glob("*checkpoint-*")}
     steps = {"renaming": (), "interrupt": (1, 3)}.get(broken, (1, 3, 4))
@@ -969,6 +1179,29 @@ def test_a_step_does_not_wait_for_the_device(small, mixed_precision):
         trainer.training_step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("noise_distribution", ["lognormal", "uniform"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_step_reads_nothing_from_the_device(small, noise_distribution, mixed_precision):
+    class Counter(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            self.reads += function.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero")
+            return function(*arguments, **keywords or {})
+
+    arguments = {"random_flip": True, "class_conditional": True, "gradient_accumulation_steps": 2}
+    arguments |= {"noise_distribution": noise_distribution, "mixed_precision": mixed_precision}
+    trainer = Trainer(small(train_batch_size=10, **arguments))
+    batches = trainer.images.batches(10, seed=0)
+    trainer.training_step(batches)  # fills what is kept between steps
+    with Counter() as counter:
+        trainer.training_step(batches)
+    assert counter.reads == 0
+    with Counter() as counter:
+        torch.ones(1).item()
+    assert counter.reads == 1
 
 
 def has_mps_kernel(function, functions):
@@ -1019,6 +1252,38 @@ def test_cached_and_loaded_data_train_alike(small):
     assert torch.equal(trained_weights(small(dataloader_num_workers=1, **arguments)), cached)
 
 
+def test_the_settings_replace_the_environment(small, monkeypatch, capsys):
+    expected = trained_weights(small(gradient_accumulation_steps=2, train_batch_size=10))
+    for name, value in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.001"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_CPU", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    arguments = {"gradient_accumulation_steps": 2, "train_batch_size": 10, "overwrite_output_dir": True}
+    capsys.readouterr()
+    trainer = Trainer(small(**arguments))
+    assert not hasattr(trainer.model, "_orig_mod")  # as torch.compile would leave it
+    said = capsys.readouterr().out.splitlines()
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is ignored: `gradient_accumulation_steps`=2 holds." in said
+    assert "ACCELERATE_GRADIENT_CLIPPING=0.001 is ignored: `max_grad_norm`=1.0 holds." in said
+    assert any(line.startswith("ACCELERATE_DYNAMO_BACKEND=INDUCTOR is ignored: `compile` decides") for line in said)
+    assert "ACCELERATE_USE_CPU=true chooses the device." in said
+    assert torch.equal(trained_weights(small(**arguments)), expected)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` has it if nobody chose
+    said = processes.describe_environment(small(gradient_accumulation_steps=2, max_grad_norm=0.001))
+    assert said == ["ACCELERATE_USE_CPU=true chooses the device."]
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_an_environment_that_shards_the_network_is_refused(small, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"^ACCELERATE_USE_{name}=true shards the network"):
+        Trainer(small())
+
+
 def test_sharded_networks_are_refused(small, monkeypatch):
     monkeypatch.setattr(processes, "_REPLICATED", ())
     with pytest.raises(ValueError, match="shards the network"):
@@ -1043,6 +1308,24 @@ def test_classes(small, tmp_path):
     images = pipe(batch_size=64, num_inference_steps=20, generator=generator, output_type="pt").images
     side = images[..., 4:].mean((1, 2, 3)) - images[..., :4].mean((1, 2, 3))
     assert 16 < (side > 0).sum() < 48  # without a label both, as a fair coin: its deviation is 4
+
+
+@pytest.mark.parametrize("max_cache_gb", [4.0, 0.0])
+@pytest.mark.parametrize(("kind", "missing"), [("int64", None), ("float64", math.nan), ("string", None)])
+def test_shares_of_the_classes(small, tmp_path, max_cache_gb, kind, missing):
+    labels = [0, 2, 2, 2, missing, 0, missing, 3]
+    if kind == "string":
+        labels = [label if label is None else "abcd"[label] for label in labels]
+    data = split_labels(tmp_path / "data", train=(datasets.Value(kind), labels))
+    trainer = Trainer(small(**data, max_cache_gb=max_cache_gb))
+    shares = [1 / 3, 1 / 2, 1 / 6] if kind == "string" else [1 / 3, 0, 1 / 2, 1 / 6]  # names that occur are numbered
+    assert trainer.class_shares == pytest.approx(shares)
+
+
+def test_no_shares_without_classes(small):
+    assert Trainer(small()).class_shares is None
+    stream = {"streaming": True, "resolution": 8, "channels": 1, "max_train_steps": 2}
+    assert Trainer(small(class_conditional=True, **stream)).class_shares is None
 
 
 def test_columns_by_name(small, tmp_path, capsys):
@@ -1272,6 +1555,11 @@ def test_the_precision_that_is_chosen(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert choose(cpu) == choose(gpu) == ("fp16", "accelerate's settings say so")
     assert choose(cpu, mixed_precision="no")[0] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(
+        ValueError, match=r"^ACCELERATE_MIXED_PRECISION=fp8: the network computes in no, fp16, bf16 only"
+    ):
+        choose(cpu)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` has it if nobody chose
     assert choose(cpu)[0] == "bf16"
 

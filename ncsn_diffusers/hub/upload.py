@@ -113,6 +113,7 @@ class BackgroundPush:
 
     ```python
     uploads = BackgroundPush("user/name", training_dir)  # wrong names and tokens are found here
+    uploads.create_repository()
     uploads.push(pipeline, "Step 500")
     uploads.push(pipeline, "End of training")
     uploads.finish()
@@ -141,12 +142,20 @@ class BackgroundPush:
         self._api = HfApi(token=token)
         self.repo_id = _check_access(self._api, repo_id, private)
         self._private = private
-        _create_repository(self._api, self.repo_id, private, None)
         self._card = {"license": license, "dataset": dataset, "training_dir": Path(training_dir)}
         self._lock = threading.Lock()
         self._waiting: tuple[Future, Any, dict, str] | None = None
         self._thread: threading.Thread | None = None
         self._last: Future | None = None
+
+    def create_repository(self) -> None:
+        """
+        Create the repository unless it exists, so that a token that may not is found before the first upload.
+
+        Raises:
+            PermissionError, OSError: as [`push_to_hub`].
+        """
+        _create_repository(self._api, self.repo_id, self._private, None)
 
     def push(self, pipeline: NCSNPipeline, commit_message: str) -> Future:
         """

@@ -1,25 +1,25 @@
 """
 Checkpoints of a training run: folders checkpoint-STEP, complete whenever they exist.
 
-Each is written under another name ([`begin`]) and renamed once all its files are on disk ([`commit`]). Its manifest
-lists the files and their sizes, so that one damaged later (a copy cut short, a broken disk) is recognised and passed
-over. A lock keeps a second run out of the folder.
+Each is written under another name ([`begin`]) and renamed once all its files are on disk ([`commit`]), and is renamed
+again before it is deleted. Its manifest lists the files and their sizes, so that one damaged later (a copy cut short, a
+broken disk) is recognized and passed over. A lock keeps a second run out of the folder.
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from ..atomic_files import INCOMPLETE, remove_incomplete, rename, sync_all
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_INCOMPLETE = "incomplete-"
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
 
@@ -46,9 +46,20 @@ def lock(output_dir: Path) -> IO:
     return file
 
 
+def check_unlocked(output_dir: Path) -> None:
+    """
+    Writes nothing, unlike [`lock`].
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    if (output_dir / _LOCK).exists():
+        lock(output_dir).close()
+
+
 def latest(output_dir: str | Path) -> Path | None:
     """The complete checkpoint with the most steps in a folder, or `None`."""
-    complete = [path for path in _checkpoints(Path(output_dir)) if is_complete(path)]
+    complete = [path for path in find_all(Path(output_dir)) if is_complete(path)]
     return complete[-1] if complete else None
 
 
@@ -75,17 +86,16 @@ def read_manifest(checkpoint: Path) -> dict:
 
 def begin(output_dir: Path, step: int) -> Path:
     """Make the folder that the checkpoint of a step is written to until [`commit`] gives it its name."""
-    folder = output_dir / f"{_INCOMPLETE}checkpoint-{step}"
+    folder = output_dir / f"{INCOMPLETE}checkpoint-{step}"
     folder.mkdir(parents=True, exist_ok=True)  # each process of a run begins
     return folder
 
 
 def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     """
-    Give a checkpoint whose files are all written its final name, and delete the oldest beyond `total_limit`.
-
-    Those with more steps are deleted, too: the run went on from an earlier one, which gave them up, and [`latest`] must
-    not lead back to them.
+    Give a checkpoint whose files are all written its final name, and delete those that it makes superfluous: the oldest
+    beyond `total_limit`, and all with more steps. The run resumed from before the latter, and [`latest`] must not lead
+    back to them. What a killed process has left half written or half deleted goes, too.
 
     Args:
         folder (`Path`): what [`begin`] has returned.
@@ -95,21 +105,27 @@ def commit(folder: Path, manifest: dict, total_limit: int) -> Path:
     Returns:
         `Path`: the folder checkpoint-STEP. It replaces one of the same name.
     """
-    output_dir, target = folder.parent, folder.with_name(folder.name.removeprefix(_INCOMPLETE))
+    output_dir, target = folder.parent, folder.with_name(folder.name.removeprefix(INCOMPLETE))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / _MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n")
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-    if target.exists():
-        shutil.rmtree(target)
-    folder.rename(target)
-    paths = _checkpoints(output_dir)
-    end = paths.index(target) + 1
-    kept, given_up = ([path for path in part if is_complete(path)] for part in (paths[:end], paths[end:]))
-    for old in kept[:-total_limit] + given_up:
-        shutil.rmtree(old)
+    sync_all(folder)  # the name must not reach the disk before the content
+    later = [path for path in find_all(output_dir) if _step(path) >= _step(target)]
+    for path in reversed(later):  # before the new one has its name, so that none outlives a kill beside it
+        _begin_deletion(path)
+    rename(folder, target)
+    kept = [path for path in find_all(output_dir) if is_complete(path)][-total_limit:]
+    for path in find_all(output_dir):
+        if _step(path) < _step(kept[0]):
+            _begin_deletion(path)
+    remove_incomplete(output_dir)
     return target
+
+
+def _begin_deletion(checkpoint: Path) -> None:
+    """Take its name from a checkpoint: whatever interrupts the deletion, a later one ends it."""
+    aside = checkpoint.with_name(f"{INCOMPLETE}deleted-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def replace_files(output_dir: Path, write: Callable[[Path], None], weights: str) -> None:
@@ -118,15 +134,16 @@ def replace_files(output_dir: Path, write: Callable[[Path], None], weights: str)
     change. Variants of the weights, files whose names begin with `weights`, that were there before are deleted: they
     are not of this network.
     """
-    folder, written = output_dir / f"{_INCOMPLETE}files", set()
+    folder, written = output_dir / f"{INCOMPLETE}files", set()
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write(folder)
+        sync_all(folder)
         for path in sorted(folder.rglob("*"), key=lambda path: -len(path.parts)):  # the index last
             if path.is_file():
                 target = output_dir / path.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
-                path.replace(target)
+                rename(path, target)
                 written.add(target)
         folders = {target.parent for target in written if target.name.startswith(weights)}
         for path in {path for parent in folders for path in parent.glob(f"{weights}*")} - written:
@@ -135,19 +152,18 @@ def replace_files(output_dir: Path, write: Callable[[Path], None], weights: str)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_incomplete(output_dir: Path) -> None:
-    """Delete what a killed process had begun and not committed."""
-    for path in output_dir.glob(f"{_INCOMPLETE}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def remove_all(output_dir: Path) -> None:
-    """Delete all checkpoints of a folder."""
-    for path in _checkpoints(output_dir):
-        shutil.rmtree(path)
+    """Delete all checkpoints of a folder, and what a killed process had begun to write or to delete."""
+    for path in reversed(find_all(output_dir)):
+        _begin_deletion(path)
+    remove_incomplete(output_dir)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Complete or not, in the order of their steps."""
+def find_all(output_dir: Path) -> list[Path]:
+    """The checkpoints of a folder, complete or not, in the order of their steps."""
     paths = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(paths, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(paths, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

@@ -38,8 +38,19 @@ ARCHITECTURES = {
     "ncsnv2": {**_REFINENET, **_PAPERS, "num_train_timesteps": "auto", "sigma_max": "auto"},
 }
 
+# The network and what it knows, which a pipeline gives where `pretrained_model_name_or_path` names one
+GIVEN_BY_PIPELINE = (
+    *("architecture", "block_out_channels", "layers_per_block", "prediction_type", "conditioning"),
+    *("num_train_timesteps", "sigma_min", "sigma_max"),
+)
+# The last two have defaults that depend on the architecture
+_KNOWN_ONCE_LOADED = (*GIVEN_BY_PIPELINE, "noise_distribution", "loss_weighting")
+
 # Settings that define what the network's input and output mean: a run cannot resume with others
-FIXED_SETTINGS = ("architecture", "num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning")
+FIXED_SETTINGS = (
+    *("pretrained_model_name_or_path", "architecture"),
+    *("num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning"),
+)
 # Settings that do not affect the weights: a run may resume with others without a message
 HARMLESS_SETTINGS = (
     "output_dir",
@@ -73,7 +84,7 @@ class DataSettings:
     class_dropout_prob: float = 0.1
     """Probability of hiding an image's label, so that the network also learns to do without one, for guidance."""
     random_crop: bool = False
-    """Crop at a random place instead of the centre; needs `resolution`."""
+    """Crop at a random place instead of the center; needs `resolution`."""
     random_flip: bool = False
     """Flip half of the images horizontally, at random."""
     corrupt_images: str = "error"
@@ -85,7 +96,7 @@ class DataSettings:
 
 
 @dataclass
-class OutputSettings:
+class RunSettings:
     """Output, checkpoints and publishing"""
 
     output_dir: str = "ncsn-mnist"
@@ -107,7 +118,7 @@ class OutputSettings:
     push_to_hub: bool = False
     """Upload the pipeline to the Hub at each checkpoint and at the end; log in with `hf auth login`."""
     hub_model_id: str | None = None
-    """Repository to upload to, NAME or ORGANISATION/NAME; by default the name of `output_dir`."""
+    """Repository to upload to, NAME or ORGANIZATION/NAME; by default the name of `output_dir`."""
     hub_private_repo: bool = False
     """Make that repository private."""
 
@@ -116,8 +127,12 @@ class OutputSettings:
 class NetworkSettings:
     """Network"""
 
-    architecture: Literal["unet", "ncsn", "ncsnv2"] = "unet"
-    """unet; or a RefineNet that returns the score: of the 2019 paper (ncsn) or the 2020 paper (ncsnv2)."""
+    pretrained_model_name_or_path: str | None = None
+    """Pipeline whose weights a new run begins with: a folder, an id on the Hub, or mnist, the digits that come with the
+    package. Its network, noise levels, prediction_type and conditioning are kept."""
+    architecture: Literal["unet", "ncsn", "ncsnv2"] | None = None
+    """unet; or a RefineNet that returns the score: of the 2019 paper (ncsn) or the 2020 paper (ncsnv2). By default
+    unet."""
     block_out_channels: tuple[int, ...] | None = None
     """Channels of each level of the network, which each but the last halves the image; by default 32 64 64. Of a
     RefineNet, channels of each stage: the last two are dilated, those between them and the first halve the image; by
@@ -202,16 +217,18 @@ class OptimizerSettings:
 
 
 @dataclass
-class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSettings, DataSettings, DatasetSettings):
+class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, RunSettings, DataSettings, DatasetSettings):
     """Train a noise conditional score network; without arguments, on 10,000 MNIST digits."""
 
     def __post_init__(self):
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"`architecture` must be one of {', '.join(ARCHITECTURES)}, not {self.architecture!r}.")
-        for name, default in ARCHITECTURES[self.architecture].items():
-            if getattr(self, name) is None:
+        starts_anew = self.pretrained_model_name_or_path is None
+        if starts_anew and self.architecture is None:
+            self.architecture = "unet"
+        for name, default in ARCHITECTURES.get(self.architecture, {}).items():
+            if getattr(self, name) is None and (starts_anew or name not in GIVEN_BY_PIPELINE):
                 setattr(self, name, default)
         for name, choices in (
+            ("architecture", ARCHITECTURES),
             ("prediction_type", PREDICTION_TYPES),
             ("conditioning", CONDITIONINGS),
             ("noise_distribution", DISTRIBUTIONS),
@@ -223,6 +240,8 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
             ("logger", (None, "all", *sorted(map(str, LOGGER_TYPE_TO_CLASS)))),
         ):
             value = getattr(self, name)
+            if value is None and not starts_anew and name in _KNOWN_ONCE_LOADED:
+                continue
             if value not in choices:
                 accepted = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise ValueError(f"`{name}` must be one of {accepted}, not {value!r}.")
@@ -250,13 +269,13 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
         for name in ("ema_max_decay", "class_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, not {getattr(self, name)}.")
-        if not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels):
+        if starts_anew and (not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels)):
             raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
-        if self.architecture != "unet":
+        if self.architecture not in (None, "unet"):
             self._check_refinenet()
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`streaming` needs `max_train_steps`: the length of an epoch is not known beforehand.")
-        lognormal = self.noise_distribution == "lognormal"
+        lognormal = self.noise_distribution in (None, "lognormal")
         for names, is_used, needed in (  # elsewhere they would do nothing
             (("hub_model_id", "hub_private_repo"), self.push_to_hub, "`push_to_hub`"),
             (("label_column", "class_dropout_prob"), self.class_conditional, "`class_conditional`"),
@@ -274,7 +293,7 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
         architecture = f"`architecture`={self.architecture!r}"
         for name in ("prediction_type", "conditioning"):
             value, only = getattr(self, name), ARCHITECTURES[self.architecture][name]
-            if value != only:
+            if value not in (None, only):
                 raise ValueError(f"`{name}` must be {only} with {architecture}, not {value!r}.")
         if self.class_conditional:
             raise ValueError(
@@ -287,7 +306,7 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, OutputSe
                 f"`layers_per_block`={self.layers_per_block} is for `architecture`='unet': with {architecture} each "
                 "stage has two residual blocks."
             )
-        if len(self.block_out_channels) < 3:
+        if self.block_out_channels is not None and len(self.block_out_channels) < 3:
             raise ValueError(
                 f"`block_out_channels` must be at least three with {architecture}, not {self.block_out_channels}: the "
                 "last two stages are dilated."
@@ -300,9 +319,6 @@ def changed_settings(before: dict[str, Any], config: TrainingConfig) -> dict[str
     `{"before": value, "now": value}`.
     """
     now = json.loads(json.dumps(asdict(config)))
-    before = {"architecture": "unet", **before}  # checkpoints of version 0.1 name none
-    if before.get("mixed_precision") is None:  # nor the precision that was chosen
-        before["mixed_precision"] = now["mixed_precision"]
     return {
         name: {"before": value, "now": now.get(name)}
         for name, value in before.items()
@@ -314,11 +330,14 @@ def training_command(config: TrainingConfig) -> str:
     """
     The bash command that trains with these settings, as one line.
 
-    It gives the settings that differ from the defaults and may affect the weights. Local folders are cut down to their
-    names: the command is published on the model card.
+    It gives the settings that differ from the defaults and may affect the weights, but not those that
+    `pretrained_model_name_or_path` implies. Local folders are cut down to their names: the command is published on the
+    model card.
     """
     words = ["accelerate", "launch", "-m", "ncsn_diffusers.commands.train"]
-    defaults = ARCHITECTURES[config.architecture]
+    defaults = {"architecture": "unet", **ARCHITECTURES.get(config.architecture, {})}
+    if config.pretrained_model_name_or_path is not None:
+        defaults |= {name: getattr(config, name) for name in GIVEN_BY_PIPELINE}
     for field in fields(config):
         value = getattr(config, field.name)
         if value == defaults.get(field.name, field.default) or field.name in HARMLESS_SETTINGS:
@@ -326,7 +345,7 @@ def training_command(config: TrainingConfig) -> str:
         if field.type is bool:
             words.append(f"--{field.name}" if value else f"--no_{field.name}")
             continue
-        if field.name in ("dataset_name", "train_data_dir"):
+        if field.name in ("dataset_name", "train_data_dir", "pretrained_model_name_or_path"):
             value = _without_parents(value, is_folder=field.name == "train_data_dir")
         values = [str(v) for v in value] if isinstance(value, tuple | list) else [str(value)]
         if values[0].startswith("-"):  # -1e-05 would be read as a flag

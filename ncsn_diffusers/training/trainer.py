@@ -1,9 +1,9 @@
 """
 The training loop, under accelerate.
 
-[`Trainer`] reads from top to bottom: what is set up before the loop, the loop, one step of it, the log, the evaluation,
-the checkpoints. They share one state, so they are one file. The settings are in config.py, the network in network.py,
-the data in images.py.
+[`Trainer`] reads from top to bottom: what it is built of, the run, one step of it, the evaluation, the checkpoints.
+They share one state, so they are in one file. The other files hold the settings (config.py), the network (network.py),
+the data (images.py) and what is reported (log.py).
 
 Everything random in a step (levels, noise, flips, dropped labels) depends only on the seed and the number of the step.
 It is drawn for the whole batch of all processes, and each process takes its part. So two processes with half the batch
@@ -12,12 +12,12 @@ each follow one with the whole batch, and a run that resumes from a checkpoint e
 
 import copy
 import math
-import shutil
+import os
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
+from ..atomic_files import remove_incomplete
+from ..data import LoadedImages, StreamedImages
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
 from ..hub.weights import WEIGHTS
@@ -35,27 +37,30 @@ from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_timesteps, score_matching_loss, stratified
 from . import checkpoints
 from .config import FIXED_SETTINGS, TrainingConfig, changed_settings
-from .images import choose_noise_levels, open_training_images, open_validation_images
-from .log import CANNOT_WRITE, LossPerLevel, RunLog, save_loss_curve, warn_unless_written
+from .images import Images, choose_noise_levels, open_training_images, open_validation_images
+from .log import CANNOT_WRITE, RunLog, StepStatistics, save_loss_curve, warn_unless_written
+from .memory import check_disk, check_memory, find_parent
 from .network import check_size, make_network
 from .processes import interrupts, make_accelerator, together
+from .starting_point import check_images, fill_settings, find_starting_point
 
 _EVALUATIONS = 50  # of the network, by which the saved pipeline draws, as any pipeline where nothing else is said
 _LOGGING_STEPS = 20  # between two looks at the loss, each of which waits for the device
 _COMPILING_PAYS_STEPS = 1000  # compiling takes about a minute
 _EVAL_CHUNK = 64  # images whose validation loss is computed together: the result must not depend on the batch size
-_MAX_SKIPPED_IN_A_ROW = 20  # fp16's loss scale is halved at each of them: after 20 any would fit
+_STOPPING = "Interrupted: ending the step, then saving a checkpoint and the pipeline. A second time ends at once."
 
 
 def train(config: TrainingConfig) -> NCSNPipeline:
     """
     Train as `config` says, save the pipeline, samples.png and loss.png in `config.output_dir`, return the pipeline.
 
-    An interrupt (Ctrl-C or SIGTERM) ends training early and saves a checkpoint and the pipeline. A step whose gradient
-    is not finite changes no weights; `skipped_steps` in log.jsonl counts these steps.
+    An interrupt (Ctrl-C or SIGTERM) ends training early: a checkpoint and the pipeline are saved, and no samples drawn.
+    A step whose gradient is not finite changes no weights; `skipped_steps` in log.jsonl counts these steps.
 
     Raises:
-        ValueError: a setting does not fit the data, another setting, or the checkpoint to resume from.
+        ValueError: a setting does not fit the data, another setting, the environment, the memory, the checkpoint to
+            resume from or the pipeline to begin with.
         OSError: `output_dir` cannot be written to, or its disk is too full for the run.
         BlockingIOError: another process is training in `output_dir`.
         FileExistsError: `output_dir` holds a pipeline or checkpoints, and neither `overwrite_output_dir` nor
@@ -67,46 +72,84 @@ def train(config: TrainingConfig) -> NCSNPipeline:
 
 class Trainer:
     """
-    One training run. [`train`] makes one and calls [`Trainer.train`].
+    One training run. The constructor reads, checks and builds; nothing is written, deleted or created before
+    [`Trainer.train`].
 
     Args:
         config ([`TrainingConfig`]): the run's settings.
+
+    Raises:
+        See [`train`].
     """
 
     def __init__(self, config: TrainingConfig):
-        self.accelerator = make_accelerator(config)
-        # what was chosen is recorded with the run, and kept by one that resumes
-        self.config = config = replace(config, mixed_precision=self.accelerator.mixed_precision)
-        self.device = self.accelerator.device
+        self.accelerator = accelerator = make_accelerator(config)
+        self.device = accelerator.device
         self.output_dir = Path(config.output_dir)
-        self.log = RunLog(self.accelerator, self.output_dir)
-        self.lock = None
-        try:
-            self.checkpoint = self._prepare_output_dir()
-            self.uploads = self._prepare_uploads()
-            self._open_images()
-            self._make_models()
-            self._clear_output_dir()  # only now that the data and settings are found good
-            with together(self.accelerator):
-                self._check_disk()
-        except BaseException:
-            self._unlock()  # the process of a notebook lives on
-            raise
+        # the precision that was chosen is recorded with the run, and kept by one that resumes
+        config = replace(config, mixed_precision=accelerator.mixed_precision)
 
-    # Before the loop
+        # Where the run begins
+        with together(accelerator):
+            self._check_output_dir()
+        self.checkpoint = self._find_checkpoint(config)
+        manifest = None if self.checkpoint is None else checkpoints.read_manifest(self.checkpoint)
+        self.uploads = self._find_repository(config)
+        with accelerator.main_process_first():  # one process downloads
+            self.starting_point = find_starting_point(config, manifest)
+        if self.starting_point is not None:
+            config = fill_settings(config, self.starting_point)
+        self.config = config
+        if manifest is not None:
+            self._check_fixed_settings(manifest)
 
-    def _unlock(self) -> None:
-        if self.lock is not None:
-            self.lock.close()
+        # The data
+        self._check_resolution()
+        self.images, classes = open_training_images(config, accelerator)
+        self.num_classes, self.class_names = (classes.number, classes.names) if classes else (None, None)
+        self.class_shares = count_classes(self.images, self.num_classes)
+        self.validation = open_validation_images(config, accelerator, self.images.shape, classes)
+        self.steps_per_epoch = self._count_steps_per_epoch()
+        self.num_steps = config.max_train_steps or self.steps_per_epoch * config.num_epochs
 
-    def _prepare_output_dir(self) -> Path | None:
-        """Lock the output folder; the checkpoint to resume from, if any."""
-        config, folder = self.config, self.output_dir
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.lock = checkpoints.lock(folder)  # first, since another run may change what is found
-        wanted = config.resume_from_checkpoint
+        # The network, and its moving average or else a copy made when needed, which is sampled, evaluated and saved
+        self.scheduler = self._make_scheduler(manifest)
+        self.unet = self._make_unet()
+        self.eval_unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
+        self.weights, self.averages = list(self.unet.parameters()), list(self.eval_unet.parameters())
+        superseded = checkpoints.find_all(self.output_dir) if self.checkpoint is None else []
+        check_disk(config, sum(p.numel() for p in self.weights), superseded)
+        self.compiled = self._compile()
+        optimizer = torch.optim.AdamW(self.unet.parameters(), **self._adamw_settings(), fused=True)
+        # Counts optimizer steps; prepared by accelerate, it would advance once for each process.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.num_steps
+        )
+        self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler, self.eval_unet, self)
+
+        # What changes during the run
+        self.step, self.positions = 0, None
+        self.generator = torch.Generator(self.device)
+        self.statistics = StepStatistics(
+            self.scheduler, self.num_steps, config.gradient_accumulation_steps, self.device
+        )
+        self.log = RunLog(accelerator, self.output_dir)
+        self.interrupt = threading.Event()
+
+    # What it is built of
+
+    def _check_output_dir(self) -> None:
+        """Whether it can be written to, and no other run uses it."""
+        parent = find_parent(self.output_dir)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OSError(f"`output_dir`={str(self.output_dir)!r}: {parent} is no folder that can be written to.")
+        if self.accelerator.is_main_process:
+            checkpoints.check_unlocked(self.output_dir)
+
+    def _find_checkpoint(self, config: TrainingConfig) -> Path | None:
+        """The checkpoint to resume from, if any, in an output folder that this run may use."""
+        wanted, folder = config.resume_from_checkpoint, self.output_dir
         checkpoint = checkpoints.find(wanted, folder)
         if wanted not in (None, "latest") and not checkpoints.is_complete(checkpoint):
             raise ValueError(
@@ -121,96 +164,109 @@ class Trainer:
             )
         return checkpoint
 
-    def _clear_output_dir(self) -> None:
-        """Delete what this run replaces."""
-        folder = self.output_dir
-        self.accelerator.wait_for_everyone()  # all have looked before the first one writes
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                if self.checkpoint is None:
-                    checkpoints.remove_all(folder)
-                    for path in (folder / "loss.png", folder / "samples.png", *folder.glob("samples-*.png")):
-                        path.unlink(missing_ok=True)  # an upload would show them as those of this run
-                checkpoints.remove_incomplete(folder)
+    def _check_fixed_settings(self, manifest: dict) -> None:
+        """Whether the checkpoint with this manifest was trained with the settings that must stay as they are."""
+        changed = changed_settings(manifest["config"], self.config)
+        for name in FIXED_SETTINGS:
+            if name in changed:
+                before, now = changed[name]["before"], changed[name]["now"]
+                raise ValueError(
+                    f"`{name}`: the network of {self.checkpoint} was trained with {before!r}, and cannot go on with "
+                    f"{now!r}."
+                )
 
-    def _prepare_uploads(self) -> BackgroundPush | None:
-        config, uploads = self.config, None
+    def _find_repository(self, config: TrainingConfig) -> BackgroundPush | None:
+        """What uploads to the repository, whose name and token are good. It need not exist yet."""
+        uploads = None
         with together(self.accelerator):
             if config.push_to_hub and self.accelerator.is_main_process:
                 repo_id = config.hub_model_id or self.output_dir.resolve().name
                 uploads = BackgroundPush(repo_id, self.output_dir, private=config.hub_private_repo or None)
         return uploads
 
-    def _open_images(self) -> None:
+    def _check_resolution(self) -> None:
+        """Whether images of the side `resolution` fit the network and the memory, before they are read."""
         config = self.config
-        if config.resolution is not None:
-            check_size(config, config.resolution, config.resolution)  # before the data are read
-        self.images, classes = open_training_images(config, self.accelerator)
-        self.num_classes, self.class_names = (classes.number, classes.names) if classes else (None, None)
-        self.validation = open_validation_images(config, self.accelerator, self.images.shape, classes)
-        self.num_steps, self.steps_per_epoch = config.max_train_steps, None
-        if not config.streaming:
-            total = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-            self.steps_per_epoch = len(self.images) // total
-            if self.steps_per_epoch < 1:
-                raise ValueError(
-                    f"`train_batch_size`={config.train_batch_size} on {self.accelerator.num_processes} process(es), "
-                    f"times `gradient_accumulation_steps`={config.gradient_accumulation_steps}, is more than the "
-                    f"{len(self.images)} images of the data set."
-                )
-            self.num_steps = self.num_steps or self.steps_per_epoch * config.num_epochs
+        if config.resolution is None:
+            return
+        network = None if self.starting_point is None else self.starting_point.network
+        channels = config.channels or 1
+        if network is None:
+            check_size(config, config.resolution, config.resolution)
+            network = make_network(config, AnnealedLangevinScheduler(), channels, config.resolution, config.resolution)
+        else:
+            channels = network.config.in_channels
+        if not (config.compile or (config.compile is None and self.device.type == "cuda")):
+            shape = (channels, config.resolution, config.resolution)
+            check_memory(config, self.accelerator, network.to(self.device), shape)
 
-    def _make_models(self) -> None:
-        config, accelerator = self.config, self.accelerator
+    def _count_steps_per_epoch(self) -> int | None:
+        """Optimizer steps in a pass over the data, or `None` for a stream."""
+        config = self.config
+        if config.streaming:
+            return None
+        steps = len(self.images) // self._batch_size()
+        if steps < 1:
+            raise ValueError(
+                f"`train_batch_size`={config.train_batch_size} on {self.accelerator.num_processes} process(es), "
+                f"times `gradient_accumulation_steps`={config.gradient_accumulation_steps}, is more than the "
+                f"{len(self.images)} images of the data set."
+            )
+        return steps
+
+    def _batch_size(self) -> int:
+        """Images in an optimizer step, of all processes."""
+        config = self.config
+        return config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _make_scheduler(self, manifest: dict | None) -> AnnealedLangevinScheduler:
+        config = self.config
+        if self.starting_point is not None:
+            check_images(self.starting_point, self.images.shape, self.num_classes)
+            return self.starting_point.scheduler
         # A run that resumes keeps the levels that were chosen, even if images have been added since.
-        before = {} if self.checkpoint is None else checkpoints.read_manifest(self.checkpoint)
-        levels = before.get("noise_levels") or choose_noise_levels(config, self.images)  # version 0.1 kept none
-        self.scheduler = AnnealedLangevinScheduler(
+        levels = choose_noise_levels(config, self.images) if manifest is None else manifest["noise_levels"]
+        return AnnealedLangevinScheduler(
             **levels,
             **self._sampler_settings(levels["num_train_timesteps"]),
             prediction_type=config.prediction_type,
             conditioning=config.conditioning,
         )
+
+    def _make_unet(self) -> torch.nn.Module:
+        config, accelerator = self.config, self.accelerator
         set_seed(config.seed)  # after the data is opened: data loaders draw from the same generator
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        self.memory_format = fast_memory_format(self.device, dtype)
-        unet = make_network(config, self.scheduler, *self.images.shape, self.num_classes)
-        unet = unet.to(self.device, memory_format=self.memory_format)
-        # What is sampled, evaluated and saved: the moving average, or else the weights, copied when needed.
-        self.eval_unet = copy.deepcopy(unet).eval().requires_grad_(False)
+        if self.starting_point is None:
+            unet = make_network(config, self.scheduler, *self.images.shape, self.num_classes)
+        else:
+            unet = self.starting_point.network
+        unet = unet.to(self.device, memory_format=self._memory_format())
         if accelerator.num_processes == 1:
             # In training mode these blocks copy their input to the other layout and back, for DistributedDataParallel's
             # sake. Nothing else in them depends on the mode: dropout is a module of its own.
             for block in unet.modules():
                 if isinstance(block, ResnetBlock2D):
                     block.training = False
-        self.compiled = config.compile
-        if self.compiled is None:
-            on_gpu = self.device.type == "cuda" and config.architecture == "unet"
-            self.compiled = on_gpu and self.num_steps >= _COMPILING_PAYS_STEPS
-        if self.compiled:
-            # CUDA graphs reuse the memory of gradients that accumulate or wait for other processes
-            alone = accelerator.num_processes == config.gradient_accumulation_steps == 1
-            unet.compile(mode="reduce-overhead" if alone else "default", dynamic=False)
-        self.unet = unet
-        self.weights, self.averages = list(unet.parameters()), list(self.eval_unet.parameters())
-        optimizer = torch.optim.AdamW(unet.parameters(), **self._adamw_settings(), fused=True)
-        # Counts optimizer steps; prepared by accelerate, it would advance once for each process.
-        self.lr_scheduler = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.num_steps
-        )
-        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        accelerator.register_for_checkpointing(self.lr_scheduler, self.eval_unet, self)
+        return unet
 
-        self.step, self.positions = 0, None
-        self.changes = {}  # of the settings, since the checkpoint
-        self.losses = torch.zeros(self.num_steps, device=self.device)
-        self.generator = torch.Generator(self.device)
-        self.level_losses = LossPerLevel(self.scheduler, self.device)
-        # Number of steps whose gradient was not finite: in all, and since the last one that was. Read only for the log.
-        self.skipped = torch.zeros(2, dtype=torch.long, device=self.device)
-        self.skipped_before = 0
-        self.grad_norm = torch.zeros((), device=self.device)
+    def _memory_format(self) -> torch.memory_format:
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        return fast_memory_format(self.device, dtype)
+
+    def _compile(self) -> bool:
+        """Compile the network if it is asked for, or pays; if not, check that a step fits in the memory."""
+        config = self.config
+        compiled = config.compile
+        if compiled is None:
+            on_gpu = self.device.type == "cuda" and config.architecture == "unet"
+            compiled = on_gpu and self.num_steps >= _COMPILING_PAYS_STEPS
+        if compiled:
+            # CUDA graphs reuse the memory of gradients that accumulate or wait for other processes
+            alone = self.accelerator.num_processes == config.gradient_accumulation_steps == 1
+            self.unet.compile(mode="reduce-overhead" if alone else "default", dynamic=False)
+        else:
+            check_memory(config, self.accelerator, self.unet, self.images.shape)
+        return compiled
 
     def _knows_few_levels_only(self, num_levels: int) -> bool:
         """Whether the network was trained on a few levels, far from each other, and must not be asked in between."""
@@ -232,35 +288,58 @@ class Trainer:
             "eps": config.adam_epsilon,
         }
 
-    def _check_disk(self) -> None:
-        """Raise an OSError now if the run's checkpoints would not fit on the disk."""
-        config = self.config
-        weights = 4 * sum(p.numel() for p in self.weights)
-        # weights, their average and AdamW's two moments; an old checkpoint is deleted after the new one is written
-        needed = weights * (4 * (config.checkpoints_total_limit + 1) if config.checkpointing_steps else 1)
-        free = shutil.disk_usage(self.output_dir).free
-        if free < needed:
-            raise OSError(
-                f"`output_dir`={config.output_dir!r}: the disk has {free / 1e9:.3g} GB left, and "
-                f"{config.checkpoints_total_limit} checkpoints and the pipeline take {needed / 1e9:.3g} GB. Make room, "
-                "name a folder on another disk, or set --checkpointing_steps 0."
-            )
-
-    # The loop
+    # The run
 
     def train(self) -> NCSNPipeline:
         """Run to the end, or until an interrupt; see [`train`]."""
+        lock = self._take_output_dir()
         try:
-            if self.checkpoint is not None:
-                self._resume(self.checkpoint)
-            return self._train()
+            changes = {} if self.checkpoint is None else self._resume(self.checkpoint)
+            with together(self.accelerator):
+                self.log.start(self.config, self.step, changes)
+                if self.uploads is not None:
+                    self.uploads.create_repository()
+            with interrupts(_STOPPING if self.accelerator.is_main_process else "") as self.interrupt:
+                stopped = self._run_steps()
+                return self._finish(stopped)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"`train_batch_size`={self.config.train_batch_size} takes more memory than {self.device} has: choose "
+                "a smaller one (`gradient_accumulation_steps` makes up for it), or a smaller `resolution` or network. "
+                f"The last good checkpoint is {checkpoints.latest(self.output_dir) or 'none'}."
+            ) from error
         finally:
-            self._unlock()
+            if lock is not None:
+                lock.close()  # the process of a notebook lives on
 
-    def _train(self) -> NCSNPipeline:
+    def _take_output_dir(self) -> IO | None:
+        """Lock the output folder and delete what this run replaces."""
+        lock, folder = None, self.output_dir
+        try:
+            with together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    lock = checkpoints.lock(folder)
+                    if self._find_checkpoint(self.config) != self.checkpoint:
+                        raise OSError(
+                            f"`output_dir`={self.config.output_dir!r} was changed by another run: start again."
+                        )
+                    if self.checkpoint is None:
+                        checkpoints.remove_all(folder)
+                        for path in (folder / "loss.png", folder / "samples.png", *folder.glob("samples-*.png")):
+                            path.unlink(missing_ok=True)  # an upload would show them as those of this run
+                    remove_incomplete(folder)
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        return lock
+
+    def _run_steps(self) -> bool:
+        """Take the steps up to the last, or up to an interrupt; whether it was one."""
         config, accelerator = self.config, self.accelerator
-        with together(self.accelerator):
-            self.log.start(config, self.step, self.changes)
         batches = self.images.batches(
             config.train_batch_size, config.seed, self.step * config.gradient_accumulation_steps
         )
@@ -271,37 +350,42 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_main_process,
         )
-        saved_step, stopped = self.step, False
-        with interrupts() as interrupt:
-            self.clock = time.perf_counter(), self.step
-            while self.step < self.num_steps and not (stopped := self._any_interrupted(interrupt)):
-                self.training_step(batches)
-                progress.update()
-                last = self.step == self.num_steps
-                checkpoint = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
-                evaluate = config.eval_steps and self.step % config.eval_steps == 0 and not last
-                if checkpoint or evaluate or last or self.step % _LOGGING_STEPS == 0:
-                    progress.set_postfix(loss=f"{self._write_log():.4f}")
-                if checkpoint:
-                    self._save_checkpoint()
-                    saved_step = self.step
-                    if self.uploads is not None and not last:
-                        self.uploads.push(self._make_pipeline(to_save=True), f"Step {self.step}")
-                if evaluate:
-                    self._evaluate(f"samples-{self.step}.png")
-                if checkpoint or evaluate:
-                    self.clock = time.perf_counter(), self.step  # the throughput is that of training alone
+        saved = logged = self.step
+        stopped = False
+        self.statistics.restart_clock(self.step)
+        while self.step < self.num_steps and not (stopped := self._stops_here()):
+            self.training_step(batches)
+            progress.update()
+            last = self.step == self.num_steps
+            checkpoint = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
+            evaluate = config.eval_steps and self.step % config.eval_steps == 0 and not last
+            if checkpoint or evaluate or last or self.step % _LOGGING_STEPS == 0:
+                progress.set_postfix(loss=f"{self._write_log():.4f}")
+                logged = self.step
+            if checkpoint:
+                self._save_checkpoint()
+                saved = self.step
+                if self.uploads is not None and not last:
+                    self.uploads.push(self._make_pipeline(to_save=True), f"Step {self.step}")
+            if evaluate:
+                self._evaluate(f"samples-{self.step}.png")
+            if checkpoint or evaluate:
+                self.statistics.restart_clock(self.step)  # the throughput is that of training alone
         progress.close()
         if stopped:
-            accelerator.print(f"\nInterrupted after {self.step} of {self.num_steps} steps; saving.")
-            if self.step > self.clock[1]:
+            accelerator.print(f"Interrupted after {self.step} of {self.num_steps} steps; saving.")
+            if self.step > logged:
                 self._write_log()  # what is not finite must not be saved
-        if config.checkpointing_steps and self.step > saved_step:
+        if config.checkpointing_steps and self.step > saved:
             self._save_checkpoint()
+        return stopped
 
+    def _finish(self, stopped: bool) -> NCSNPipeline:
+        """Save, show and upload the pipeline. After an interrupt nothing is drawn, because that takes a while."""
+        config, accelerator = self.config, self.accelerator
         self._check_finite()
         pipeline = self._make_pipeline(to_save=True)
-        with together(self.accelerator):
+        with together(accelerator):
             if accelerator.is_main_process:
                 try:
                     checkpoints.replace_files(self.output_dir, pipeline.save_pretrained, WEIGHTS)
@@ -313,11 +397,19 @@ class Trainer:
                     ) from failure
         if accelerator.is_main_process:
             with warn_unless_written("loss.png"):
-                save_loss_curve(self.losses[: self.step].cpu(), config.loss_weighting, self.output_dir / "loss.png")
-        self._evaluate("samples.png")
-        accelerator.print(f"Saved the pipeline, samples.png and loss.png in {self.output_dir}.")
+                save_loss_curve(
+                    self.statistics.losses[: self.step].cpu(), config.loss_weighting, self.output_dir / "loss.png"
+                )
+        if stopped:
+            accelerator.print(
+                f"Saved the pipeline in {self.output_dir}, without samples; --resume_from_checkpoint latest goes on."
+            )
+        else:
+            self._evaluate("samples.png")
+            accelerator.print(f"Saved the pipeline, samples.png and loss.png in {self.output_dir}.")
         if self.uploads is not None:
             self.uploads.push(pipeline, "End of training")
+            accelerator.print(f"Waiting for the upload to {self.uploads.repo_id}.")
             self.uploads.finish()
         accelerator.end_training()
         pipeline.unet.requires_grad_(True)  # as for any network that is loaded
@@ -334,7 +426,7 @@ class Trainer:
         """
         config, accelerator = self.config, self.accelerator
         size, num_micro = config.train_batch_size, config.gradient_accumulation_steps
-        all_size = size * accelerator.num_processes
+        all_size, memory_format = size * accelerator.num_processes, self._memory_format()
         seed = np.random.SeedSequence((config.seed, self.step, 1)).generate_state(1, np.uint64)
         self.generator.manual_seed(int(seed[0] >> 1))
         uniform = torch.rand(3, num_micro * all_size, generator=self.generator, device=self.device)
@@ -349,7 +441,7 @@ class Trainer:
             clean = to_model_range(images)
             if config.random_flip:
                 clean = torch.where((uniform[1, rows] < 0.5)[:, None, None, None], clean.flip(-1), clean)
-            clean = clean.contiguous(memory_format=self.memory_format)
+            clean = clean.contiguous(memory_format=memory_format)
             labels = self._with_dropout(labels, uniform[2, rows])
             with accelerator.accumulate(self.model):
                 losses = score_matching_loss(
@@ -359,24 +451,18 @@ class Trainer:
                 # If the loss is not finite neither is its gradient, which all processes see.
                 accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
                 if accelerator.sync_gradients:
-                    self._skip_unless_finite(accelerator.clip_grad_norm_(self.weights, config.max_grad_norm))
+                    grad_norm = accelerator.clip_grad_norm_(self.weights, config.max_grad_norm)
+                    # The optimizer skips a step whose gradient is not finite; the host need not know.
+                    self.optimizer.optimizer.found_inf = self.statistics.add_gradient(grad_norm).float()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-            self.level_losses.add(timesteps[rows], losses.detach())
-            self.losses[self.step] += loss.detach() / num_micro
+            self.statistics.add_losses(self.step, timesteps[rows], losses.detach())
         self.lr_scheduler.step()
         self.step += 1
         if config.use_ema:
             with torch.no_grad():
                 torch._foreach_lerp_(self.averages, self.weights, 1 - self._ema_decay())
-
-    def _skip_unless_finite(self, grad_norm: torch.Tensor) -> None:
-        """Have the optimizer skip a step whose gradient is not finite; the host need not know."""
-        broken = ~grad_norm.isfinite()
-        self.grad_norm = torch.where(broken, self.grad_norm, grad_norm)
-        self.skipped = torch.stack([self.skipped[0] + broken, (self.skipped[1] + 1) * broken])
-        self.optimizer.optimizer.found_inf = broken.float()  # as a GradScaler does for fp16
 
     def _draw_timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
         config = self.config
@@ -397,54 +483,32 @@ class Trainer:
         config = self.config
         return min(config.ema_max_decay, 1 - (1 + self.step / config.ema_inv_gamma) ** -config.ema_power)
 
-    def _any_interrupted(self, interrupt: threading.Event) -> bool:
-        """Whether any process was interrupted: they must stop together, or one would wait for the others forever."""
-        accelerator = self.accelerator
-        if accelerator.num_processes == 1:
-            return interrupt.is_set()
-        if self.device.type != "cpu" and self.step % _LOGGING_STEPS:  # a GPU would be waited for
-            return False
-        flag = torch.tensor(float(interrupt.is_set()), device=self.device)
-        return accelerator.reduce(flag, "sum").item() > 0
+    def _stops_here(self) -> bool:
+        """Whether an interrupt ends the run before the next step."""
+        if self.accelerator.num_processes > 1 and self.device.type != "cpu" and self.step % _LOGGING_STEPS:
+            return False  # a GPU would be waited for
+        return self._any_interrupted()
 
-    # The log, and whether the weights are finite
+    def _any_interrupted(self) -> bool:
+        """Whether any process was interrupted: they must stop together, or one would wait for the others forever."""
+        if self.accelerator.num_processes == 1:
+            return self.interrupt.is_set()
+        flag = torch.tensor(float(self.interrupt.is_set()), device=self.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
 
     def _write_log(self) -> float:
-        """Write a record to log.jsonl and the trackers; the mean of the finite losses of the last 20 steps."""
-        accelerator = self.accelerator
-        window = slice(max(0, self.step - _LOGGING_STEPS), self.step)
-        self.losses[window] = accelerator.reduce(self.losses[window], "mean")
-        recent = self.losses[window].cpu()
-        level_losses, broken_levels = self.level_losses.collect(accelerator)
-        skipped, in_a_row = self.skipped.tolist()
-        if skipped > self.skipped_before and accelerator.is_main_process:
-            tqdm.write(f"Steps skipped, as their gradient was not finite: {skipped - self.skipped_before}.")
-        self.skipped_before = skipped
-        if in_a_row >= min(_MAX_SKIPPED_IN_A_ROW, self.num_steps):
-            levels = f", nor the loss at noise levels sigma {', '.join(broken_levels)}" if broken_levels else ""
-            raise FloatingPointError(
-                f"The gradient was not finite at {in_a_row} steps in a row, up to step {self.step}{levels}. "
-                f"{self._last_good()}"
-            )
-        start, start_step = self.clock
-        total = self.config.train_batch_size * self.config.gradient_accumulation_steps * accelerator.num_processes
-        loss = recent[recent.isfinite()].mean().item()
-        record = {"step": self.step}
-        if math.isfinite(loss):
-            record["loss"] = loss
-        record |= {
-            "learning_rate": self.lr_scheduler.get_last_lr()[0],
-            "grad_norm": float(self.grad_norm),
-            "skipped_steps": skipped,
-            "images_per_second": (self.step - start_step) * total / (time.perf_counter() - start),
-        }
+        """Write a record to log.jsonl and the trackers; its loss, or NaN if it has none."""
+        try:
+            record = self.statistics.collect(self.accelerator, self.step, _LOGGING_STEPS, self._batch_size())
+        except FloatingPointError as failure:
+            raise FloatingPointError(f"{failure} {self._last_good()}") from failure
+        record["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         if self.steps_per_epoch:
             record["epoch"] = self.step / self.steps_per_epoch
         if self.config.use_ema:
             record["ema_decay"] = self._ema_decay()
-        self.log.write(record | {f"loss at sigma {name}": value for name, value in level_losses.items()})
-        self.clock = time.perf_counter(), self.step
-        return loss
+        self.log.write(record)
+        return record.get("loss", math.nan)
 
     def _last_good(self) -> str:
         return (
@@ -479,21 +543,38 @@ class Trainer:
         unet = self.eval_unet
         if to_save:
             unet = copy.deepcopy(unet).to(memory_format=torch.contiguous_format)
-        num_levels = len(self.scheduler)
-        num_inference_steps = num_levels if self._knows_few_levels_only(num_levels) else _EVALUATIONS
-        return NCSNPipeline(unet=unet, scheduler=self.scheduler, num_inference_steps=num_inference_steps)
+        return NCSNPipeline(unet=unet, scheduler=self.scheduler, **self._pipeline_settings())
+
+    def _pipeline_settings(self) -> dict:
+        """What the pipeline keeps beside network and scheduler."""
+        num_inference_steps, num_levels = _EVALUATIONS, len(self.scheduler)
+        if self.starting_point is not None:
+            num_inference_steps = self.starting_point.num_inference_steps
+        elif self._knows_few_levels_only(num_levels):
+            num_inference_steps = num_levels
+        return {
+            "num_inference_steps": num_inference_steps,
+        }
 
     def _evaluate(self, name: str) -> None:
-        """Save a grid of samples under this name and log the validation loss; every process does its share."""
+        """
+        Save a grid of samples under this name and log the validation loss; every process does its share. An interrupt
+        ends it early.
+        """
         pipeline = self._make_pipeline()
         try:
             images = self._draw(pipeline)
         except FloatingPointError as failure:  # the weights are finite, and may get better
             self.accelerator.print(f"{name} could not be drawn: {failure}")
         else:
+            if self._any_interrupted():
+                self.accelerator.print(f"{name} is left out.")
+                return
             self.log.write_samples(to_pil(to_uint8(images)), class_columns(self.num_classes), name, self.step)
         if self.validation is not None:
-            self.log.write({"step": self.step, "validation_loss": self._validation_loss()})
+            loss = self._validation_loss()
+            if not self._any_interrupted():
+                self.log.write({"step": self.step, "validation_loss": loss})
 
     def _draw(self, pipeline: NCSNPipeline) -> torch.Tensor:
         """Samples `(eval_batch_size, channels, height, width)` in [0, 1], the same for any number of processes."""
@@ -510,8 +591,13 @@ class Trainer:
         if self.num_classes is not None:
             arguments = {"class_labels": [i % self.num_classes for i in mine]}
         generators = [torch.Generator().manual_seed(self.config.seed + i) for i in mine]
+
+        def stop(pipeline: NCSNPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+            pipeline._interrupt = self.interrupt.is_set()
+            return tensors
+
         with together(self.accelerator):
-            images = pipeline(**arguments, generator=generators, output_type="pt").images
+            images = pipeline(**arguments, generator=generators, output_type="pt", callback_on_step_end=stop).images
         images = accelerator.gather(images).reshape(accelerator.num_processes, len(mine), *images.shape[1:])
         return images.transpose(0, 1).flatten(0, 1)[:num]
 
@@ -521,6 +607,8 @@ class Trainer:
         config, accelerator, data = self.config, self.accelerator, self.validation
         total = torch.zeros((), device=self.device)
         for chunk in range(accelerator.process_index, math.ceil(len(data) / _EVAL_CHUNK), accelerator.num_processes):
+            if self.interrupt.is_set():
+                break  # whoever called does not use the result
             rows = slice(chunk * _EVAL_CHUNK, (chunk + 1) * _EVAL_CHUNK)
             images = to_model_range(data.images[rows])
             self.generator.manual_seed(chunk)
@@ -540,18 +628,14 @@ class Trainer:
         """What a checkpoint holds besides weights, optimizer and schedule."""
         return {
             "step": self.step,
-            "losses": self.losses[: self.step].cpu(),
-            "skipped": self.skipped.cpu(),
+            **self.statistics.state_dict(self.step),
             "positions": self.positions,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what [`Trainer.state_dict`] has returned."""
         self.step = state["step"]
-        self.losses[: self.step] = state["losses"][: self.num_steps].to(self.device)
-        if "skipped" in state:  # not in checkpoints of version 0.1
-            self.skipped = state["skipped"].to(self.device)
-            self.skipped_before = int(self.skipped[0])
+        self.statistics.load_state_dict(state, self.step)
         positions = state["positions"]
         if positions is not None:
             if len(positions) != self.accelerator.num_processes:
@@ -581,28 +665,25 @@ class Trainer:
                     names = ("num_train_timesteps", "sigma_min", "sigma_max")
                     manifest["noise_levels"] = {name: self.scheduler.config[name] for name in names}
                     manifest |= self._order() | {"class_names": self.class_names}
+                    if self.starting_point is not None:
+                        manifest["starting_point"] = self.starting_point.to_dict()
                     checkpoints.commit(folder, manifest, self.config.checkpoints_total_limit)
         except CANNOT_WRITE as failure:
             if accelerator.is_main_process:
-                checkpoints.remove_incomplete(self.output_dir)
+                remove_incomplete(self.output_dir)
                 tqdm.write(
                     f"The checkpoint of step {self.step} could not be written: {failure}. The last good one is "
                     f"{checkpoints.latest(self.output_dir)}; the training goes on."
                 )
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path) -> dict:
+        """Take up a checkpoint; the settings that have changed since, see [`changed_settings`]."""
         manifest = checkpoints.read_manifest(checkpoint)
-        self.changes = changed_settings(manifest["config"], self.config)
+        changed = changed_settings(manifest["config"], self.config)
         for name, now in self._order().items():
-            if manifest.get(name, now) != now:  # version 0.1 kept none
-                self.changes[name] = {"before": manifest[name], "now": now}
-        for name in FIXED_SETTINGS:
-            if name in self.changes:
-                before, now = self.changes[name]["before"], self.changes[name]["now"]
-                raise ValueError(
-                    f"`{name}`: the network of {checkpoint} was trained with {before!r}, and cannot go on with {now!r}."
-                )
-        changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in self.changes.items())
+            if manifest[name] != now:
+                changed[name] = {"before": manifest[name], "now": now}
+        changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in changed.items())
         if changes:
             self.accelerator.print(f"Going on with other settings than before: {changes}.")
         before = manifest.get("class_names") or self.class_names
@@ -627,13 +708,14 @@ class Trainer:
                 f"`resume_from_checkpoint`: {checkpoint} holds weights that are not finite; go on from an earlier one."
             )
         self._apply_settings()
-        if self.config.use_ema and not manifest["config"].get("use_ema", True):
+        if self.config.use_ema and not manifest["config"]["use_ema"]:
             with torch.no_grad():
                 torch._foreach_copy_(self.averages, self.weights)  # the checkpoint's are not averages
         self.accelerator.print(f"Going on from {checkpoint}.")
         last = checkpoints.latest(self.output_dir)
         if last is not None and checkpoints.read_manifest(last)["step"] > self.step:
-            self.accelerator.print(f"Later checkpoints, up to {last}, are given up: the next one replaces them.")
+            self.accelerator.print(f"Later checkpoints, up to {last}, are deleted when the next one is written.")
+        return changed
 
     def _apply_settings(self) -> None:
         """Make AdamW and the schedule follow this run's settings, not those loaded with their state."""
@@ -642,3 +724,24 @@ class Trainer:
         for group, factor in zip(self.optimizer.param_groups, schedule.lr_lambdas, strict=True):
             group.update(settings, initial_lr=settings["lr"], lr=settings["lr"] * factor(self.step))
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def count_classes(images: Images, num_classes: int | None) -> list[float] | None:
+    """
+    The share of each class among the images that have a label; `None` without classes, and for a stream, whose labels
+    are not known beforehand.
+    """
+    if num_classes is None or isinstance(images, StreamedImages):
+        return None
+    if isinstance(images, LoadedImages):
+        column = images.dataset[images.reader.label_column]
+        labels = torch.tensor([num_classes if label is None or label != label else int(label) for label in column])
+    else:
+        labels = torch.as_tensor(images.labels)
+    counts = labels.bincount(minlength=num_classes)[:num_classes].double()
+    return (counts / counts.sum()).tolist()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory left. On a CPU it has no error of its own for that."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,163 @@
+"""
+The pipeline that a run begins with (`pretrained_model_name_or_path`): its network and what that network means.
+
+A run that resumes takes both from its checkpoint, so the pipeline may be gone by then.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from diffusers import ModelMixin
+
+from ..hub.configs import NETWORKS
+from ..hub.loading import NCSNPipeline
+from ..networks_ncsn import RefineNet2DModel
+from ..pretrained import pretrained
+from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
+from .config import GIVEN_BY_PIPELINE, TrainingConfig
+
+_NAME = "`pretrained_model_name_or_path`"
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A network, the scheduler with its noise levels, and the number of evaluations that the pipeline draws by."""
+
+    name: str
+    network: ModelMixin
+    scheduler: AnnealedLangevinScheduler
+    num_inference_steps: int
+
+    def to_dict(self) -> dict:
+        """All but the weights, as JSON can hold it."""
+        return {
+            "class": type(self.network).__name__,
+            "network": _public(self.network),
+            "scheduler": json.loads(self.scheduler.to_json_string()),
+            "num_inference_steps": self.num_inference_steps,
+        }
+
+    @classmethod
+    def from_dict(cls, name: str, record: dict) -> "StartingPoint":
+        """What [`StartingPoint.to_dict`] has returned, with random weights."""
+        network = NETWORKS[record["class"]].from_config(record["network"])
+        scheduler = AnnealedLangevinScheduler.from_config(record["scheduler"])
+        return cls(name, network, scheduler, record["num_inference_steps"])
+
+
+def find_starting_point(config: TrainingConfig, manifest: dict | None) -> StartingPoint | None:
+    """
+    What the run begins with, if not with random weights.
+
+    Args:
+        config ([`TrainingConfig`]): the run's settings.
+        manifest (`dict`, *optional*): of the checkpoint to resume from, which decides then.
+
+    Raises:
+        ValueError: the pipeline cannot be loaded, or is none that can be trained, or the checkpoint is of a run that
+            began with another.
+    """
+    name = config.pretrained_model_name_or_path
+    if manifest is not None:
+        before = manifest["config"].get("pretrained_model_name_or_path")
+        if before != name:
+            began = "random weights" if before is None else f"those of {before!r}"
+            raise ValueError(f"{_NAME}={name!r}: the run to resume began with {began}, and goes on with them alone.")
+        return None if name is None else StartingPoint.from_dict(name, manifest["starting_point"])
+    if name is None:
+        return None
+    try:
+        pipe = NCSNPipeline.from_pretrained(_find_source(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_NAME}={name!r} cannot be loaded: {error}") from error
+    network = pipe.unet.float().train().requires_grad_(True)  # float16 rounds small updates away
+    if pipe.config.data_min != -1:
+        raise ValueError(f"{_NAME}={name!r}: its data are in [{pipe.config.data_min:g}, 1], and those here in [-1, 1].")
+    if network.config.in_channels != network.config.get("out_channels", network.config.in_channels):
+        raise ValueError(
+            f"{_NAME}={name!r}: its network takes {network.config.in_channels} channels and returns "
+            f"{network.config.out_channels}; it must return as many."
+        )
+    scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
+    return StartingPoint(name, network, scheduler, pipe.config.num_inference_steps)
+
+
+def _find_source(name: str) -> str:
+    if os.path.isdir(name):
+        return name
+    try:
+        return pretrained(name)
+    except ValueError:
+        return name  # an id on the Hub
+
+
+def fill_settings(config: TrainingConfig, start: StartingPoint) -> TrainingConfig:
+    """
+    The settings with those of the pipeline where they say nothing.
+
+    Raises:
+        ValueError: a setting differs from the pipeline's.
+    """
+    network, scheduler = start.network.config, start.scheduler.config
+    is_refinenet = isinstance(start.network, RefineNet2DModel)
+    architecture = "unet"
+    if is_refinenet:
+        architecture = "ncsnv2" if network.sigmas is None else "ncsn"
+    given = {
+        "architecture": architecture,
+        "block_out_channels": tuple(network.block_out_channels),
+        "layers_per_block": None if is_refinenet else network.layers_per_block,
+        **{name: scheduler[name] for name in GIVEN_BY_PIPELINE if name in scheduler},
+    }
+    for name, value in given.items():
+        asked = getattr(config, name)
+        if asked is not None and (tuple(asked) if isinstance(value, tuple) else asked) != value:
+            raise ValueError(f"`{name}`={asked!r} does not fit {_NAME}={start.name!r}, which has {value!r}.")
+    for fault in _faults(start, config.channels, None if config.resolution is None else (config.resolution,) * 2):
+        raise ValueError(fault)
+    if config.class_conditional != (network.get("num_class_embeds") is not None):
+        knows = "knows no classes" if config.class_conditional else "is given the class of each image"
+        raise ValueError(
+            f"`class_conditional`={config.class_conditional} does not fit {_NAME}={start.name!r}: its network {knows}."
+        )
+    return replace(config, **given)
+
+
+def check_images(start: StartingPoint, shape: tuple[int, int, int], num_classes: int | None) -> None:
+    """
+    Whether the network takes images of this shape (channels, height, width), of so many classes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for fault in _faults(start, shape[0], shape[1:]):
+        raise ValueError(fault)
+    if num_classes is not None and num_classes + 1 != start.network.config.num_class_embeds:
+        raise ValueError(
+            f"`label_column`: the images are of {num_classes} classes, and the network of {_NAME}={start.name!r} knows "
+            f"{start.network.config.num_class_embeds - 1}."
+        )
+
+
+def _faults(start: StartingPoint, channels: int | None, size: tuple[int, int] | None) -> Iterator[str]:
+    network = start.network.config
+    if channels not in (None, network.in_channels):
+        yield (
+            f"`channels`: the images have {channels}, and the network of {_NAME}={start.name!r} takes "
+            f"{network.in_channels}; --channels {network.in_channels} makes them fit."
+        )
+    expected = network.sample_size
+    expected = (expected, expected) if isinstance(expected, int) else expected
+    if size is not None and expected is not None and tuple(size) != tuple(expected):
+        height, width = expected
+        hint = f"; --resolution {height} makes them fit" if height == width else ""
+        yield (
+            f"`resolution`: the images have {size[0]}×{size[1]} pixels, and the network of {_NAME}={start.name!r} "
+            f"takes {height}×{width}{hint}."
+        )
+
+
+def _public(network: ModelMixin) -> dict:
+    return {name: value for name, value in json.loads(network.to_json_string()).items() if not name.startswith("_")}

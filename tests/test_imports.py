@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "ncsn_diffusers"
 # Modules and packages, from low to high. A module imports from lower layers and from its own entry, and nothing else.
 LAYERS = (
-    ("scheduling_annealed_langevin", "checked_files", "networks_ncsn", "operators", "precision", "pretrained"),
+    ("scheduling_annealed_langevin", "checked_files", "networks_ncsn", "operators", "precision", "pretrained", "units"),
     ("pipeline_ncsn",),
     ("images", "score_matching"),
     ("data", "dataset_settings", "likelihood", "noise_levels"),

@@ -17,7 +17,8 @@ from accelerate import PartialState
 @dataclass(frozen=True)
 class BatchOrder:
     """
-    Which images make up a process's batches: each epoch has an order of its own, in which the processes take turns.
+    Which images, or arrays, make up a process's batches: each epoch has an order of its own, in which the processes
+    take turns.
 
     Args:
         num_images (`int`): at least `batch_size * num_processes`; what remains of an epoch is left out.
@@ -42,6 +43,14 @@ class BatchOrder:
             epoch, turn = divmod(batch, per_epoch)
             start = (turn * process.num_processes + process.process_index) * self.batch_size
             yield epoch, slice(start, start + self.batch_size)
+
+    def batches(self, first_batch: int = 0, device: torch.device | str = "cpu") -> Iterator[tuple[int, torch.Tensor]]:
+        """The epochs and the images of this process's batches: int64 `(batch_size,)` on the device."""
+        order_epoch, order = None, None
+        for epoch, part in self.slices(first_batch):
+            if epoch != order_epoch:  # to the device once an epoch: a copy each step would make the host wait
+                order_epoch, order = epoch, self.order(epoch).to(device)
+            yield epoch, order[part]
 
 
 def spread(num_rows: int, num: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """
-Images as batches of uint8 tensors. Three kinds of sources share one interface, `units`, `shape`, `sample`, `batches` and
-`to_network`, with arrays (arrays.py):
+Images as batches of uint8 tensors. Three kinds of sources share one interface with arrays (arrays.py), `units`,
+`shape`, `sample`, `batches` and `to_network`:
 
 * [`CachedImages`]: decoded once and kept on the device, if they fit;
 * [`LoadedImages`]: decoded each time by the workers of a `DataLoader`;
@@ -11,10 +11,11 @@ A stream's position is saved with the checkpoint; the others need none (batches.
 
 import hashlib
 import inspect
+import io
 import itertools
 import math
 import os
-from collections.abc import Iterator
+import stat
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -24,16 +25,17 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 from datasets import __version__ as datasets_version
 from datasets.distributed import split_dataset_by_node
+from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image as PILImage
-from PIL import ImageFile
+from PIL import ImageFile, ImageOps
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..checked_files import CheckedFiles
-from ..images import find_white, read_image, to_model_range
+from ..images import check_pixels, exceeds_pixels, find_white, read_image, to_model_range
 from ..units import Units
 from .batches import BatchOrder, spread
 from .columns import find_columns, is_missing
@@ -91,7 +93,7 @@ class ImageReader:
     def read(self, row: dict, place: tuple[int, int]) -> tuple[np.ndarray, int, tuple[str, float] | None]:
         """As calling it, and beside array and label the image's mode and white where these were found by its values."""
         try:
-            image = Image().decode_example(self._file(row))
+            image = self._open(row)
             white = find_white(image) if image.mode in ("F", "I") else None
             mode, image = image.mode, read_image(image, self.channels)
             if self.resolution is not None:
@@ -102,10 +104,48 @@ class ImageReader:
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         return array, self._label(row, place), None if white is None else (mode, white)
 
+    def read_numbers(self, row: dict, place: tuple[int, int]) -> np.ndarray:
+        """
+        The numbers of a gray image of more than 8 bits as they are, not scaled to 8: float64 `(1, height, width)`.
+
+        Raises:
+            UnreadableImageError: the image is corrupt, or has 8 bits a channel.
+        """
+        try:
+            image = self._open(row)
+            if image.mode != "F" and not image.mode.startswith("I"):
+                raise ValueError(
+                    f"an image of mode {image.mode}: `value_range` is for gray images of more than 8 bits, whose "
+                    "numbers Pillow reads"
+                )
+            image = ImageOps.exif_transpose(image)
+            if self.resolution is not None:
+                image = PILImage.fromarray(np.asarray(image).astype(np.float32))
+                image = self._resize_and_crop(image, place)
+            return np.asarray(image).astype(np.float64)[None]
+        except Exception as error:
+            raise UnreadableImageError(f"{self.name(row, place)}: {type(error).__name__}: {error}") from error
+
     def name(self, row: dict, place: tuple[int, int]) -> str:
         """The row's path and number, for messages."""
         path = self._file(row)["path"]
         return f"{path} (row {place[1]})" if path else f"row {place[1]}"
+
+    def _open(self, row: dict) -> PILImage.Image:
+        """The image, not yet decoded, and of no more pixels than the limit."""
+        path, content = (self._file(row)[name] for name in ("path", "bytes"))
+        if content is None and not path:
+            raise ValueError("the row holds no image")
+        if content is None and not is_local_path(path):
+            with xopen(path, "rb") as file:
+                content = file.read()
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")
+        image = PILImage.open(path if content is None else io.BytesIO(content))
+        if self.resolution is not None and exceeds_pixels(image):  # a JPEG file can be decoded at half its size
+            image.draft(None, (2 * self.resolution, 2 * self.resolution))
+        check_pixels(image)
+        return image
 
     def _file(self, row: dict) -> dict:
         value = row[self.image_column]
@@ -171,7 +211,18 @@ def decode_images(dataset: Dataset, resolution: int | None = None, channels: int
     return open_images(dataset, reader, torch.device("cpu"), max_cache_gb=math.inf).images
 
 
-class CachedImages:
+class _Images:
+    """What the kinds of sources have in common."""
+
+    units = Units()
+
+    @staticmethod
+    def to_network(batch: torch.Tensor) -> torch.Tensor:
+        """A batch in the network's units: uint8 becomes float32 in [-1, 1]."""
+        return to_model_range(batch)
+
+
+class CachedImages(_Images):
     """
     Images decoded once and kept on the device.
 
@@ -191,16 +242,17 @@ class CachedImages:
         """At most `num_images` images, spread over the data set: uint8 of shape `(n, channels, height, width)`."""
         return self.images[spread(len(self), num_images)]
 
+    def take(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images in their order, and their labels, as in a batch."""
+        return self.images[rows], self.labels[rows]
+
     def batches(self, batch_size: int, seed: int, first_batch: int = 0):
         """This process's batches, for ever: uint8 `(batch_size, …)` and int64 `(batch_size,)`, on the device."""
-        orders, order_epoch, order = BatchOrder(len(self), batch_size, seed), None, None
-        for epoch, part in orders.slices(first_batch):
-            if epoch != order_epoch:  # to the device once an epoch: a copy each step would make the host wait
-                order_epoch, order = epoch, orders.order(epoch).to(self.images.device)
-            yield self.images[order[part]], self.labels[order[part]]
+        for _, rows in BatchOrder(len(self), batch_size, seed).batches(first_batch, self.images.device):
+            yield self.images[rows], self.labels[rows]
 
 
-class LoadedImages:
+class LoadedImages(_Images):
     """
     Images that are decoded each time they are used, by the workers of a `DataLoader`.
 
@@ -226,10 +278,10 @@ class LoadedImages:
 
     def batches(self, batch_size: int, seed: int, first_batch: int = 0):
         """As [`CachedImages.batches`]."""
-        orders = BatchOrder(len(self), batch_size, seed)
+        orders = BatchOrder(len(self), batch_size, seed).batches(first_batch)
         loader = DataLoader(
             _Rows(self.dataset, self.reader),
-            batch_sampler=_places(orders, first_batch),
+            batch_sampler=([(epoch, row) for row in rows.tolist()] for epoch, rows in orders),
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -238,16 +290,7 @@ class LoadedImages:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-def _places(orders: BatchOrder, first_batch: int) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, row)."""
-    order_epoch, order = None, None
-    for epoch, part in orders.slices(first_batch):
-        if epoch != order_epoch:
-            order_epoch, order = epoch, orders.order(epoch).tolist()
-        yield [(epoch, row) for row in order[part]]
-
-
-class StreamedImages:
+class StreamedImages(_Images):
     """
     Images read as a streamed data set delivers them, shuffled among the 10,000 that lie ahead.
 
@@ -457,7 +500,7 @@ def open_images(
     new = checked.records(np.where(numbers == known, -1, numbers), list(findings))
     found = gather_object([(examples, errors, keep, new, len(rows) - len(to_read))])
     examples, errors = ({key: value for f in found for key, value in f[i].items()} for i in (0, 1))
-    _remember(checked, [f[3] for f in found])
+    remember(checked, [f[3] for f in found])
     if process.is_main_process and (num_known := sum(f[4] for f in found)):
         tqdm.write(f"{num_known:,} of {len(dataset):,} images passed the check at an earlier start and are unchanged.")
     if errors:
@@ -496,13 +539,14 @@ def _checked_files(dataset: Dataset, rows: np.ndarray, reader: ImageReader) -> C
     return CheckedFiles([paths[row] for row in rows], folder, settings)
 
 
-def _remember(checked: CheckedFiles, records: list[pa.Table]) -> None:
+def remember(checked: CheckedFiles, records: list[pa.Table]) -> None:
+    """Keep what is new for the next start; one that cannot be kept costs a warning."""
     if any(map(len, records)) and PartialState().is_local_main_process:
         try:
             checked.save(records)
         except OSError as error:
             tqdm.write(
-                f"All images will be checked again at the next start, because the cache cannot be written: {error}"
+                f"All files will be checked again at the next start, because the cache cannot be written: {error}"
             )
 
 

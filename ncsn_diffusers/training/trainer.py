@@ -3,7 +3,7 @@ The training loop, under accelerate.
 
 [`Trainer`] reads from top to bottom: what is set up before the loop, the loop, one step of it, the log, the evaluation,
 the checkpoints. They share one state, so they are one file. The settings are in config.py, the network in network.py,
-the data in images.py.
+the data in data.py.
 
 Everything random in a step (levels, noise, flips, dropped labels) depends only on the seed and the number of the step.
 It is drawn for the whole batch of all processes, and each process takes its part. So two processes with half the batch
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ from tqdm.auto import tqdm
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
 from ..hub.weights import WEIGHTS
-from ..images import class_columns, to_model_range, to_pil, to_uint8
+from ..images import class_columns, to_pil, to_uint8
 from ..precision import fast_memory_format
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_timesteps, score_matching_loss, stratified
+from ..units import Units
 from . import checkpoints
-from .config import FIXED_SETTINGS, TrainingConfig, changed_settings
-from .images import choose_noise_levels, open_training_images, open_validation_images
+from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_given_data
+from .data import choose_noise_levels, open_training_data, open_validation_data
 from .log import CANNOT_WRITE, LossPerLevel, RunLog, save_loss_curve, warn_unless_written
 from .network import check_size, make_network
 from .processes import interrupts, make_accelerator, together
@@ -47,12 +49,20 @@ _EVAL_CHUNK = 64  # images whose validation loss is computed together: the resul
 _MAX_SKIPPED_IN_A_ROW = 20  # fp16's loss scale is halved at each of them: after 20 any would fit
 
 
-def train(config: TrainingConfig) -> NCSNPipeline:
+def train(config: TrainingConfig, data: Any = None) -> NCSNPipeline:
     """
     Train as `config` says, save the pipeline, samples.png and loss.png in `config.output_dir`, return the pipeline.
 
     An interrupt (Ctrl-C or SIGTERM) ends training early and saves a checkpoint and the pipeline. A step whose gradient
     is not finite changes no weights; `skipped_steps` in log.jsonl counts these steps.
+
+    Args:
+        config ([`TrainingConfig`]): the run's settings.
+        data (*optional*):
+            What to train on, instead of the data that `config` names: arrays of shape (samples, channels, length),
+            (samples, channels, height, width) or (samples, channels, depth, height, width), as a `torch.Tensor`, an
+            `np.ndarray`, or an xarray DataArray, whose attribute `units` becomes `data_unit`; or a `datasets.Dataset`
+            with a column of images or arrays.
 
     Raises:
         ValueError: a setting does not fit the data, another setting, or the checkpoint to resume from.
@@ -62,7 +72,7 @@ def train(config: TrainingConfig) -> NCSNPipeline:
             `resume_from_checkpoint` is given.
         FloatingPointError: 20 gradients in a row are not finite, or the weights are not.
     """
-    return Trainer(config).train()
+    return Trainer(config, data).train()
 
 
 class Trainer:
@@ -71,9 +81,11 @@ class Trainer:
 
     Args:
         config ([`TrainingConfig`]): the run's settings.
+        data (*optional*): what to train on, instead of the data that `config` names; see [`train`].
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, data: Any = None):
+        config = record_given_data(config, data)
         self.accelerator = make_accelerator(config)
         # what was chosen is recorded with the run, and kept by one that resumes
         self.config = config = replace(config, mixed_precision=self.accelerator.mixed_precision)
@@ -84,7 +96,7 @@ class Trainer:
         try:
             self.checkpoint = self._prepare_output_dir()
             self.uploads = self._prepare_uploads()
-            self._open_images()
+            self._open_images(data)
             self._make_models()
             self._clear_output_dir()  # only now that the data and settings are found good
             with together(self.accelerator):
@@ -141,13 +153,15 @@ class Trainer:
                 uploads = BackgroundPush(repo_id, self.output_dir, private=config.hub_private_repo or None)
         return uploads
 
-    def _open_images(self) -> None:
+    def _open_images(self, data: Any) -> None:
         config = self.config
         if config.resolution is not None:
             check_size(config, config.resolution, config.resolution)  # before the data are read
-        self.images, classes = open_training_images(config, self.accelerator)
+        before = {} if self.checkpoint is None else checkpoints.read_manifest(self.checkpoint)
+        units = Units(**before["units"]) if "units" in before else None  # kept even if data have been added since
+        self.images, classes = open_training_data(config, self.accelerator, data, units)
         self.num_classes, self.class_names = (classes.number, classes.names) if classes else (None, None)
-        self.validation = open_validation_images(config, self.accelerator, self.images.shape, classes)
+        self.validation = open_validation_data(config, self.accelerator, self.images, classes, data)
         self.num_steps, self.steps_per_epoch = config.max_train_steps, None
         if not config.streaming:
             total = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
@@ -346,10 +360,11 @@ class Trainer:
             start = micro * all_size + accelerator.process_index * size
             rows = slice(start, start + size)
 
-            clean = to_model_range(images)
+            clean = self.images.to_network(images)
             if config.random_flip:
                 clean = torch.where((uniform[1, rows] < 0.5)[:, None, None, None], clean.flip(-1), clean)
-            clean = clean.contiguous(memory_format=self.memory_format)
+            if clean.ndim == 4:  # other formats are those of maps alone
+                clean = clean.contiguous(memory_format=self.memory_format)
             labels = self._with_dropout(labels, uniform[2, rows])
             with accelerator.accumulate(self.model):
                 losses = score_matching_loss(
@@ -522,12 +537,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for chunk in range(accelerator.process_index, math.ceil(len(data) / _EVAL_CHUNK), accelerator.num_processes):
             rows = slice(chunk * _EVAL_CHUNK, (chunk + 1) * _EVAL_CHUNK)
-            images = to_model_range(data.images[rows])
+            images, labels = data.take(rows)
+            images = data.to_network(images)
             self.generator.manual_seed(chunk)
             uniform = torch.rand(len(images), generator=self.generator, device=self.device)
             noise = torch.randn(images.shape, generator=self.generator, device=self.device)
             timesteps = self._draw_timesteps(uniform)
-            labels = None if self.num_classes is None else data.labels[rows]
+            labels = None if self.num_classes is None else labels
             with accelerator.autocast():
                 total += score_matching_loss(
                     self.eval_unet, self.scheduler, images, noise, timesteps, labels, config.loss_weighting
@@ -580,6 +596,7 @@ class Trainer:
                     manifest = {"step": self.step, "config": asdict(self.config)}
                     names = ("num_train_timesteps", "sigma_min", "sigma_max")
                     manifest["noise_levels"] = {name: self.scheduler.config[name] for name in names}
+                    manifest["units"] = asdict(self.images.units)
                     manifest |= self._order() | {"class_names": self.class_names}
                     checkpoints.commit(folder, manifest, self.config.checkpoints_total_limit)
         except CANNOT_WRITE as failure:

@@ -190,7 +190,6 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch, capsys):
     assert start() == (first[0], [])
     assert "3 of 3 files were measured at an earlier start" in capsys.readouterr().out
     np.save(tmp_path / "set" / "1.npy", fields(11, mean=-50.0))
-    arrays._map.cache_clear()
     changed = start()
     assert changed[1] == ["1.npy"] and changed[0] != first[0]
     # of a slice, the files that lie in it are known, and the part of one is not the whole
@@ -326,7 +325,6 @@ def test_files_that_cannot_be_read(tmp_path):
     whole = saved(tmp_path, fields(), "cut.npy")
     assert len(whole) == 40
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:400])
-    arrays._map.cache_clear()
     with pytest.raises(ValueError, match=r"cut\.npy cannot be read"):
         open_array_files(str(tmp_path / "cut.npy"))
 
@@ -414,11 +412,17 @@ def test_cached_and_loaded_arrays_come_in_the_same_order(tmp_path):
     assert torch.equal(loaded.take(slice(3, 6))[0], cached.take(slice(3, 6))[0])
 
 
-def test_a_mapped_file_gives_its_pages_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "_MAPPED", 1000)
-    data = fields(200)
-    source = opened(saved(tmp_path, data), max_cache_gb=0)
-    assert torch.equal(everything(source), opened(data).arrays)  # and reads the same numbers again
+def test_files_in_the_order_of_fortran(tmp_path):
+    data = fields(23)
+    source = opened(saved(tmp_path, np.asfortranarray(data)), max_cache_gb=0)
+    assert torch.equal(everything(source), opened(data).arrays)
+
+
+def test_a_file_that_becomes_shorter_is_named(tmp_path):
+    source = opened(saved(tmp_path, fields(23)), max_cache_gb=0)
+    os.truncate(tmp_path / "a.npy", 2000)
+    with pytest.raises(ValueError, match=r"a\.npy has become shorter"):
+        everything(source)
 
 
 # Runs
@@ -453,7 +457,6 @@ def test_training_on_a_file_and_going_on(tmp_path, run, capsys):
     assert 0 < records[-1]["validation_loss"] < 10
     # more data: the units stay those of the network
     np.save(tmp_path / "t.npy", np.concatenate([square(), square() + 100]))
-    arrays._map.cache_clear()
     trainer = Trainer(run(**arguments | {"max_train_steps": 3}, resume_from_checkpoint="latest"))
     assert len(trainer.images) == 60 and trainer.images.units == units
     assert trainer.validation.units == units

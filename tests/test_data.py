@@ -24,7 +24,7 @@ from ncsn_diffusers.data import (
     LoadedImages,
     StreamedImages,
     UnreadableImageError,
-    check_one_label_column,
+    check_label_column,
     decode_images,
     encode_labels,
     find_class_names,
@@ -585,12 +585,13 @@ def test_labels_that_number_the_rows_are_refused():
         encode([0, 2, 2], Value("int64"))
     with pytest.raises(ValueError, match=r"would make 1,200 classes of 1,200 rows"):
         encode([f"a{i}" for i in range(1200)], Value("string"))
-    with pytest.raises(ValueError, match=r"would make 1,000,000 classes of 2 rows"):
-        encode([5, 3], ClassLabel(num_classes=1_000_000))
     assert encode([i // 2 for i in range(2400)], Value("int64"))[1] == 1200
     labels = (ClassLabel(names=["a", "b"]), [0, 1, 1])
     with pytest.raises(ValueError, match="2 columns of class labels: `label_column` names one of kind, cls"):
-        check_one_label_column(gray_images(3, kind=labels, cls=labels))
+        check_label_column(gray_images(3, kind=labels, cls=labels), None)
+    check_label_column(gray_images(3, kind=labels, cls=labels), "cls")
+    with pytest.raises(ValueError, match=r"`label_column`='kind' would make 2,000 classes of 2 rows"):
+        check_label_column(gray_images(2, kind=(ClassLabel(num_classes=2000), [5, 3])), None)
 
 
 # Images of too many pixels, and files that are none

@@ -17,7 +17,7 @@ from .arrays import (
 )
 from .batches import BatchOrder
 from .columns import (
-    check_one_label_column,
+    check_label_column,
     encode_labels,
     find_array_column,
     find_class_names,
@@ -49,7 +49,7 @@ __all__ = [
     "StreamedImages",
     "UnreadableImageError",
     "array_column_rows",
-    "check_one_label_column",
+    "check_label_column",
     "choose_units",
     "count_common",
     "decode_images",

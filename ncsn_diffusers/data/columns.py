@@ -45,16 +45,22 @@ def find_columns(
     return dataset, image_column, label_column
 
 
-def check_one_label_column(dataset: Dataset | IterableDataset) -> None:
+def check_label_column(dataset: Dataset | IterableDataset, label_column: str | None) -> None:
     """
+    What the features alone say against the labels, before anything is done with them.
+
     Raises:
-        ValueError: several columns hold class labels, so that one must be named.
+        ValueError: several columns hold class labels and none is named, or there are far more classes than rows.
     """
-    found = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, ClassLabel)]
-    if len(found) > 1:
+    features = dataset.features or {}
+    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if label_column is None and len(found) > 1:
         raise ValueError(
             f"The data set has {len(found)} columns of class labels: `label_column` names one of {', '.join(found)}."
         )
+    name = label_column or next(iter(found), None)
+    if name in found and isinstance(dataset, Dataset) and features[name].num_classes > _MANY_CLASSES:
+        _check_number(name, features[name].num_classes, len(dataset))
 
 
 def _find_image_column(features: dict, image_column: str | None) -> tuple[str, Any]:
@@ -187,8 +193,6 @@ def encode_labels(
             f"`label_column`={label_column!r} of the streamed data set is not a ClassLabel: its classes are not known "
             "beforehand. Without `streaming` they are counted."
         )
-    if isinstance(feature, ClassLabel) and isinstance(dataset, Dataset) and feature.num_classes > _MANY_CLASSES:
-        _check_number(label_column, feature.num_classes, len(dataset))
     if "string" in kind and num_classes is None:
         _check_number(label_column, len(set(dataset.unique(label_column)) - {None}), len(dataset))
     if "string" in kind:

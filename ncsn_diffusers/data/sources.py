@@ -364,7 +364,7 @@ def _find_classes(folder: str, parts: dict[str, set[tuple[str, ...]]]) -> int | 
     if len(outer) > len(names):
         examples = ", ".join("/".join(part) for part in sorted(first)[:3])
         say(
-            f"No folder of {folder!r} is taken for a class: whether an outer or an inner one of {examples}, … names it is "
+            f"No folder of {folder!r} is taken for a class: whether an outer or an inner one of {examples} names it is "
             "not certain. Below the folders of classes, let no other folder differ in name."
         )
         return None

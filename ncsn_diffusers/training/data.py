@@ -18,7 +18,7 @@ from ..data import (
     LoadedImages,
     StreamedImages,
     array_column_rows,
-    check_one_label_column,
+    check_label_column,
     count_common,
     deep_image_rows,
     describe_shape,
@@ -236,8 +236,8 @@ def _open_split(
             )
         splits = {"train": to_array_rows(data)}
         return _Split("`data`", select_arrays("`data`", splits, split), lengths=_lengths(splits))
-    if config.class_conditional and config.label_column is None:
-        check_one_label_column(dataset)
+    if config.class_conditional:
+        check_label_column(dataset, config.label_column)
     array_column = find_array_column(dataset, config.array_column)
     image_column = config.image_column if array_column is None else array_column
     dataset, column, label_column = find_columns(dataset, image_column, config.label_column, array_column is not None)

@@ -1,5 +1,6 @@
 """
-Which image files have been decoded without an error, remembered from one start to the next.
+Which files of images or arrays have been read without an error, and what was found in them, remembered from one start
+to the next.
 
 A file counts as unchanged while its path, its size and its times of modification and of status change (`ctime`) stay
 the same. A program cannot set the last of these, so a file that was replaced under its old date is noticed, too. The
@@ -26,7 +27,7 @@ _SETTLED = 2.0  # seconds; a younger file may change again without another time 
 
 class CheckedFiles:
     """
-    What earlier starts found in image files.
+    What earlier starts found in files.
 
     Args:
         paths (`list` of `str` or `None`): the files; what is not the absolute path of a file is never remembered.

@@ -10,7 +10,9 @@ from PIL import Image
 from .image_files import find_white, read_image
 
 __all__ = [
+    "check_pixels",
     "class_columns",
+    "exceeds_pixels",
     "find_white",
     "make_gaussian_blur",
     "make_grid",
@@ -24,6 +26,28 @@ __all__ = [
 def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
     """Images in [0, 255] as float32 in [data_min, 1], in units of the data; any shape."""
     return images.float() / (255 / (1 - data_min)) + data_min
+
+
+def exceeds_pixels(image: Image.Image) -> bool:
+    """Whether an image that is not yet decoded has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, which may be None."""
+    return Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS
+
+
+def check_pixels(image: Image.Image) -> None:
+    """
+    Refuse an image that is not yet decoded if it has too many pixels: a small file can take gigabytes of memory.
+
+    Args:
+        image (`PIL.Image.Image`): as `PIL.Image.open` returns it.
+
+    Raises:
+        ValueError: it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, the one limit, by default 89,478,485.
+    """
+    if exceeds_pixels(image):
+        raise ValueError(
+            f"the image has {image.width}×{image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}. "
+            "Make it smaller; where it is to be trusted, PIL.Image.MAX_IMAGE_PIXELS raises the limit."
+        )
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import os
 import tarfile
 
 import datasets
@@ -23,6 +24,7 @@ from ncsn_diffusers.data import (
     LoadedImages,
     StreamedImages,
     UnreadableImageError,
+    check_label_column,
     decode_images,
     encode_labels,
     find_class_names,
@@ -210,7 +212,8 @@ def test_labels_become_numbers():
     names = gray_images(3, kind=(Value("string"), ["dog", "cat", "dog"]))
     dataset, num_classes = encode_labels(names, "kind")
     assert (dataset["kind"][:], num_classes) == ([1, 0, 1], 2)
-    assert encode_labels(gray_images(2, kind=(Value("int64"), [11, 2])), "kind")[1] == 12
+    assert encode_labels(gray_images(3, kind=(Value("int64"), [1, 2, 0])), "kind")[1] == 3
+    assert encode_labels(gray_images(2, kind=(Value("int64"), [11, 2])), "kind", num_classes=12)[1] == 12
     assert encode_labels(gray_images(2, kind=(ClassLabel(num_classes=7), [1, 2])), "kind")[1] == 7
     with pytest.raises(ValueError, match="`label_column`='kind' holds -1; classes are numbered from 0"):
         encode_labels(gray_images(2, kind=(ClassLabel(num_classes=7), [1, -1])), "kind")
@@ -258,8 +261,8 @@ def test_labels_of_other_types():
     def encode(values, kind=None):
         return encode_labels(Dataset(pa.table({"kind": pa.array(values, kind)})), "kind")
 
-    assert encode([0.0, None, 2.0])[1] == 3  # as pandas writes whole numbers of which some are missing
-    assert encode([0.0, float("nan"), 2.0])[1] == 3
+    assert encode([0.0, None, 1.0])[1] == 2  # as pandas writes whole numbers of which some are missing
+    assert encode([0.0, float("nan"), 1.0])[1] == 2
     assert encode([True, False])[1] == 2
     with pytest.raises(ValueError, match=r"`label_column`='kind' holds 0\.5; classes are numbered from 0"):
         encode([0.5, 1.0])
@@ -506,6 +509,127 @@ def test_webdataset_folder(tmp_path, streaming):
     assert batch.shape == (3, 3, 8, 8)
     assert batch[:, 0, 0, 0].tolist() == labels.tolist()
     assert sorted(labels.tolist()) == [0, 1, 2]
+
+
+def archive(folder, *names):
+    """A WebDataset of images of values 0, 10, 20 and so on, and of labels, the first digits of their files' names."""
+    folder.mkdir()
+    images = itertools.count()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name in names:
+            content = name[0].encode() if name.endswith("cls") else png(10 * next(images))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return load_training_data(train_data_dir=str(folder))
+
+
+def test_images_of_a_webdataset_are_one_column(tmp_path):
+    dots = archive(tmp_path / "dots", "img.0.png", "img.1.png", "img.2.png")
+    with pytest.raises(ValueError, match=r"3 columns of images: .* one of 0\.png, 1\.png, 2\.png\..*the first dot"):
+        find_columns(dots)
+    pairs = archive(tmp_path / "pairs", "0.seg.png", "0.png", "1.seg.png", "1.png")
+    with pytest.raises(ValueError, match=r"2 columns of images: `image_column` names one of seg\.png, png"):
+        find_columns(pairs)
+    dataset, *_ = find_columns(pairs, "png")
+    assert sorted(opened(dataset).images[:, 0, 0, 0].tolist()) == [10, 30]
+    with pytest.raises(ValueError, match=r"images of 2 types \(2 \.png, 1 \.jpg\)"):
+        archive(tmp_path / "mixed", "0.png", "1.jpg", "2.png")
+
+
+def test_labels_that_the_first_samples_of_a_webdataset_lack(tmp_path):
+    dataset = archive(tmp_path / "set", *(f"{i}.png" for i in range(6)), "6.png", "6.cls")
+    dataset, image_column, label_column = find_columns(dataset)
+    assert (image_column, label_column) == ("png", "cls")
+    assert dataset["cls"][:] == [None] * 6 + [6]
+
+
+def test_archive_that_is_none(tmp_path):
+    (tmp_path / "0.tar").write_text("no archive" * 100)
+    with pytest.raises(ValueError, match=r"0\.tar is no readable \.tar archive"):
+        load_training_data(train_data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "labels", "said"),
+    [
+        (["train/a/images/0.png", "train/b/images/1.png", "val/images/2.png"], ["a", "b"], [0, 1], ""),
+        (["cat/2020/0.png", "dog/2020/1.png"], ["cat", "dog"], [0, 1], ""),
+        (["cat/2020/0.png", "cat/2021/1.png", "dog/2020/2.png"], None, None, "outer or an inner one of cat/2020"),
+        (["x/cat/0.png", "x/dog/1.png", "y/rose/2.png"], ["cat", "dog", "rose"], [0, 1, 2], "'cat' for one in x/cat"),
+        (["cat/0.png", "dog/a/1.png"], None, None, "images lie at several depths"),
+    ],
+)
+def test_folders_of_classes(tmp_path, capsys, names, classes, labels, said):
+    dataset = load_training_data(train_data_dir=str(numbered(tmp_path / "set", *names)))
+    assert (dataset.features["label"].names if "label" in dataset.features else None) == classes
+    assert (dataset["label"][:] if classes else None) == labels
+    output = capsys.readouterr().out
+    assert said in output if said else "class" not in output
+
+
+def test_metadata_that_leaves_its_folder(tmp_path):
+    numbered(tmp_path, "set/0.png", "1.png")
+    (tmp_path / "set" / "metadata.jsonl").write_text('{"file_name": "../1.png", "label": "a"}\n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl of .* cannot be used: .*\.\./1\.png"):
+        load_training_data(train_data_dir=str(tmp_path / "set"))
+
+
+def test_labels_that_number_the_rows_are_refused():
+    def encode(values, kind):
+        return encode_labels(gray_images(len(values), (1, 1), kind=(kind, values)), "kind")
+
+    with pytest.raises(ValueError, match="`label_column`='kind' would make 3,000,001 classes of 2 rows"):
+        encode([5, 3_000_000], Value("int64"))
+    with pytest.raises(ValueError, match="holds whole numbers up to 2, of which 1 occur in no row, the first 1"):
+        encode([0, 2, 2], Value("int64"))
+    with pytest.raises(ValueError, match=r"would make 1,200 classes of 1,200 rows"):
+        encode([f"a{i}" for i in range(1200)], Value("string"))
+    assert encode([i // 2 for i in range(2400)], Value("int64"))[1] == 1200
+    labels = (ClassLabel(names=["a", "b"]), [0, 1, 1])
+    with pytest.raises(ValueError, match="2 columns of class labels: `label_column` names one of kind, cls"):
+        check_label_column(gray_images(3, kind=labels, cls=labels), None)
+    check_label_column(gray_images(3, kind=labels, cls=labels), "cls")
+    with pytest.raises(ValueError, match=r"`label_column`='kind' would make 2,000 classes of 2 rows"):
+        check_label_column(gray_images(2, kind=(ClassLabel(num_classes=2000), [5, 3])), None)
+
+
+# Images of too many pixels, and files that are none
+
+
+def test_images_of_too_many_pixels_are_not_decoded(monkeypatch):
+    file = io.BytesIO()
+    PILImage.fromarray(np.full((40, 40), 40_000, np.uint16)).save(file, "PNG")
+    row = {"image": {"bytes": file.getvalue(), "path": None}}
+    with monkeypatch.context() as patch:
+        patch.setattr(PILImage, "MAX_IMAGE_PIXELS", 1000)
+        patch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("it is decoded"))
+        with pytest.raises(UnreadableImageError, match=r"row 3: .* 40×40 pixels, more than the limit of 1,000"):
+            ImageReader("image", resolution=4)(row, (0, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(PILImage, "MAX_IMAGE_PIXELS", None)
+        assert ImageReader("image", resolution=4)(row, (0, 3))[0].shape == (1, 4, 4)
+
+
+def test_large_jpeg_files_are_decoded_at_a_reduced_size(monkeypatch):
+    array = np.zeros((64, 64), np.uint8)
+    array[:, 32:] = 200
+    file = io.BytesIO()
+    PILImage.fromarray(array).save(file, "JPEG", quality=95)
+    row = {"image": {"bytes": file.getvalue(), "path": None}}
+    whole = ImageReader("image", resolution=8)(row, (0, 0))[0]
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 3000)
+    reduced = ImageReader("image", resolution=8)(row, (0, 0))[0]
+    assert np.abs(reduced.astype(int) - whole).max() <= 10
+    with pytest.raises(UnreadableImageError, match="64×64 pixels, more than the limit of 3,000"):
+        ImageReader("image")(row, (0, 0))
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    numbered(tmp_path, "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png \(row 1\): ValueError: it is no regular file"):
+        values(tmp_path)
 
 
 # Opening

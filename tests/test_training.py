@@ -1340,9 +1340,11 @@ def test_columns_by_name(small, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / "train.parquet")
     arguments = {"dataset_name": str(tmp_path / "data"), "train_data_dir": None, "class_conditional": True}
-    unet = train(small(**arguments)).unet
+    with pytest.raises(ValueError, match="2 columns of images: `image_column` names one of gray, colour"):
+        train(small(**arguments))
+    unet = train(small(**arguments, image_column="gray")).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (1, 3)
-    assert "of 2 classes, from `gray` and `kind`." in capsys.readouterr().out  # the first of several
+    assert "of 2 classes, from `gray` and `kind`." in capsys.readouterr().out
     arguments |= {"image_column": "colour", "label_column": "size", "overwrite_output_dir": True}
     unet = train(small(**arguments)).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (3, 4)

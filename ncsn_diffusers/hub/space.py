@@ -14,7 +14,7 @@ GRADIO = "6.31.0"  # the version that the page was made with, which the extra `d
 PACKAGE = Path(__file__).parent.parent
 # The page needs no other part of the package, and of its dependencies no other than these.
 LEFT_OUT = (
-    *("assets", "commands", "convert", "evaluation", "training", "checked_files.py", "data.py", "dataset_settings.py"),
+    *("assets", "commands", "convert", "evaluation", "training", "checked_files.py", "data", "dataset_settings.py"),
     *("likelihood.py", "noise_levels.py", "score_matching.py"),
 )
 REQUIREMENTS = ("accelerate", "diffusers", "huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "tyro")

@@ -3,15 +3,16 @@
 import json
 import os
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers.optimization import SchedulerType
 
 from ..data import CORRUPT_IMAGES
-from ..dataset_settings import DatasetSettings
+from ..dataset_settings import ArraySettings, DatasetSettings
 from ..scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES
 from ..score_matching import DISTRIBUTIONS, WEIGHTINGS
 
@@ -50,6 +51,7 @@ _KNOWN_ONCE_LOADED = (*GIVEN_BY_PIPELINE, "noise_distribution", "loss_weighting"
 FIXED_SETTINGS = (
     *("pretrained_model_name_or_path", "architecture"),
     *("num_train_timesteps", "sigma_min", "sigma_max", "prediction_type", "conditioning"),
+    *("channel_axis", "value_range", "data_mean", "data_std"),
 )
 # Settings that do not affect the weights: a run may resume with others without a message
 HARMLESS_SETTINGS = (
@@ -217,7 +219,9 @@ class OptimizerSettings:
 
 
 @dataclass
-class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, RunSettings, DataSettings, DatasetSettings):
+class TrainingConfig(
+    OptimizerSettings, NoiseSettings, NetworkSettings, RunSettings, DataSettings, ArraySettings, DatasetSettings
+):
     """Train a noise conditional score network; without arguments, on 10,000 MNIST digits."""
 
     def __post_init__(self):
@@ -288,6 +292,7 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, RunSetti
                     raise ValueError(f"`{name}`={value} needs {needed}.")
         if self.random_crop and self.resolution is None:
             raise ValueError("`random_crop` needs `resolution`, the side of the crop.")
+        self.check_array_settings()
 
     def _check_refinenet(self) -> None:
         architecture = f"`architecture`={self.architecture!r}"
@@ -311,6 +316,21 @@ class TrainingConfig(OptimizerSettings, NoiseSettings, NetworkSettings, RunSetti
                 f"`block_out_channels` must be at least three with {architecture}, not {self.block_out_channels}: the "
                 "last two stages are dilated."
             )
+
+
+def record_given_data(config: TrainingConfig, data: Any) -> TrainingConfig:
+    """
+    The settings, with a word in the place of the data that were given from Python: no command could name these.
+
+    Raises:
+        ValueError: the settings name data, too.
+    """
+    if data is None:
+        return config
+    for name in ("dataset_name", "dataset_config_name", "train_data_dir", "train_arrays"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"Give `data` or `{name}`={getattr(config, name)!r}, not both.")
+    return replace(config, train_data_dir="DATA")
 
 
 def changed_settings(before: dict[str, Any], config: TrainingConfig) -> dict[str, dict[str, Any]]:
@@ -345,14 +365,21 @@ def training_command(config: TrainingConfig) -> str:
         if field.type is bool:
             words.append(f"--{field.name}" if value else f"--no_{field.name}")
             continue
-        if field.name in ("dataset_name", "train_data_dir", "pretrained_model_name_or_path"):
-            value = _without_parents(value, is_folder=field.name == "train_data_dir")
-        values = [str(v) for v in value] if isinstance(value, tuple | list) else [str(value)]
-        if values[0].startswith("-"):  # -1e-05 would be read as a flag
+        paths = ("dataset_name", "train_data_dir", "train_arrays", "validation_arrays", "pretrained_model_name_or_path")
+        if field.name in paths:
+            is_folder = field.name not in ("dataset_name", "pretrained_model_name_or_path")
+            value = _without_parents(value, is_folder=is_folder)
+        # -1e-05 would be read as a flag
+        values = [_without_exponent(v) for v in value] if isinstance(value, tuple | list) else [str(value)]
+        if len(values) == 1 and values[0].startswith("-"):
             words.append(f"--{field.name}={values[0]}")
         else:
             words += [f"--{field.name}", *values]
     return shlex.join(words)
+
+
+def _without_exponent(value: float | int | str) -> str:
+    return np.format_float_positional(value, trim="-") if isinstance(value, float) else str(value)
 
 
 def _without_parents(name: str, is_folder: bool) -> str:

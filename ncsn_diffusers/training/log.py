@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from ..atomic_files import replacing, write_text
-from ..images import make_grid
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig, training_command
 
@@ -98,13 +97,10 @@ class RunLog:
             with warn_unless_written("log.jsonl"):
                 _append(self.path, json.dumps(record) + "\n")
 
-    def write_samples(self, images: list[Image.Image], num_columns: int | None, name: str, step: int) -> None:
-        """Save a grid of the samples as an image file of this name, and send it to the trackers."""
+    def write_samples(self, grid: Image.Image, name: str, step: int) -> None:
+        """Save a sheet of samples as an image file of this name, and send it to the trackers."""
         if not self.accelerator.is_main_process:
             return
-        grid = make_grid(images, num_columns)
-        scale = max(1, 512 // grid.width)  # small images are hard to judge by eye
-        grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
         with warn_unless_written(name), replacing(self.output_dir / name) as aside:
             grid.save(aside)
         for tracker in self.accelerator.trackers:
@@ -140,14 +136,13 @@ class LossPerLevel:
         low, high = (math.log(scheduler.config[name]) for name in ("sigma_min", "sigma_max"))
         edges = np.exp(np.linspace(low, high, _LEVEL_BINS + 1))
         self.names = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
-        # as timesteps, which rise with sigma: so a step need not convert its own
-        self.edges = scheduler.sigma_to_t(torch.tensor(edges[1:-1], dtype=torch.float32)).to(device)
+        self.edges = torch.tensor(edges[1:-1], dtype=torch.float32, device=device)
         # Sum and number of the finite losses, and number of the others
         self.sums = torch.zeros(3, _LEVEL_BINS, device=device)
 
-    def add(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Count losses of shape `(batch,)` at these timesteps, of the same shape."""
-        bins = (timesteps[:, None] >= self.edges).sum(1)
+    def add(self, sigmas: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count losses of shape `(batch,)` at these noise levels, of the same shape."""
+        bins = (sigmas[:, None] >= self.edges).sum(1)
         finite = losses.isfinite()
         self.sums.index_add_(1, bins, torch.stack([torch.where(finite, losses, 0.0), finite, ~finite]))
 
@@ -188,9 +183,9 @@ class StepStatistics:
         """Measure the throughput from this step on."""
         self.clock = time.perf_counter(), step
 
-    def add_losses(self, step: int, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Count losses of shape `(batch,)` of one batch of a step, at these timesteps, of the same shape."""
-        self.level_losses.add(timesteps, losses)
+    def add_losses(self, step: int, sigmas: torch.Tensor, losses: torch.Tensor) -> None:
+        """Count losses of shape `(batch,)` of one batch of a step, at these noise levels, of the same shape."""
+        self.level_losses.add(sigmas, losses)
         self.losses[step] += losses.mean() / self.num_micro_steps
 
     def add_gradient(self, norm: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ A run that resumes takes both from its checkpoint, so the pipeline may be gone b
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from diffusers import ModelMixin
 
@@ -16,6 +16,7 @@ from ..hub.loading import NCSNPipeline
 from ..networks_ncsn import RefineNet2DModel
 from ..pretrained import pretrained
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
+from ..units import Units
 from .config import GIVEN_BY_PIPELINE, TrainingConfig
 
 _NAME = "`pretrained_model_name_or_path`"
@@ -23,12 +24,13 @@ _NAME = "`pretrained_model_name_or_path`"
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A network, the scheduler with its noise levels, and the number of evaluations that the pipeline draws by."""
+    """A network, the scheduler with its noise levels, the data's units, and the number of levels to draw by."""
 
     name: str
     network: ModelMixin
     scheduler: AnnealedLangevinScheduler
     num_inference_steps: int
+    units: Units
 
     def to_dict(self) -> dict:
         """All but the weights, as JSON can hold it."""
@@ -37,6 +39,7 @@ class StartingPoint:
             "network": _public(self.network),
             "scheduler": json.loads(self.scheduler.to_json_string()),
             "num_inference_steps": self.num_inference_steps,
+            "units": asdict(self.units),
         }
 
     @classmethod
@@ -44,7 +47,7 @@ class StartingPoint:
         """What [`StartingPoint.to_dict`] has returned, with random weights."""
         network = NETWORKS[record["class"]].from_config(record["network"])
         scheduler = AnnealedLangevinScheduler.from_config(record["scheduler"])
-        return cls(name, network, scheduler, record["num_inference_steps"])
+        return cls(name, network, scheduler, record["num_inference_steps"], Units(**record["units"]))
 
 
 def find_starting_point(config: TrainingConfig, manifest: dict | None) -> StartingPoint | None:
@@ -73,15 +76,13 @@ def find_starting_point(config: TrainingConfig, manifest: dict | None) -> Starti
     except (OSError, ValueError) as error:
         raise ValueError(f"{_NAME}={name!r} cannot be loaded: {error}") from error
     network = pipe.unet.float().train().requires_grad_(True)  # float16 rounds small updates away
-    if pipe.config.data_min != -1:
-        raise ValueError(f"{_NAME}={name!r}: its data are in [{pipe.config.data_min:g}, 1], and those here in [-1, 1].")
     if network.config.in_channels != network.config.get("out_channels", network.config.in_channels):
         raise ValueError(
             f"{_NAME}={name!r}: its network takes {network.config.in_channels} channels and returns "
             f"{network.config.out_channels}; it must return as many."
         )
     scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
-    return StartingPoint(name, network, scheduler, pipe.config.num_inference_steps)
+    return StartingPoint(name, network, scheduler, pipe.config.num_inference_steps, pipe.units)
 
 
 def _find_source(name: str) -> str:

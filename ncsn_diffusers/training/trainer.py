@@ -3,7 +3,7 @@ The training loop, under accelerate.
 
 [`Trainer`] reads from top to bottom: what it is built of, the run, one step of it, the evaluation, the checkpoints.
 They share one state, so they are in one file. The other files hold the settings (config.py), the network (network.py),
-the data (images.py) and what is reported (log.py).
+the data (data.py) and what is reported (log.py).
 
 Everything random in a step (levels, noise, flips, dropped labels) depends only on the seed and the number of the step.
 It is drawn for the whole batch of all processes, and each process takes its part. So two processes with half the batch
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -28,16 +28,19 @@ from tqdm.auto import tqdm
 
 from ..atomic_files import remove_incomplete
 from ..data import LoadedImages, StreamedImages
+from ..denoiser import Denoiser
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
 from ..hub.weights import WEIGHTS
-from ..images import class_columns, to_model_range, to_pil, to_uint8
+from ..images import class_columns
 from ..precision import fast_memory_format
+from ..sample_images import sample_sheet
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
-from ..score_matching import draw_timesteps, score_matching_loss, stratified
+from ..score_matching import draw_sigmas, score_matching_loss, stratified
+from ..units import Units
 from . import checkpoints
-from .config import FIXED_SETTINGS, TrainingConfig, changed_settings
-from .images import Images, choose_noise_levels, open_training_images, open_validation_images
+from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_given_data
+from .data import Data, choose_noise_levels, open_training_data, open_validation_data
 from .log import CANNOT_WRITE, RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
 from .network import check_size, make_network
@@ -51,12 +54,20 @@ _EVAL_CHUNK = 64  # images whose validation loss is computed together: the resul
 _STOPPING = "Interrupted: ending the step, then saving a checkpoint and the pipeline. A second time ends at once."
 
 
-def train(config: TrainingConfig) -> NCSNPipeline:
+def train(config: TrainingConfig, data: Any = None) -> NCSNPipeline:
     """
     Train as `config` says, save the pipeline, samples.png and loss.png in `config.output_dir`, return the pipeline.
 
     An interrupt (Ctrl-C or SIGTERM) ends training early: a checkpoint and the pipeline are saved, and no samples drawn.
     A step whose gradient is not finite changes no weights; `skipped_steps` in log.jsonl counts these steps.
+
+    Args:
+        config ([`TrainingConfig`]): the run's settings.
+        data (*optional*):
+            What to train on, instead of the data that `config` names: arrays of shape (samples, channels, length),
+            (samples, channels, height, width) or (samples, channels, depth, height, width), as a `torch.Tensor`, an
+            `np.ndarray`, or an xarray DataArray, whose attribute `units` becomes `data_unit`; or a `datasets.Dataset`
+            with a column of images or arrays.
 
     Raises:
         ValueError: a setting does not fit the data, another setting, the environment, the memory, the checkpoint to
@@ -67,7 +78,7 @@ def train(config: TrainingConfig) -> NCSNPipeline:
             `resume_from_checkpoint` is given.
         FloatingPointError: 20 gradients in a row are not finite, or the weights are not.
     """
-    return Trainer(config).train()
+    return Trainer(config, data).train()
 
 
 class Trainer:
@@ -77,12 +88,14 @@ class Trainer:
 
     Args:
         config ([`TrainingConfig`]): the run's settings.
+        data (*optional*): what to train on, instead of the data that `config` names; see [`train`].
 
     Raises:
         See [`train`].
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, data: Any = None):
+        config = record_given_data(config, data)
         self.accelerator = accelerator = make_accelerator(config)
         self.device = accelerator.device
         self.output_dir = Path(config.output_dir)
@@ -105,10 +118,11 @@ class Trainer:
 
         # The data
         self._check_resolution()
-        self.images, classes = open_training_images(config, accelerator)
+        units = self._kept_units(manifest)
+        self.images, classes = open_training_data(config, accelerator, data, units)
         self.num_classes, self.class_names = (classes.number, classes.names) if classes else (None, None)
         self.class_shares = count_classes(self.images, self.num_classes)
-        self.validation = open_validation_images(config, accelerator, self.images.shape, classes)
+        self.validation = open_validation_data(config, accelerator, self.images, classes, data)
         self.steps_per_epoch = self._count_steps_per_epoch()
         self.num_steps = config.max_train_steps or self.steps_per_epoch * config.num_epochs
 
@@ -183,6 +197,12 @@ class Trainer:
                 repo_id = config.hub_model_id or self.output_dir.resolve().name
                 uploads = BackgroundPush(repo_id, self.output_dir, private=config.hub_private_repo or None)
         return uploads
+
+    def _kept_units(self, manifest: dict | None) -> Units | None:
+        """The units of the run to go on with or of the pipeline to begin with, kept even if data have been added."""
+        if manifest is not None and "units" in manifest:
+            return Units(**manifest["units"])
+        return None if self.starting_point is None else self.starting_point.units
 
     def _check_resolution(self) -> None:
         """Whether images of the side `resolution` fit the network and the memory, before they are read."""
@@ -430,7 +450,7 @@ class Trainer:
         seed = np.random.SeedSequence((config.seed, self.step, 1)).generate_state(1, np.uint64)
         self.generator.manual_seed(int(seed[0] >> 1))
         uniform = torch.rand(3, num_micro * all_size, generator=self.generator, device=self.device)
-        timesteps = self._draw_timesteps(uniform[0])
+        sigmas = self._draw_sigmas(uniform[0])
         for micro in range(num_micro):
             images, labels = next(batches)
             noise = torch.randn(all_size, *images.shape[1:], generator=self.generator, device=self.device)
@@ -438,15 +458,15 @@ class Trainer:
             start = micro * all_size + accelerator.process_index * size
             rows = slice(start, start + size)
 
-            clean = to_model_range(images)
+            clean = self.images.to_network(images)
             if config.random_flip:
                 clean = torch.where((uniform[1, rows] < 0.5)[:, None, None, None], clean.flip(-1), clean)
-            clean = clean.contiguous(memory_format=memory_format)
+            if clean.ndim == 4:  # other formats are those of maps alone
+                clean = clean.contiguous(memory_format=memory_format)
             labels = self._with_dropout(labels, uniform[2, rows])
             with accelerator.accumulate(self.model):
-                losses = score_matching_loss(
-                    self.model, self.scheduler, clean, noise, timesteps[rows], labels, config.loss_weighting
-                )
+                denoiser = Denoiser.of(self.model, self.scheduler, labels)
+                losses = score_matching_loss(denoiser, clean, noise, sigmas[rows], config.loss_weighting)
                 loss = losses.mean()
                 # If the loss is not finite neither is its gradient, which all processes see.
                 accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
@@ -457,17 +477,17 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-            self.statistics.add_losses(self.step, timesteps[rows], losses.detach())
+            self.statistics.add_losses(self.step, sigmas[rows], losses.detach())
         self.lr_scheduler.step()
         self.step += 1
         if config.use_ema:
             with torch.no_grad():
                 torch._foreach_lerp_(self.averages, self.weights, 1 - self._ema_decay())
 
-    def _draw_timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
+    def _draw_sigmas(self, uniform: torch.Tensor) -> torch.Tensor:
         config = self.config
-        return draw_timesteps(
-            self.scheduler,
+        return draw_sigmas(
+            self.scheduler.ladder,
             stratified(uniform),
             config.noise_distribution,
             config.log_sigma_mean,
@@ -552,8 +572,14 @@ class Trainer:
             num_inference_steps = self.starting_point.num_inference_steps
         elif self._knows_few_levels_only(num_levels):
             num_inference_steps = num_levels
+        units = self.images.units
         return {
             "num_inference_steps": num_inference_steps,
+            "data_mean": units.data_mean,
+            "data_std": units.data_std,
+            "value_range": units.value_range,
+            "data_unit": units.name,
+            "class_shares": self.class_shares,
         }
 
     def _evaluate(self, name: str) -> None:
@@ -570,14 +596,15 @@ class Trainer:
             if self._any_interrupted():
                 self.accelerator.print(f"{name} is left out.")
                 return
-            self.log.write_samples(to_pil(to_uint8(images)), class_columns(self.num_classes), name, self.step)
+            sheet = sample_sheet(images, pipeline.units, class_columns(self.num_classes))
+            self.log.write_samples(sheet, name, self.step)
         if self.validation is not None:
             loss = self._validation_loss()
             if not self._any_interrupted():
                 self.log.write({"step": self.step, "validation_loss": loss})
 
     def _draw(self, pipeline: NCSNPipeline) -> torch.Tensor:
-        """Samples `(eval_batch_size, channels, height, width)` in [0, 1], the same for any number of processes."""
+        """Samples `(eval_batch_size, channels, ...)` in their units, the same for any number of processes."""
         accelerator, num = self.accelerator, self.config.eval_batch_size
         pipeline.set_progress_bar_config(
             desc="Sampling", unit="step", leave=False, disable=not accelerator.is_main_process
@@ -610,16 +637,16 @@ class Trainer:
             if self.interrupt.is_set():
                 break  # whoever called does not use the result
             rows = slice(chunk * _EVAL_CHUNK, (chunk + 1) * _EVAL_CHUNK)
-            images = to_model_range(data.images[rows])
+            images, labels = data.take(rows)
+            images = data.to_network(images)
             self.generator.manual_seed(chunk)
             uniform = torch.rand(len(images), generator=self.generator, device=self.device)
             noise = torch.randn(images.shape, generator=self.generator, device=self.device)
-            timesteps = self._draw_timesteps(uniform)
-            labels = None if self.num_classes is None else data.labels[rows]
+            sigmas = self._draw_sigmas(uniform)
+            labels = None if self.num_classes is None else labels
             with accelerator.autocast():
-                total += score_matching_loss(
-                    self.eval_unet, self.scheduler, images, noise, timesteps, labels, config.loss_weighting
-                ).sum()
+                denoiser = Denoiser.of(self.eval_unet, self.scheduler, labels)
+                total += score_matching_loss(denoiser, images, noise, sigmas, config.loss_weighting).sum()
         return accelerator.reduce(total, "sum").item() / len(data)
 
     # Checkpoints
@@ -664,6 +691,7 @@ class Trainer:
                     manifest = {"step": self.step, "config": asdict(self.config)}
                     names = ("num_train_timesteps", "sigma_min", "sigma_max")
                     manifest["noise_levels"] = {name: self.scheduler.config[name] for name in names}
+                    manifest["units"] = asdict(self.images.units)
                     manifest |= self._order() | {"class_names": self.class_names}
                     if self.starting_point is not None:
                         manifest["starting_point"] = self.starting_point.to_dict()
@@ -726,7 +754,7 @@ class Trainer:
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-def count_classes(images: Images, num_classes: int | None) -> list[float] | None:
+def count_classes(images: Data, num_classes: int | None) -> list[float] | None:
     """
     The share of each class among the images that have a label; `None` without classes, and for a stream, whose labels
     are not known beforehand.

@@ -1,0 +1,72 @@
+"""Data for training: images and arrays, as batches with one interface."""
+
+from .arrays import (
+    ArrayRows,
+    CachedArrays,
+    LoadedArrays,
+    array_column_rows,
+    choose_units,
+    deep_image_rows,
+    describe_shape,
+    find_channel_axis,
+    measure,
+    open_array_files,
+    open_arrays,
+    select_arrays,
+    to_array_rows,
+)
+from .batches import BatchOrder
+from .columns import (
+    check_label_column,
+    encode_labels,
+    find_array_column,
+    find_class_names,
+    find_columns,
+    read_labels,
+)
+from .images import (
+    CORRUPT_IMAGES,
+    CachedImages,
+    ImageReader,
+    LoadedImages,
+    StreamedImages,
+    UnreadableImageError,
+    decode_images,
+    open_images,
+)
+from .sources import EMBEDDED_DIGITS, count_common, load_training_data, select_split
+
+__all__ = [
+    "CORRUPT_IMAGES",
+    "EMBEDDED_DIGITS",
+    "ArrayRows",
+    "BatchOrder",
+    "CachedArrays",
+    "CachedImages",
+    "ImageReader",
+    "LoadedArrays",
+    "LoadedImages",
+    "StreamedImages",
+    "UnreadableImageError",
+    "array_column_rows",
+    "check_label_column",
+    "choose_units",
+    "count_common",
+    "decode_images",
+    "deep_image_rows",
+    "describe_shape",
+    "encode_labels",
+    "find_array_column",
+    "find_channel_axis",
+    "find_class_names",
+    "find_columns",
+    "load_training_data",
+    "measure",
+    "open_array_files",
+    "open_arrays",
+    "open_images",
+    "read_labels",
+    "select_arrays",
+    "select_split",
+    "to_array_rows",
+]

@@ -64,7 +64,7 @@ STYLE = (
 .examples img { width: 42px; margin: 0; image-rendering: pixelated; }
 .chosen img { width: 100%; max-width: 240px; margin: 0; image-rendering: pixelated; }
 .dice { align-self: end; height: 3.4em; }
-.status { min-height: 2.4em; }
+.status { min-height: 1.4em; }
 .status progress { appearance: none; width: 100%; height: 0.5em; border: 0; border-radius: 0.3em; }
 .status progress, .status progress::-webkit-progress-bar { background: var(--background-fill-secondary); }
 .status progress::-webkit-progress-bar { border-radius: 0.3em; }
@@ -74,7 +74,7 @@ STYLE = (
 @media (max-width: 640px) {
   .figures { grid-template-columns: minmax(0, 1fr); }
   .figures .sheet { max-width: 300px; margin: auto; }
-  .tab-container button[role=tab] { padding: 0 10px; }
+  .tab-container button[role=tab] { padding: 0 8px; }
 }
 """
 )
@@ -341,7 +341,7 @@ class _Form:
 def _class_field(gr, chains: Chains, first: str = ANY_CLASS):
     """The choice of the class, with `first` as the default. A network without classes has no choice."""
     choices = list(dict.fromkeys([first, *chains.classes])) if chains.classes else [ANY_CLASS]
-    return gr.Dropdown(choices, value=choices[0], label="Class", visible=bool(chains.classes))
+    return gr.Dropdown(choices, value=choices[0], label="Class", visible=bool(chains.classes), min_width=140)
 
 
 def _seed_field(gr):
@@ -353,17 +353,16 @@ def _seed_field(gr):
 
 
 def _evaluations_field(gr, chains: Chains, value: int):
-    info = f"Of the network, up to {chains.max_evaluations}: fewer are faster, more are finer."
-    return gr.Number(value, label="Evaluations", info=info)
+    return gr.Number(value, label="Evaluations", info=f"Of the network, up to {chains.max_evaluations}.", min_width=120)
 
 
 def _images_field(gr, chains: Chains, value: int):
-    return gr.Number(value, label="Images", info=f"Up to {chains.max_images}.")
+    return gr.Number(value, label="Images", info=f"Up to {chains.max_images}.", min_width=120)
 
 
 def _levels_field(gr, chains: Chains, evaluations_each: int):
     info = f"Up to {chains.max_levels(evaluations_each)}, of {evaluations_each} evaluations each."
-    return gr.Number(chains.levels, label="Noise levels", info=info)
+    return gr.Number(chains.levels, label="Noise levels", info=info, min_width=140)
 
 
 def _name_choices(chains: Chains) -> list[tuple[str, str]]:
@@ -373,7 +372,7 @@ def _name_choices(chains: Chains) -> list[tuple[str, str]]:
 def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[Image.Image], Any]):
     """
     Examples to click and a button to upload, which bring an image into the state that is returned, and onto the page as
-    `show(image)`, a value of `target`.
+    `show(image)`, an update of `target`.
     """
     image = gr.State(None, time_to_live=SESSION_SECONDS)
     gr.Markdown("Choose an image, or upload your own:")
@@ -385,7 +384,7 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
         images = opening.list_examples()
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(images):
             raise gr.Error(f"The example must be a whole number from 0 to {len(images) - 1}.", print_exception=False)
-        return images[index], show(images[index]), ""
+        return images[index], ""
 
     def choose_clicked(event: gr.EventData):
         return choose(event.index)
@@ -394,30 +393,30 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
         try:
             if file is None:
                 raise ValueError("No file has come: upload a PNG, JPEG or WebP file.")
-            fitted = read_upload(file["path"], chains.pipe.image_shape)
+            return read_upload(file["path"], chains.pipe.image_shape), ""
         except ValueError as error:
-            return gr.skip(), gr.skip(), _refuse(error)
-        return fitted, show(fitted), ""
+            return gr.skip(), _refuse(error)
 
     def open_images():
         try:
             images = opening.list_examples()
         except (ValueError, FloatingPointError):  # which the tab Draw shows
-            return gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip()
         buttons = "".join(
             f'<button type="button" data-index="{i}" aria-label="example {i + 1}"><img src="{_to_url(image)}" alt="">'
             "</button>"
             for i, image in enumerate(images)
         )
-        return f'<div class="examples">{buttons}</div>', images[0], show(images[0])
+        return f'<div class="examples">{buttons}</div>', images[0]
 
-    picker.click(choose_clicked, None, [image, target, form.status], queue=False, api_visibility="private")
+    image.change(show, image, target, queue=False, api_visibility="private", show_progress="hidden")
+    picker.click(choose_clicked, None, [image, form.status], queue=False, api_visibility="private")
     number = gr.Number(visible=False)  # for programs
-    number.submit(choose, number, [image, target, form.status], preprocess=False, api_name=f"example_{api_name}")
+    number.submit(choose, number, [image, form.status], preprocess=False, api_name=f"example_{api_name}")
     upload.upload(
         read,
         upload,
-        [image, target, form.status],
+        [image, form.status],
         preprocess=False,
         api_name=f"upload_{api_name}",
         concurrency_id="read",
@@ -425,7 +424,7 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
     form.page.load(
         open_images,
         None,
-        [picker, image, target],
+        [picker, image],
         api_visibility="private",
         show_progress="hidden",
         concurrency_id="open",
@@ -465,11 +464,11 @@ def _draw(gr, page, chains: Chains) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             label = _class_field(gr, chains, IN_TURN)
-            seed = _seed_field(gr)
-            with gr.Accordion("Sampler", open=False):
-                scheduler = gr.Dropdown(_name_choices(chains), value=chains.schedulers[0], label="Scheduler")
+            scheduler = gr.Dropdown(_name_choices(chains), value=chains.schedulers[0], label="Scheduler")
+            with gr.Row():
                 evaluations = _evaluations_field(gr, chains, chains.evaluations)
                 number = _images_field(gr, chains, chains.num_images)
+            seed = _seed_field(gr)
             form.add_buttons("Draw")
         with gr.Column(scale=2):
             images = gr.HTML(_show_captioned(None), apply_default_css=False)
@@ -524,10 +523,10 @@ def _inpaint(gr, page, chains: Chains) -> None:
             painter = make_painter(gr, shape)
             chooser = gr.Column()
         with gr.Column(scale=2, min_width=300):
-            label = _class_field(gr, chains)
-            seed = _seed_field(gr)
-            with gr.Accordion("Sampler", open=False):
+            with gr.Row():
+                label = _class_field(gr, chains)
                 levels = _levels_field(gr, chains, 1 + NUM_RESAMPLINGS)
+            seed = _seed_field(gr)
             form.add_buttons("Inpaint")
             completions = gr.HTML(_show_captioned(None), apply_default_css=False)
     with chooser:
@@ -568,10 +567,10 @@ def _restore(gr, page, chains: Chains) -> None:
                 noise_std = gr.Number(
                     opening.noise_std, label="Noise", info=f"Up to {LARGEST_NOISE:g}; black is {black}, white 1."
                 )
-            label = _class_field(gr, chains)
-            seed = _seed_field(gr)
-            with gr.Accordion("Sampler", open=False):
+            with gr.Row():
+                label = _class_field(gr, chains)
                 levels = _levels_field(gr, chains, 2)
+            seed = _seed_field(gr)
             form.add_buttons("Restore")
             restored = gr.HTML(_show_captioned(None), apply_default_css=False)
     damage.change(choose_fields, damage, [block, blur], queue=False, api_visibility="private", show_progress="hidden")
@@ -601,9 +600,10 @@ def _compare(gr, page, chains: Chains) -> None:
                 label="Schedulers",
                 info=f"Up to {MAX_COMPARED}.",
             )
-            evaluations = _evaluations_field(gr, chains, opening.evaluations)
+            with gr.Row():
+                evaluations = _evaluations_field(gr, chains, opening.evaluations)
+                number = _images_field(gr, chains, opening.num_compared)
             seed = _seed_field(gr)
-            number = _images_field(gr, chains, opening.num_compared)
             form.add_buttons("Compare")
         with gr.Column(scale=2):
             images = gr.HTML(_show_captioned(None), apply_default_css=False)

@@ -82,38 +82,46 @@ STYLE = """
 .painter .paper { position: relative; max-width: 360px; touch-action: none; cursor: crosshair; }
 .painter .paper > * { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; image-rendering: pixelated; }
 .painter canvas { opacity: 0.8; touch-action: none; }
-.painter .tools { display: flex; flex-wrap: wrap; gap: 0.4em 1.2em; align-items: center; margin-top: 0.6em; }
+.painter .tools { display: flex; flex-wrap: wrap; gap: 0.4em 1em; align-items: center; margin-top: 0.6em; }
 .painter .tools label { display: flex; gap: 0.4em; align-items: center; }
 .painter .tools input { accent-color: var(--color-accent); }
 .painter .tools input[type=radio] { appearance: auto; }
-.painter .tools input[type=range] { width: 6em; }
+.painter .tools input[type=range] { width: 4.5em; }
 .painter .tools button { padding: 0.2em 0.9em; border: 1px solid var(--border-color-primary); border-radius: 6px; }
 """
 
 BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
-def paint_on(gr: ModuleType, shape: tuple[int, int, int], image: str = BLANK, mask: str = "", **settings: Any) -> Any:
+def _describe(shape: tuple[int, int, int], image: str, mask: str) -> dict[str, Any]:
+    """Value and properties of the field. gradio replaces all of them when one changes."""
+    _, height, width = shape
+    side = min(height, width)
+    brush = {"brush": max(1, side // 8), "largest": max(2, side // 3)}
+    return {"value": mask, "image": image, "columns": width, "rows": height, **brush}
+
+
+def make_painter(gr: ModuleType, shape: tuple[int, int, int]) -> Any:
     """
-    The field to paint on, or the field with another image.
+    The field to paint on.
 
     Args:
         gr: gradio.
         shape (`tuple[int, int, int]`): `(channels, height, width)` of the image.
-        image (`str`): The image's address.
-        mask (`str`): What is painted, as of [`read_mask`]; nothing by default.
-        settings: Those of `gradio.HTML`.
 
     Returns:
-        `gradio.HTML`: its value is the mask.
+        `gradio.HTML`: its value is the mask, as of [`read_mask`].
     """
-    _, height, width = shape
-    side = min(height, width)
-    # gradio replaces all of these when one changes
-    properties = {"columns": width, "rows": height, "brush": max(1, side // 8), "largest": max(2, side // 3)}
-    return gr.HTML(mask or "0" * (height * width), image=image, **properties, **settings)
+    return gr.HTML(html_template=HTML, js_on_load=SCRIPT, apply_default_css=False, **_describe(shape, BLANK, ""))
 
 
-def make_painter(gr: ModuleType, shape: tuple[int, int, int]) -> Any:
-    """The field to paint on, to be updated by [`paint_on`]."""
-    return paint_on(gr, shape, html_template=HTML, js_on_load=SCRIPT, apply_default_css=False)
+def paint_on(gr: ModuleType, shape: tuple[int, int, int], image: str, mask: str) -> dict[str, Any]:
+    """
+    Another image and mask for the field.
+
+    Args:
+        gr, shape: As of [`make_painter`].
+        image (`str`): The image's address.
+        mask (`str`): What is painted, as of [`read_mask`].
+    """
+    return gr.update(**_describe(shape, image, mask))

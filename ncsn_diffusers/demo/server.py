@@ -41,27 +41,25 @@ class SmallRequests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        upload = scope["path"].endswith("/upload")
-        limit = MAX_FILE_SIZE + 2**16 if upload else MAX_BODY_SIZE
-        size, refused = 0, False
+        limit = (MAX_FILE_SIZE if scope["path"].endswith("/upload") else 0) + MAX_BODY_SIZE
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        size = 0
+        if declared.isdigit() and int(declared) > limit:
+            while (await receive()).get("more_body"):  # browsers read the answer when they have sent everything
+                pass
+            message = f"A request may have {limit:,} bytes, not {int(declared):,}.".encode()
+            headers = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": 413, "headers": headers})
+            await send({"type": "http.response.body", "body": message})
+            return
 
         async def receive_little():
-            nonlocal size, refused
+            nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > limit and not refused:
-                refused = True
-                body = f"A request may have {limit:,} bytes.".encode()
-                headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-                await send({"type": "http.response.start", "status": 413, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
-            return {"type": "http.disconnect"} if refused else message
+            return message if size <= limit else {"type": "http.disconnect"}
 
-        async def send_once(message):
-            if not refused:
-                await send(message)
-
-        await self.app(scope, receive_little, send_once)
+        await self.app(scope, receive_little, send)
 
 
 @contextmanager

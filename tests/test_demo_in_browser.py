@@ -6,6 +6,7 @@ The demo page in a real browser, Debian's packages chromium and chromium-driver,
 
 import base64
 import io
+import itertools
 import os
 import shutil
 import threading
@@ -55,8 +56,10 @@ def evaluations(pipe):
 
 
 @pytest.fixture(scope="module")
-def url(pipe):
+def url(pipe, evaluations):
     with serve(pipe) as url:
+        while not (evaluations and is_idle(evaluations)):  # what the page opens with
+            pass
         yield url
 
 
@@ -112,7 +115,7 @@ class Page:
         self.wait(lambda: self.buttons(text))[-1].click()  # the tab of the same name comes before
 
     def open_tab(self, text):
-        self.wait(lambda: self.buttons(text))[0].click()
+        self.wait(lambda: [tab for tab in self.find("button[role=tab]") if tab.text.strip() == text])[0].click()
 
     def field(self, label):
         return next(field for field in self.find("label") if field.text.startswith(label))
@@ -229,7 +232,7 @@ def paint(page, *path):
     points = [(round((x - 0.5) * width), round((y - 0.5) * height)) for x, y in path]
     mouse = webdriver.ActionChains(page.driver, duration=30)
     mouse.move_to_element_with_offset(canvas, *points[0]).click_and_hold()
-    for a, b in zip(points, points[1:], strict=False):
+    for a, b in itertools.pairwise(points):
         mouse.move_by_offset(b[0] - a[0], b[1] - a[1])
     mouse.release().perform()
 
@@ -267,7 +270,9 @@ def test_the_fields_of_the_damage(page):
                 [n for n in names if n in page.text()] == [n for n in names if shown and n.startswith(shown)]
             )
         )
+    before = page.images(".chosen img")[0]
     page.find(".examples button")[3].click()
+    page.wait(lambda: (page.images(".chosen img")[0] != before).any())
     page.click("Restore")
     page.wait(lambda: page.status() == "Done." and page.captions()[1] == "noisy")
     np.testing.assert_array_equal(page.images()[0], page.images(".chosen img")[0])

@@ -653,7 +653,7 @@ def test_what_is_wrong_is_said_at_its_field(url):
     assert "There is no image yet" in call(url, "restore", ["noisy", 2, 1, 0.1, "any", 2, 0])
     assert "There is no chain to go back through yet" in call(url, "go_back", [1])
     assert "example must be a whole number from 0 to 5" in call(url, "example_restore", [10**400])
-    assert "No file has come" in call(url, "upload_restore", [None])
+    assert "No file has come" in call(url, "upload_restore", [None, ""])
 
 
 def test_requests_of_no_shape_that_the_page_sends_are_answered_with_a_sentence(url):
@@ -663,9 +663,9 @@ def test_requests_of_no_shape_that_the_page_sends_are_answered_with_a_sentence(u
         ("draw", ["any"]),
         ("draw", [file] * 5),
         ("inpaint", [file, "any", 2, 0]),
-        ("upload_inpaint", ["/etc/hostname"]),
-        ("upload_inpaint", [file]),
-        ("upload_restore", [[None]]),
+        ("upload_inpaint", ["/etc/hostname", ""]),
+        ("upload_inpaint", [file, ""]),
+        ("upload_restore", [[None], ""]),
     ):
         assert sentence in call(url, name, data), (name, data)
     assert "valid list" in call(url, "draw", '{"data": null}')
@@ -692,7 +692,7 @@ def test_an_upload_is_inpainted_restored_and_not_kept(visitor, pipe, tmp_path):
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8))
     image.resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "mine.png")
     file = gradio_client.handle_file(str(tmp_path / "mine.png"))
-    visitor("upload_inpaint", file)
+    visitor("upload_inpaint", file, "")
     assert not [path for path in folder.rglob("mine*") if path.is_file()]
     shown, status = visitor("inpaint", LEFT_HALF, "any", 3, 5)
     assert "Done." in status
@@ -700,7 +700,7 @@ def test_an_upload_is_inpainted_restored_and_not_kept(visitor, pipe, tmp_path):
         [found for (found,), _ in read_figures(shown)], end(Chains(pipe).inpaint(image, LEFT_HALF, "any", 3, 5))[1]
     )
     assert "Nothing is painted" in visitor("inpaint", "0" * 64, "any", 3, 5)[1]
-    visitor("upload_restore", file)
+    assert visitor("upload_restore", file, "")[0].startswith("<img ")
     assert not [path for path in folder.rglob("mine*") if path.is_file()]
     shown, _ = visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)
     expected = end(Chains(pipe).restore(image, "pixelated", 2, 1, 0.1, "any", 2, 5))[1]
@@ -708,9 +708,9 @@ def test_an_upload_is_inpainted_restored_and_not_kept(visitor, pipe, tmp_path):
     assert same([found for (found,), _ in read_figures(shown)], [wanted for wanted, _ in expected])
     # what is no image leaves the image as it is
     (tmp_path / "text.png").write_bytes(b"text")
-    assert "not an image that can be read" in visitor(
-        "upload_restore", gradio_client.handle_file(str(tmp_path / "text.png"))
-    )
+    text = gradio_client.handle_file(str(tmp_path / "text.png"))
+    chosen, status = visitor("upload_restore", text, "")
+    assert chosen.startswith("<img ") and "not an image that can be read" in status
     assert visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)[0] == shown
     # an example in its place
     visitor("example_restore", 1)

@@ -74,7 +74,7 @@ STYLE = (
 @media (max-width: 640px) {
   .figures { grid-template-columns: minmax(0, 1fr); }
   .figures .sheet { max-width: 300px; margin: auto; }
-  .tab-container button[role=tab] { padding: 0 8px; }
+  .tab-container button { padding: 0 8px; }
 }
 """
 )
@@ -369,10 +369,10 @@ def _name_choices(chains: Chains) -> list[tuple[str, str]]:
     return [(name_scheduler(name), name) for name in chains.schedulers]
 
 
-def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[Image.Image], Any]):
+def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[Image.Image, Any], Any]):
     """
     Examples to click and a button to upload, which bring an image into the state that is returned, and onto the page as
-    `show(image)`, an update of `target`.
+    `show(image, value)`, an update of `target`, with its value if that is to stay.
     """
     image = gr.State(None, time_to_live=SESSION_SECONDS)
     gr.Markdown("Choose an image, or upload your own:")
@@ -384,39 +384,40 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
         images = opening.list_examples()
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(images):
             raise gr.Error(f"The example must be a whole number from 0 to {len(images) - 1}.", print_exception=False)
-        return images[index], ""
+        return images[index], show(images[index], None), ""
 
     def choose_clicked(event: gr.EventData):
         return choose(event.index)
 
-    def read(file):
+    def read(file, before, value):
         try:
             if file is None:
                 raise ValueError("No file has come: upload a PNG, JPEG or WebP file.")
-            return read_upload(file["path"], chains.pipe.image_shape), ""
+            fitted = read_upload(file["path"], chains.pipe.image_shape)
         except ValueError as error:
-            return gr.skip(), _refuse(error)
+            # no `gr.skip()` for the target: it would take the properties of the painter away
+            return before, gr.skip() if before is None else show(before, value), _refuse(error)
+        return fitted, show(fitted, None), ""
 
     def open_images():
         try:
             images = opening.list_examples()
         except (ValueError, FloatingPointError):  # which the tab Draw shows
-            return gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip()
         buttons = "".join(
             f'<button type="button" data-index="{i}" aria-label="example {i + 1}"><img src="{_to_url(image)}" alt="">'
             "</button>"
             for i, image in enumerate(images)
         )
-        return f'<div class="examples">{buttons}</div>', images[0]
+        return f'<div class="examples">{buttons}</div>', images[0], show(images[0], None)
 
-    image.change(show, image, target, queue=False, api_visibility="private", show_progress="hidden")
-    picker.click(choose_clicked, None, [image, form.status], queue=False, api_visibility="private")
+    picker.click(choose_clicked, None, [image, target, form.status], queue=False, api_visibility="private")
     number = gr.Number(visible=False)  # for programs
-    number.submit(choose, number, [image, form.status], preprocess=False, api_name=f"example_{api_name}")
+    number.submit(choose, number, [image, target, form.status], preprocess=False, api_name=f"example_{api_name}")
     upload.upload(
         read,
-        upload,
-        [image, form.status],
+        [upload, image, target],
+        [image, target, form.status],
         preprocess=False,
         api_name=f"upload_{api_name}",
         concurrency_id="read",
@@ -424,7 +425,7 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
     form.page.load(
         open_images,
         None,
-        [picker, image],
+        [picker, image, target],
         api_visibility="private",
         show_progress="hidden",
         concurrency_id="open",
@@ -530,9 +531,11 @@ def _inpaint(gr, page, chains: Chains) -> None:
             form.add_buttons("Inpaint")
             completions = gr.HTML(_show_captioned(None), apply_default_css=False)
     with chooser:
-        image = _image_field(
-            gr, form, chains, painter, lambda image: paint_on(gr, shape, _to_url(image), page.opening.mask)
-        )
+
+        def put(image, mask):
+            return paint_on(gr, shape, _to_url(image), page.opening.mask if mask is None else mask)
+
+        image = _image_field(gr, form, chains, painter, put)
     form.wire({"image": image, "mask": painter, "label": label, "levels": levels, "seed": seed}, [completions])
 
 
@@ -575,7 +578,7 @@ def _restore(gr, page, chains: Chains) -> None:
             restored = gr.HTML(_show_captioned(None), apply_default_css=False)
     damage.change(choose_fields, damage, [block, blur], queue=False, api_visibility="private", show_progress="hidden")
     with chooser:
-        image = _image_field(gr, form, chains, chosen, lambda image: f'<img src="{_to_url(image)}" alt="the image">')
+        image = _image_field(gr, form, chains, chosen, lambda image, _: f'<img src="{_to_url(image)}" alt="the image">')
     fields = {"image": image, "damage": damage, "block": block, "blur": blur, "noise_std": noise_std}
     form.wire({**fields, "label": label, "levels": levels, "seed": seed}, [restored])
 

@@ -1,11 +1,12 @@
 """Ranges, 8 bits, one grid, and the one reader of image files: what training, pipelines and evaluation share."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .image_files import find_white, read_image
 
@@ -21,6 +22,8 @@ __all__ = [
     "to_pil",
     "to_uint8",
 ]
+
+TITLE_HEIGHT = 20  # pixels
 
 
 def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
@@ -103,7 +106,13 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
 
 
-def make_grid(images: list[Image.Image], num_columns: int | None = None, margin: int = 0) -> Image.Image:
+def make_grid(
+    images: list[Image.Image],
+    num_columns: int | None = None,
+    margin: int = 0,
+    min_width: int = 0,
+    titles: Sequence[str] = (),
+) -> Image.Image:
     """
     Images side by side, row by row.
 
@@ -113,21 +122,39 @@ def make_grid(images: list[Image.Image], num_columns: int | None = None, margin:
         margin (`int`, defaults to 0):
             Pixels around each image. With a margin the background is white; without one, unused places are black
             (transparent where the images are RGBA).
+        min_width (`int`, defaults to 0):
+            The least width of the grid, in pixels. Each pixel of the images becomes a square of as many pixels as that
+            takes; images that are large enough stay as they are.
+        titles (`Sequence[str]`, *optional*): one above each column, which needs to be wide enough for it.
 
     Raises:
-        ValueError: the images differ in size or mode, or there are none.
+        ValueError: the images differ in size or mode, there are none, or there is not one title for each column.
     """
     if len({(image.mode, image.size) for image in images}) != 1:
         kinds = sorted({f"{image.mode} {image.width}×{image.height}" for image in images})
         raise ValueError(f"`images` must be of one mode and size, not {', '.join(kinds) or 'an empty list'}.")
     num_columns = min(num_columns or math.ceil(math.sqrt(len(images))), len(images))
+    if titles and len(titles) != num_columns:
+        raise ValueError(f"`titles` must be one for each of the {num_columns} columns, not {len(titles)}.")
     num_rows = math.ceil(len(images) / num_columns)
+    scale = max(1, math.ceil((min_width - (num_columns + 1) * margin) / (num_columns * images[0].width)))
+    images = [image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST) for image in images]
     width, height = images[0].width + margin, images[0].height + margin
-    size = (num_columns * width + margin, num_rows * height + margin)
+    top = TITLE_HEIGHT if titles else 0
+    size = (num_columns * width + margin, num_rows * height + margin + top)
     grid = Image.new(images[0].mode, size, "white" if margin else 0)
+    if titles:
+        import matplotlib  # whose font has Greek letters; the demo's Space does without
+
+        grid.paste("white", (0, 0, size[0], top))
+        font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)
+        draw = ImageDraw.Draw(grid)
+        for column, title in enumerate(titles):
+            middle = margin + column * width + images[0].width / 2
+            draw.text((middle, top / 2), title, fill="black", font=font, anchor="mm")
     for i, image in enumerate(images):
         row, column = divmod(i, num_columns)
-        grid.paste(image, (margin + column * width, margin + row * height))
+        grid.paste(image, (margin + column * width, margin + row * height + top))
     return grid
 
 

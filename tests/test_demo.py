@@ -3,6 +3,8 @@ The demo page: what it draws is what the pipelines draw, whatever else runs besi
 with a sentence. The page itself is spoken to by gradio's client, where gradio is installed.
 """
 
+import base64
+import io
 import itertools
 import json
 import math
@@ -11,8 +13,10 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from networks import Gaussian, GaussianUNet, conditional_unet, quiet_pipeline, small_unet, train_sigmas
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline
 from ncsn_diffusers.commands import demo
@@ -29,6 +33,8 @@ from ncsn_diffusers.demo import Chains, launch, page, serve
 from ncsn_diffusers.demo.chains import (
     MAX_FRAMES,
     MAX_SEED,
+    FieldError,
+    Opening,
     find_levels,
     fit_image,
     largest_blur,
@@ -38,7 +44,6 @@ from ncsn_diffusers.demo.chains import (
     read_upload,
 )
 from ncsn_diffusers.hub import push_to_hub
-from ncsn_diffusers.images import make_grid
 from ncsn_diffusers.operators import LinearOperator
 from ncsn_diffusers.settings import make_generators
 
@@ -74,23 +79,25 @@ def chains(pipe):
 
 def end(run):
     """The run's frames and result."""
-    for _ in run.steps():
+    for _ in run.start().steps():
         pass
     assert run.done
     return run.frames, run.result
 
 
 def draw(pipe, scheduler=None, seed=0, num_images=1, levels=None, **arguments):
-    """What the pipeline itself draws, as a grid."""
+    """What the pipeline itself draws."""
     scheduler = (scheduler or type(pipe.scheduler)).from_config(pipe.scheduler.config)
     pipe = quiet_pipeline(pipe.unet, scheduler)
     generators = make_generators(seed, range(num_images))
-    images = pipe(batch_size=num_images, num_inference_steps=levels, generator=generators, **arguments).images
-    return make_grid(images)
+    return pipe(batch_size=num_images, num_inference_steps=levels, generator=generators, **arguments).images
 
 
-def same(image, expected):
-    return image.mode == expected.mode and np.array_equal(np.asarray(image), np.asarray(expected))
+def same(found, expected):
+    """Whether two images, or lists of images, are equal."""
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found.mode == expected.mode and np.array_equal(np.asarray(found), np.asarray(expected))
 
 
 # --- Runs ---
@@ -101,13 +108,13 @@ def same(image, expected):
     [(AnnealedLangevinScheduler, 9), (EulerDiscreteScheduler, 9), (HeunDiscreteScheduler, 5)],
 )
 def test_draw_is_what_the_pipeline_draws(pipe, chains, scheduler, levels):
-    frames, image = end(chains.draw("any", 9, scheduler.__name__, 3, 2))
-    assert same(image, draw(pipe, scheduler, 3, 2, levels))
+    frames, images = end(chains.draw("any", 9, scheduler.__name__, 3, 2))
+    assert same(images, draw(pipe, scheduler, 3, 2, levels))
     assert [frame.step for frame in frames] == list(range(1, 10))
     assert {frame.num_steps for frame in frames} == {9}
     sigmas = [frame.sigma for frame in frames]
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[0] > 10 * sigmas[-1]
-    assert frames[-1].denoised.size == frames[-1].noisy.size == image.size == (16, 8)
+    assert [image.size for image in frames[-1].denoised + frames[-1].noisy] == 4 * [(8, 8)]
 
 
 def test_a_frame_holds_the_estimate_of_its_level_and_the_sample_after_the_step(pipe, chains):
@@ -121,7 +128,7 @@ def test_a_frame_holds_the_estimate_of_its_level_and_the_sample_after_the_step(p
     frames, _ = end(chains.draw("any", 5, "AnnealedLangevinScheduler", 1, 1))
     for frame, tensors in zip(frames, found, strict=True):
         assert frame.sigma == tensors["sigma"].item()
-        for image, name in ((frame.denoised, "denoised"), (frame.noisy, "latents")):
+        for (image,), name in ((frame.denoised, "denoised"), (frame.noisy, "latents")):
             pixels = (tensors[name][0, 0].clamp(-1, 1) + 1) * 127.5
             np.testing.assert_allclose(np.asarray(image), pixels, atol=0.51)  # rounding to 8 bits
 
@@ -153,8 +160,8 @@ def test_classes_in_turn(pipe):
     chains = Chains(pipe)
     _, image = end(chains.draw("in turn", 4, "AnnealedLangevinScheduler", 4, 2))
     assert same(image, draw(pipe, seed=4, num_images=2, levels=4, class_labels=[1, 2]))
-    _, ((grid, _),) = end(chains.compare("in turn", 4, ["AnnealedLangevinScheduler"], 4, 2))
-    assert same(grid, image)
+    _, ((images, _),) = end(chains.compare("in turn", 4, ["AnnealedLangevinScheduler"], 4, 2))
+    assert same(images, image)
     for run in (
         lambda: chains.draw("3", 4, "AnnealedLangevinScheduler", 0, 1),
         lambda: chains.compare("3", 4, ["DDIMScheduler"], 0, 1),
@@ -189,9 +196,9 @@ def test_levels_for_a_number_of_evaluations(scheduler, evaluations, levels):
 
 def test_levels_of_several_langevin_steps():
     assert find_levels(AnnealedLangevinScheduler(num_langevin_steps=5), 24) == 4
-    with pytest.raises(ValueError, match="Evaluations must be at least 5 for AnnealedLangevinScheduler, not 4"):
+    with pytest.raises(ValueError, match="Evaluations must be at least 5 for Annealed Langevin, not 4"):
         find_levels(AnnealedLangevinScheduler(num_langevin_steps=5), 4)
-    with pytest.raises(ValueError, match="Evaluations must be at least 13 for PNDMScheduler, not 12"):
+    with pytest.raises(ValueError, match="Evaluations must be at least 13 for PNDM, not 12"):
         find_levels(PNDMScheduler.from_config(AnnealedLangevinScheduler().config), 12)
 
 
@@ -221,7 +228,7 @@ def gated():
 
 def test_stop_ends_the_pipeline_after_its_step():
     unet, chains = gated()
-    run = chains.draw("any", 50, "AnnealedLangevinScheduler", 0, 1)
+    run = chains.draw("any", 50, "AnnealedLangevinScheduler", 0, 1).start()
     unet.passes.release(3)
     steps = run.steps()
     while next(steps).step < 3:
@@ -236,7 +243,7 @@ def test_stop_ends_the_pipeline_after_its_step():
 
 def test_who_leaves_stops_the_run():
     unet, chains = gated()
-    run = chains.draw("any", 50, "AnnealedLangevinScheduler", 0, 1)
+    run = chains.draw("any", 50, "AnnealedLangevinScheduler", 0, 1).start()
     unet.passes.release(1)
     steps = run.steps()
     next(steps)
@@ -248,11 +255,12 @@ def test_who_leaves_stops_the_run():
 
 def test_runs_beside_one_another_do_not_mix(pipe, chains):
     cases = [(name, seed) for seed in range(2) for name in ("AnnealedLangevinScheduler", "DPMSolverMultistepScheduler")]
-    runs = [chains.draw("any", 12, name, seed, 1) for name, seed in cases]
-    stopped = chains.draw("any", 200, "AnnealedLangevinScheduler", 0, 1)
+    runs = [chains.draw("any", 12, name, seed, 1).start() for name, seed in cases]
+    stopped = chains.draw("any", 200, "AnnealedLangevinScheduler", 0, 1).start()
     stopped.stop()
     for (name, seed), run in zip(cases, runs, strict=True):
-        frames, image = end(run)
+        run.wait()
+        frames, image = run.frames, run.result
         assert len(frames) == 12
         assert same(image, end(chains.draw("any", 12, name, seed, 1))[1])
     stopped.wait()
@@ -272,29 +280,25 @@ def test_compare_draws_the_same_seed_under_each_scheduler(pipe, chains):
     names = ["AnnealedLangevinScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
     _, result = end(chains.compare("any", 20, names, 5, 2))
     assert [caption for _, caption in result] == [
-        "AnnealedLangevinScheduler: 20 evaluations",
-        "HeunDiscreteScheduler: 19 evaluations",
-        "PNDMScheduler: 20 evaluations",
+        "Annealed Langevin, 20 evaluations",
+        "Heun, 19 evaluations",
+        "PNDM, 20 evaluations",
     ]
-    for (image, _), scheduler, levels in zip(
+    for (images, _), scheduler, levels in zip(
         result, (AnnealedLangevinScheduler, HeunDiscreteScheduler, PNDMScheduler), (20, 10, 11), strict=True
     ):
-        assert same(image, draw(pipe, scheduler, 5, 2, levels))
+        assert same(images, draw(pipe, scheduler, 5, 2, levels))
 
 
 # --- Inpainting and restoring ---
 
 
-def paint(box, size=(80, 80)):
-    """A layer of the editor, painted in a rectangle."""
-    layer = Image.new("RGBA", size, (0, 0, 0, 0))
-    layer.paste((228, 87, 46, 255), box)
-    return layer
+LEFT_HALF = "11110000" * 8  # of 8 × 8 pixels
 
 
 def test_inpainting_keeps_what_is_not_painted(pipe, chains):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
-    _, result = end(chains.inpaint(image, [paint((0, 0, 40, 80))], "any", 4, 7))
+    _, result = end(chains.inpaint(image, LEFT_HALF, "any", 4, 7))
     assert len(result) == 3
     for completion in result:
         assert same(completion.crop((4, 0, 8, 8)), image.crop((4, 0, 8, 8)))
@@ -303,18 +307,20 @@ def test_inpainting_keeps_what_is_not_painted(pipe, chains):
     expected = quiet_pipeline(pipe.unet, cls=NCSNInpaintPipeline)(
         image, mask, batch_size=3, num_inference_steps=4, generator=make_generators(7, range(3))
     ).images
-    assert all(map(same, result, expected))
+    assert same(result, expected)
 
 
-def test_the_mask_is_what_is_covered_by_half():
-    mask = np.asarray(read_mask([paint((0, 0, 24, 16)), paint((70, 66, 80, 80))], (8, 8)))
-    expected = np.zeros((8, 8))
-    expected[:2, :2] = 255  # the third column is covered by 4 of 10 pixels
-    expected[7, 7] = 255  # and the seventh row by 4 of 10
-    np.testing.assert_array_equal(mask, expected)
-    for layers in (None, [], [paint((0, 0, 3, 3))]):
-        with pytest.raises(ValueError, match="Nothing is painted: paint over"):
-            read_mask(layers, (8, 8))
+def test_the_mask_is_a_character_for_each_pixel():
+    mask = read_mask("100" + "001", (3, 2))
+    np.testing.assert_array_equal(np.asarray(mask), [[255, 0, 0], [0, 0, 255]])
+    with pytest.raises(ValueError, match="Nothing is painted: paint over"):
+        read_mask("000000", (3, 2))
+    for wrong in (None, "", "10000", "10000x", 111111, ["1"] * 6, {"layers": []}, "1" * 10**6):
+        with pytest.raises(
+            ValueError, match="The mask must be a text of 6 characters, 1 where the image is to be"
+        ) as e:
+            read_mask(wrong, (3, 2))
+        assert len(str(e.value)) < 200
 
 
 def smooth_pipeline():
@@ -334,7 +340,8 @@ def test_what_is_restored_fits_the_damaged_image(damage):
     image = Image.fromarray(((truth.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
     _, result = end(Chains(pipe).restore(image, damage, 2, 0.8, 0.1, "any", 12, 3))
     captions = [caption for _, caption in result]
-    assert captions == [damage, "restored", "restored", "restored"]
+    assert captions == ["image", damage, "restored", "restored", "restored"]
+    assert same(result.pop(0)[0], image)
     operator = make_operator(damage, 2, 0.8, SHAPE)
     arrays = [torch.from_numpy(np.array(i)).float()[None, None] / 127.5 - 1 for i in (image, *(r for r, _ in result))]
     measured = operator(arrays[1]) if damage == "pixelated" else arrays[1]
@@ -354,7 +361,7 @@ def test_the_noise_is_not_that_of_the_first_sample():
     _, pipe = smooth_pipeline()
     image = Image.new("L", (8, 8), 128)
     _, result = end(Chains(pipe).restore(image, "noisy", None, None, 0.2, "any", 2, 5))
-    damaged = torch.from_numpy(np.array(result[0][0])).double().flatten() / 127.5 - 1
+    damaged = torch.from_numpy(np.array(result[1][0])).double().flatten() / 127.5 - 1
     start = torch.randn(64, generator=torch.Generator().manual_seed(5)).double()
     assert abs(torch.corrcoef(torch.stack([damaged, start]))[0, 1]) < 0.5  # four standard errors
 
@@ -383,7 +390,7 @@ GOOD = {
     "compare": {"label": "any", "evaluations": 3, "schedulers": ["DDIMScheduler"], "seed": 0, "num_images": 1},
     "inpaint": {
         "image": Image.new("L", (8, 8)),
-        "layers": [paint((0, 0, 40, 40))],
+        "mask": LEFT_HALF,
         "label": "any",
         "levels": 2,
         "seed": 0,
@@ -413,6 +420,9 @@ BAD = [
     ("draw", "seed", -1, SEED + "-1."),
     ("draw", "seed", math.inf, SEED + "inf."),
     ("draw", "seed", 2**32, SEED + "4294967296."),
+    ("draw", "seed", 10**400, SEED + "10000000"),
+    ("draw", "evaluations", [20], "Evaluations must be a whole number from 1 to 200, not [20]."),
+    ("draw", "num_images", {"a": 1}, "Images must be a whole number from 1 to 16, not {'a': 1}."),
     ("draw", "num_images", 17, "Images must be a whole number from 1 to 16, not 17."),
     ("compare", "evaluations", 0, "Evaluations must be a whole number from 1 to 200, not 0."),
     ("compare", "schedulers", [], "Schedulers: choose from 1 to 6 of them."),
@@ -421,13 +431,16 @@ BAD = [
     ("compare", "schedulers", ["DDIMScheduler", 3], "Scheduler must be one of AnnealedLangevinScheduler, "),
     ("compare", "seed", 0.5, SEED + "0.5."),
     ("compare", "num_images", 0, "Images must be a whole number from 1 to 16, not 0."),
-    ("inpaint", "image", None, "There is no image yet: draw an example, or upload one."),
-    ("inpaint", "layers", None, "Nothing is painted: paint over the part of the image that is to be drawn anew."),
+    ("inpaint", "image", None, "There is no image yet: choose an example, or upload one."),
+    ("inpaint", "mask", "0" * 64, "Nothing is painted: paint over the part of the image that is to be drawn anew."),
     ("inpaint", "levels", 51, "Noise levels must be a whole number from 1 to 50, not 51."),
     ("inpaint", "seed", "x" * 1000, SEED + "'xxxxxxxxxxxx...xxxxxxxxxxxxx'."),
-    ("restore", "image", None, "There is no image yet: draw an example, or upload one."),
+    ("restore", "image", None, "There is no image yet: choose an example, or upload one."),
     ("restore", "damage", "torn", "Damage must be one of pixelated, blurred, noisy, not 'torn'."),
     ("restore", "noise_std", 2.1, "Noise must be a number from 0 to 2, not 2.1."),
+    ("restore", "noise_std", 10**400, "Noise must be a number from 0 to 2, not 1000000"),
+    ("restore", "noise_std", None, "Noise must be a number from 0 to 2, not empty."),
+    ("restore", "damage", ["noisy"], "Damage must be one of pixelated, blurred, noisy, not ['noisy']."),
     ("restore", "noise_std", 0, "Noise must be above 0 for a noisy image."),
     ("restore", "noise_std", math.nan, "Noise must be a number from 0 to 2, not nan."),
     ("restore", "levels", 101, "Noise levels must be a whole number from 1 to 100, not 101."),
@@ -437,9 +450,9 @@ BAD = [
 
 @pytest.mark.parametrize(("method", "field", "value", "sentence"), BAD)
 def test_bad_input_is_refused_with_what_would_be_accepted(chains, method, field, value, sentence):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(FieldError) as error:
         getattr(chains, method)(**{**GOOD[method], field: value})
-    assert str(error.value).startswith(sentence)
+    assert str(error.value).startswith(sentence) and error.value.field == field
 
 
 @pytest.mark.parametrize("method", GOOD)
@@ -451,6 +464,7 @@ def test_good_input_is_not(chains, method):
     ("damage", "block", "blur", "sentence"),
     [
         ("pixelated", 3, None, "Block must be one of 2 pixels, not 3."),
+        ("pixelated", [2], None, r"Block must be one of 2 pixels, not \[2\]."),
         ("pixelated", None, None, "Block must be one of 2 pixels, not empty."),
         ("blurred", None, 1.1, "Blur must be a number from 0.3 to 1, not 1.1."),
         ("blurred", None, "much", "Blur must be a number from 0.3 to 1, not 'much'."),
@@ -496,6 +510,10 @@ def test_uploads_that_are_no_images_are_deleted_too(tmp_path, monkeypatch):
         assert not path.exists()
     with pytest.raises(ValueError, match="not an image that can be read"):
         read_upload(path, SHAPE)  # gone already
+    Image.new("L", (8, 8)).save(path, "TIFF")  # whose reader is not needed
+    with pytest.raises(ValueError, match="not an image that can be read: upload a PNG, JPEG or WebP file"):
+        read_upload(path, SHAPE)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     monkeypatch.setattr("ncsn_diffusers.demo.chains.MAX_PIXELS", 4095)
     with pytest.raises(ValueError, match="64 × 64 pixels: upload one of 4,095 or less"):
         read_upload(whole, SHAPE)
@@ -517,8 +535,18 @@ def test_limits_are_refused_before_the_pipeline_is_loaded():
         launch("there is no such pipeline", num_parallel=0)
 
 
+def read_figures(text):
+    """The images that the page shows: pairs of a list of images and their caption."""
+    figures = []
+    for figure in re.findall("<figure>(.*?)</figure>", text):
+        urls = re.findall('src="data:image/png;base64,([^"]*)"', figure)
+        images = [Image.open(io.BytesIO(base64.b64decode(url))) for url in urls]
+        figures.append((images, re.search("<figcaption>(.*)</figcaption>", figure)[1]))
+    return figures
+
+
 class Visitor:
-    """A client of the page, with a session of its own. Image files come as PIL images."""
+    """A client of the page, with a session of its own."""
 
     def __init__(self, url, folder):
         client_class = pytest.importorskip("gradio_client").Client
@@ -528,20 +556,10 @@ class Visitor:
         return self.client.submit(*values, api_name=f"/{name}")
 
     def __call__(self, name, *values):
-        return self.read(self.client.predict(*values, api_name=f"/{name}"))
+        return self.client.predict(*values, api_name=f"/{name}")
 
-    def read(self, value):
-        if isinstance(value, list | tuple):
-            return [self.read(part) for part in value]
-        if isinstance(value, dict) and "image" in value:
-            return self.read(value["image"]), value["caption"]
-        if isinstance(value, str) and value.endswith(".png"):
-            with Image.open(value) as image:
-                return image.copy()
-        return value
-
-    def refusal(self, name, *values):
-        """The sentence that the page shows."""
+    def call_error(self, name, *values):
+        """The sentence of an error."""
         with pytest.raises(Exception) as error:
             self.client.predict(*values, api_name=f"/{name}")
         assert type(error.value).__name__ == "AppError"
@@ -562,79 +580,150 @@ def visitor(url, tmp_path):
 
 def test_the_page_draws_what_the_pipeline_draws_and_goes_back(visitor, pipe):
     job = visitor.submit("draw", "any", 7, "HeunDiscreteScheduler", 4, 2)
-    denoised, noisy, status, slider, level = visitor.read(job.result(timeout=60))
-    assert same(denoised, draw(pipe, HeunDiscreteScheduler, 4, 2, 4))
-    assert noisy.size == (16, 8) and "Done." in status and '<progress value="7" max="7">' in status
+    shown, slider, level, status = job.result(timeout=60)
+    (denoised, caption), (noisy, _) = read_figures(shown)
+    assert same(denoised, draw(pipe, HeunDiscreteScheduler, 4, 2, 4)) and caption == "denoised"
+    assert noisy[1].size == (8, 8) and "Done." in status and '<progress value="7" max="7">' in status
     assert (slider["value"], slider["maximum"], slider["interactive"]) == (7, 7, True)
     assert level.startswith("After step 7 of 7. Noise level: σ = ")
     frames, _ = end(Chains(pipe).draw("any", 7, "HeunDiscreteScheduler", 4, 2))
     for position in (1, 4, 7):
-        denoised, noisy, level = visitor("go_back", position)
-        assert same(noisy, frames[position - 1].noisy)
+        shown, level = visitor("go_back", position)
+        (denoised, _), (noisy, caption) = read_figures(shown)
+        assert same(noisy, frames[position - 1].noisy) and caption == "noisy"
         if position < 7:
             assert same(denoised, frames[position - 1].denoised)
         assert level == f"After step {position} of 7. Noise level: σ = {frames[position - 1].sigma:.3g}"
+    for position in (0, 8, None, 10**400):
+        assert "has positions from 1 to 7, and no other" in visitor.call_error("go_back", position)
 
 
-def test_the_page_refuses_with_a_sentence(visitor, tmp_path):
-    gradio_client = pytest.importorskip("gradio_client")
-    assert "There is no chain to go back through yet" in visitor.refusal("go_back", 1)
-    own = "AnnealedLangevinScheduler"
+def test_the_page_opens_with_images(visitor, pipe):
+    shown, slider, level, status = visitor("open_draw")
+    (images, _), _ = read_figures(shown)
+    assert same(images, draw(pipe, None, 0, 9)) and slider["interactive"] and status == ""
+    assert level.startswith("After step 50 of 50.")
+    assert visitor("go_back", 3)[1].startswith("After step 3 of 50.")
+    shown, _ = visitor("open_compare")
+    assert [caption for _, caption in read_figures(shown)] == [
+        f"{name}, 20 evaluations" for name in ("Annealed Langevin", "DDIM", "DPM-Solver++")
+    ]
+    assert same(read_figures(shown)[0][0], draw(pipe, None, 0, 4, 20))
+    shown, _ = visitor("open_inpaint")
+    lower = "0" * 32 + "1" * 32
+    expected = end(Chains(pipe).inpaint(images[0], lower, "any", 25, 0))[1]
+    assert [caption for _, caption in read_figures(shown)] == ["completion 1", "completion 2", "completion 3"]
+    assert same([found for (found,), _ in read_figures(shown)], expected)
+    shown, _ = visitor("open_restore")
+    assert [caption for _, caption in read_figures(shown)] == ["image", "pixelated", *3 * ["restored"]]
+    assert same(read_figures(shown)[0][0], images[:1])
+
+
+def test_what_cannot_be_drawn_at_the_opening_is_said():
+    pipe = quiet_pipeline(small_unet())
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, torch.nan)
+    opening = Opening(Chains(pipe))
+    for tab in ("draw", "inpaint", "restore", "compare"):
+        with pytest.raises(FloatingPointError, match="AnnealedLangevinScheduler"):
+            opening.wait(tab)
+
+
+def call(url, name, data):
+    """The page's answer, as text, without gradio's client, which calls others itself. `data` may be JSON already."""
+    body, kind = data if isinstance(data, str) else json.dumps({"data": data}), {"Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}gradio_api/call/{name}", body.encode(), kind)
+        ) as response:
+            event = json.load(response)["event_id"]
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    with urllib.request.urlopen(f"{url}gradio_api/call/{name}/{event}") as response:
+        return response.read().decode()
+
+
+def test_what_is_wrong_is_said_at_its_field(url):
+    places = {"draw": list(GOOD["draw"]), "compare": list(GOOD["compare"])}
     for method, field, value, sentence in BAD:
-        if method in ("draw", "compare") and field not in ("scheduler", "schedulers"):
-            values = {**GOOD[method], field: value}
-            if isinstance(value, float) and not math.isfinite(value):
-                continue  # JSON has no such numbers
-            assert sentence in visitor.refusal(method, *values.values()), (method, field, value)
-    assert "is not in the list of choices" in visitor.refusal("draw", "any", 3, "PlainScheduler", 0, 1)
-    assert "is not in the list of choices" in visitor.refusal("draw", "7", 3, own, 0, 1)
-    assert "choose from 1 to 6" in visitor.refusal("compare", "any", 3, [], 0, 1)
-    nothing = {"background": None, "layers": [], "composite": None}
-    assert "There is no image yet" in visitor.refusal("inpaint", nothing, "any", 2, 0)
-    assert "There is no image yet" in visitor.refusal("restore", "noisy", 2, 1, 0.1, "any", 2, 0)
-    assert "Seed must be a whole number" in visitor.refusal("example_inpaint", -1)
-    (tmp_path / "image.png").write_bytes(b"text")
-    file = gradio_client.handle_file(str(tmp_path / "image.png"))
-    assert "not an image that can be read" in visitor.refusal("upload_inpaint", file)
-    visitor("example_inpaint", 0)
-    assert "Nothing is painted" in visitor.refusal("inpaint", nothing, "any", 2, 0)
-    visitor("example_restore", 0)
-    assert "Noise must be a number from 0 to 2, not 3" in visitor.refusal("restore", "noisy", 2, 1, 3, "any", 2, 0)
-    assert "Blur must be a number from 0.3 to 1" in visitor.refusal("restore", "blurred", 2, 9, 1, "any", 2, 0)
+        if method in places:
+            answer = json.loads(call(url, method, list({**GOOD[method], field: value}.values())))["detail"]
+            wrong = {places[method][i]: found["message"] for i, found in enumerate(answer) if not found["is_valid"]}
+            assert wrong.keys() == {field} and wrong[field].startswith(sentence)
+    assert "There is no image yet" in call(url, "inpaint", [LEFT_HALF, "any", 2, 0])
+    assert "There is no image yet" in call(url, "restore", ["noisy", 2, 1, 0.1, "any", 2, 0])
+    assert "There is no chain to go back through yet" in call(url, "go_back", [1])
+    assert "example must be a whole number from 0 to 5" in call(url, "example_restore", [10**400])
+    assert "No file has come" in call(url, "upload_restore", [None, ""])
+
+
+def test_requests_of_no_shape_that_the_page_sends_are_answered_with_a_sentence(url):
+    sentence = "The request must hold one value for each field, as the page sends it. Fields: "
+    file = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
+    for name, data in (
+        ("draw", ["any"]),
+        ("draw", [file] * 5),
+        ("inpaint", [file, "any", 2, 0]),
+        ("upload_inpaint", ["/etc/hostname", ""]),
+        ("upload_inpaint", [file, ""]),
+        ("upload_restore", [[None], ""]),
+    ):
+        assert sentence in call(url, name, data), (name, data)
+    assert "valid list" in call(url, "draw", '{"data": null}')
+    assert "JSON" in call(url, "draw", "{")
+
+
+def test_large_requests_are_refused_before_they_are_read(url):
+    request = urllib.request.Request(f"{url}gradio_api/call/draw", b" " * (2**20 + 1))
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert error.value.code == 413
+    assert error.value.read() == b"A request may have 1,048,576 bytes, not 1,048,577."
+    # of an upload there may be more; without a length, the connection ends
+    for path, size in (("upload", 11 * 2**20 + 1), ("call/draw", 2**20 + 1)):
+        request = urllib.request.Request(f"{url}gradio_api/{path}", (b" " * 2**16 for _ in range(size // 2**16 + 1)))
+        with pytest.raises(OSError):
+            urllib.request.urlopen(request)
+    assert "Done." in call(url, "draw", ["any", 3, "AnnealedLangevinScheduler", 0, 1])
 
 
 def test_an_upload_is_inpainted_restored_and_not_kept(visitor, pipe, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    pixels = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8))
     image.resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "mine.png")
-    paint((0, 0, 168, 336), (336, 336)).save(tmp_path / "layer.png")
-    handle = gradio_client.handle_file
-    visitor("upload_inpaint", handle(str(tmp_path / "mine.png")))
+    file = gradio_client.handle_file(str(tmp_path / "mine.png"))
+    visitor("upload_inpaint", file, "")
     assert not [path for path in folder.rglob("mine*") if path.is_file()]
-    painted = {"background": None, "layers": [handle(str(tmp_path / "layer.png"))], "composite": None}
-    gallery, status = visitor("inpaint", painted, "any", 3, 5)
-    expected = end(Chains(pipe).inpaint(image, [paint((0, 0, 40, 80))], "any", 3, 5))[1]
-    assert len(gallery) == 3 and "Done." in status
-    for (completion, _), wanted in zip(gallery, expected, strict=True):
-        assert same(completion, wanted)
-        assert same(completion.crop((4, 0, 8, 8)), image.crop((4, 0, 8, 8)))
-    shown = visitor("upload_restore", handle(str(tmp_path / "mine.png")))
-    assert same(shown, image)
+    shown, status = visitor("inpaint", LEFT_HALF, "any", 3, 5)
+    assert "Done." in status
+    assert same(
+        [found for (found,), _ in read_figures(shown)], end(Chains(pipe).inpaint(image, LEFT_HALF, "any", 3, 5))[1]
+    )
+    assert "Nothing is painted" in visitor("inpaint", "0" * 64, "any", 3, 5)[1]
+    assert visitor("upload_restore", file, "")[0].startswith("<img ")
     assert not [path for path in folder.rglob("mine*") if path.is_file()]
-    gallery, _ = visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)
+    shown, _ = visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)
     expected = end(Chains(pipe).restore(image, "pixelated", 2, 1, 0.1, "any", 2, 5))[1]
-    assert [caption for _, caption in gallery] == ["pixelated", "restored", "restored", "restored"]
-    assert all(same(found, wanted) for (found, _), (wanted, _) in zip(gallery, expected, strict=True))
+    assert [caption for _, caption in read_figures(shown)] == ["image", "pixelated", "restored", "restored", "restored"]
+    assert same([found for (found,), _ in read_figures(shown)], [wanted for wanted, _ in expected])
+    # what is no image leaves the image as it is
+    (tmp_path / "text.png").write_bytes(b"text")
+    text = gradio_client.handle_file(str(tmp_path / "text.png"))
+    chosen, status = visitor("upload_restore", text, "")
+    assert chosen.startswith("<img ") and "not an image that can be read" in status
+    assert visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)[0] == shown
+    # an example in its place
+    visitor("example_restore", 1)
+    shown, _ = visitor("restore", "pixelated", 2, 1, 0.1, "any", 2, 5)
+    assert same(read_figures(shown)[0][0], draw(pipe, None, 1))
 
 
 def test_the_page_compares(visitor, pipe):
-    gallery, _ = visitor("compare", "any", 5, ["AnnealedLangevinScheduler", "HeunDiscreteScheduler"], 2, 2)
-    captions = ["AnnealedLangevinScheduler: 5 evaluations", "HeunDiscreteScheduler: 5 evaluations"]
-    assert [caption for _, caption in gallery] == captions
-    assert same(gallery[0][0], draw(pipe, seed=2, num_images=2, levels=5))
-    assert same(gallery[1][0], draw(pipe, HeunDiscreteScheduler, 2, 2, 3))
+    shown, _ = visitor("compare", "any", 5, ["AnnealedLangevinScheduler", "HeunDiscreteScheduler"], 2, 2)
+    (langevin, first), (heun, second) = read_figures(shown)
+    assert (first, second) == ("Annealed Langevin, 5 evaluations", "Heun, 5 evaluations")
+    assert same(langevin, draw(pipe, seed=2, num_images=2, levels=5))
+    assert same(heun, draw(pipe, HeunDiscreteScheduler, 2, 2, 3))
 
 
 def test_two_visitors_do_not_mix(url, pipe, tmp_path):
@@ -643,9 +732,10 @@ def test_two_visitors_do_not_mix(url, pipe, tmp_path):
     # while the one draws, so does the other
     jobs = [visitor.submit("draw", "any", 20, names[i].__name__, i, 1) for i, visitor in enumerate(visitors)]
     for i, levels in enumerate((20, 10)):
-        assert same(visitors[i].read(jobs[i].result(timeout=120))[0], draw(pipe, names[i], i, 1, levels))
+        shown = jobs[i].result(timeout=120)[0]
+        assert same(read_figures(shown)[0][0], draw(pipe, names[i], i, 1, levels))
     # and each goes back through a chain of their own
-    steps = [visitor("go_back", 19)[2].partition(".")[0] for visitor in visitors]
+    steps = [visitor("go_back", 19)[1].partition(".")[0] for visitor in visitors]
     assert steps == ["After step 19 of 20", "After step 19 of 19"]
 
 
@@ -654,7 +744,10 @@ def gated_page(tmp_path):
     pytest.importorskip("gradio")
     pipe = quiet_pipeline(small_unet())
     pipe.unet = unet = GatedUNet(pipe.unet)
+    unet.passes.release(1000)
     with serve(pipe, num_parallel=1) as url:
+        call(url, "open_compare", [])  # the last of what the page opens with
+        unet.passes, unet.evaluations = threading.Semaphore(0), 0
         yield unet, url
         unet.passes.release(1000)  # whatever still waits
 
@@ -686,11 +779,11 @@ def test_stop_and_cancel_end_the_pipeline(gated_page, tmp_path):
     stop = visitor.submit("stop_draw")
     step = let_end(unet)
     assert step < 50
-    denoised, _, status, slider, _ = visitor.read(stop.result(timeout=60))
+    shown, slider, _, status = stop.result(timeout=60)
     assert f"Stopped at step {step} of 50." in status and slider["maximum"] == step
     # what was drawn by then can be gone back through
-    assert visitor("go_back", 2)[2].startswith("After step 2 of 50")
-    assert same(visitor("go_back", step)[0], denoised)
+    assert visitor("go_back", 2)[1].startswith("After step 2 of 50")
+    assert visitor("go_back", step)[0] == shown
 
     # the client's own way: gradio forgets the run, and that ends it
     unet.passes, unet.evaluations = threading.Semaphore(0), 0
@@ -711,16 +804,15 @@ def test_stop_and_cancel_end_the_pipeline(gated_page, tmp_path):
     wait_for(lambda: second.status().code.name == "IN_QUEUE")
     second.cancel()
     assert let_end(unet) == 4
-    assert "Done." in first.result(timeout=60)[2]
+    assert "Done." in first.result(timeout=60)[3]
 
 
-def call(url, name, *values):
-    """The page's answer, as text, without gradio's client, which calls others itself."""
-    data, kind = json.dumps({"data": values}).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/call/{name}", data, kind)) as response:
-        event = json.load(response)["event_id"]
-    with urllib.request.urlopen(f"{url}gradio_api/call/{name}/{event}") as response:
-        return response.read().decode()
+def upload(url, content):
+    """The path of an uploaded file."""
+    part = b'Content-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' + content
+    body, kind = b"--b\r\n" + part + b"\r\n--b--\r\n", {"Content-Type": "multipart/form-data; boundary=b"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/upload", body, kind)) as response:
+        return json.load(response)[0]
 
 
 def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch):
@@ -735,9 +827,15 @@ def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch):
     monkeypatch.setattr(page, "DISK_SECONDS", (1, 5))
     with serve(quiet_pipeline(small_unet())) as url:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
-        assert "Done." in call(url, "draw", "any", 3, "AnnealedLangevinScheduler", 0, 1)
-        assert [path for path in folder.rglob("*") if path.is_file()]
-        wait_for(lambda: not [path for path in folder.rglob("*") if path.is_file()])  # by age
+
+        def list_files():
+            return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+
+        assert "Done." in call(url, "draw", ["any", 3, "AnnealedLangevinScheduler", 0, 1])
+        assert not list_files()  # images are no files
+        upload(url, b"never read")
+        assert len(list_files()) == 1
+        wait_for(lambda: not list_files())  # by age
         with urllib.request.urlopen(url) as response:
             html = response.read().decode()
         assert "fonts.googleapis" not in html and '"analytics_enabled":false' in html
@@ -745,6 +843,22 @@ def test_nothing_is_kept_and_nobody_else_is_called(monkeypatch):
     assert os.environ.get("GRADIO_TEMP_DIR") == before
     assert url.startswith("http://127.0.0.1:")
     assert hosts <= {"127.0.0.1", "localhost"}
+
+
+def test_what_a_killed_server_left_goes_at_the_next_start(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, others = tmp_path / "ncsn-demo-left", tmp_path / "others"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / "upload.png").touch()
+    with serve(quiet_pipeline(small_unet())):
+        living = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert sorted(tmp_path.iterdir()) == sorted([living, others])
+        with serve(quiet_pipeline(small_unet())):
+            assert living.exists()
+    assert list(tmp_path.iterdir()) == [others]
 
 
 def test_the_command_hands_its_settings_on(monkeypatch):
@@ -777,8 +891,9 @@ def test_a_space_runs_from_its_folder(hub, pipe, tmp_path):
             assert process.stdout.readline() == f"{space / 'ncsn_diffusers' / '__init__.py'}\n"
             url = re.search(r"at (http://127\.0\.0\.1:\d+/)", process.stdout.readline())[1]
             visitor = Visitor(url, str(tmp_path / "downloads"))
-            assert same(visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0], draw(pipe, None, 1, 2, 4))
-            assert list(temporary.glob("ncsn-demo-*/*"))
+            shown = visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0]
+            assert same(read_figures(shown)[0][0], draw(pipe, None, 1, 2, 4))
+            assert list(temporary.glob("ncsn-demo-*"))
         finally:
             process.terminate()
     assert process.returncode == 0

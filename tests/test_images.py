@@ -80,6 +80,26 @@ def test_margins_are_white():
     assert torch.equal(grid, expected)
 
 
+@pytest.mark.parametrize(("min_width", "scale"), [(0, 1), (26, 2), (27, 3), (36, 3), (37, 4)])
+def test_small_images_are_enlarged_by_whole_pixels(min_width, scale):
+    images = to_pil(random_images(3))
+    grid = make_grid(images, num_columns=2, margin=2, min_width=min_width)
+    large = [image.resize((5 * scale, 3 * scale), Image.Resampling.NEAREST) for image in images]
+    assert np.array_equal(np.asarray(grid), np.asarray(make_grid(large, num_columns=2, margin=2)))
+    assert grid.width == 10 * scale + 6 >= min_width
+
+
+def test_titles_stand_above_their_columns():
+    images = to_pil(random_images(4, 3))
+    plain = np.asarray(make_grid(images, num_columns=2, margin=2, min_width=200))
+    grid = np.asarray(make_grid(images, num_columns=2, margin=2, min_width=200, titles=["σ = 5", ""]))
+    assert np.array_equal(grid[20:], plain)
+    dark = np.argwhere(grid[:20].min(2) < 128)
+    assert len(dark) and abs(dark[:, 1].mean() - 52) < 5 and dark[:, 1].max() < 102  # of the first column alone
+    with pytest.raises(ValueError, match="`titles` must be one for each of the 2 columns, not 3"):
+        make_grid(images, num_columns=2, titles=["a", "b", "c"])
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

@@ -104,7 +104,7 @@ def test_a_strangers_path(tmp_path):
     assert Path(found) == packages / "ncsn_diffusers" / "__init__.py"
 
     run("ncsn-diffusers", "sample", "--num_images", 4, "--num_inference_steps", 5)
-    assert Image.open(folder / "samples" / "samples.png").size == (56, 56)
+    assert Image.open(folder / "samples" / "samples.png").size == (622, 622)  # 2 × 2 digits, 11 pixels a pixel
 
     train = ("train", "--block_out_channels", 8, 8, "--checkpointing_steps", 10, "--output_dir", "run")
     run("ncsn-diffusers", *train, "--max_train_steps", 20)

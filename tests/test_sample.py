@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from networks import small_unet
 from PIL import Image
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, commands, precision, pretrained
 from ncsn_diffusers.commands.sample import SampleConfig, sample
+from ncsn_diffusers.images import make_grid
 from ncsn_diffusers.settings import parse_settings
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,29 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
+def read_sheet(image, columns, size, top=0):
+    """
+    The images of a sheet of so many columns, with `size` pixels a side and in gray, as one array without margins. Their
+    pixels are squares, 2 pixels lie between images, and the sheet is not wider than it needs to be.
+    """
+    sheet = np.asarray(image.convert("L"), dtype=int)[top:]
+    scale, rest = divmod(sheet.shape[1] - 2 * (columns + 1), columns * size)
+    rows, rest_down = divmod(sheet.shape[0] - 2, scale * size + 2)
+    assert rest == rest_down == 0 and sheet.shape[1] >= 600 > sheet.shape[1] - columns * size
+    lines = []
+    for row in range(rows):
+        line = []
+        for column in range(columns):
+            y, x = (2 + i * (scale * size + 2) for i in (row, column))
+            large = sheet[y : y + scale * size, x : x + scale * size]
+            line.append(large[::scale, ::scale].copy())
+            assert np.abs(np.kron(line[-1], np.ones((scale, scale), int)) - large).max() <= 1
+            sheet[y : y + scale * size, x : x + scale * size] = 255
+        lines.append(line)
+    assert (sheet == 255).all()
+    return np.block(lines)
+
+
 def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
     # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
     arguments = [pipeline, "--num_images", 5, "--batch_size", 2, "--num_inference_steps", 4, "--save_images"]
@@ -67,14 +91,14 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
     images = pipe(class_labels=[0, 2], num_inference_steps=4, generator=generators).images
     assert np.array_equal(pixels(tmp_path / "out1" / "00003.png"), np.asarray(images[1]))
     # 3 × 2 in the grid, in order, the rest blank
-    grid = pixels(tmp_path / "out1" / "samples.png")
+    grid = read_sheet(Image.open(tmp_path / "out1" / "samples.png"), 3, 8)
     assert grid.shape == (16, 24)
     assert np.array_equal(grid[8:, :8], np.asarray(images[1]))
-    assert not grid[8:, 16:].any()
+    assert (grid[8:, 16:] == 255).all()
     # the animation ends on the grid
     gif = Image.open(tmp_path / "out1" / "samples.gif")
     gif.seek(gif.n_frames - 1)
-    assert np.abs(np.asarray(gif.convert("L"), dtype=int) - grid).max() <= 1
+    assert np.abs(read_sheet(gif, 3, 8) - grid).max() <= 1
 
 
 def test_a_cpu_with_bfloat16_draws_in_it(tmp_path, pipeline, monkeypatch, capsys):
@@ -108,7 +132,7 @@ def test_the_layout_is_the_fast_one(pipeline, dtype, last):
     assert layouts and all(layout == last for layout in layouts)
 
 
-def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
+def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline, monkeypatch):
     config = SampleConfig(
         str(pipeline),
         output_dir=str(tmp_path),
@@ -142,7 +166,14 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline):
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=names,
     ).images
-    strip = pixels(tmp_path / "filmstrip.png")
+    titles = []
+    monkeypatch.setattr(commands.sample, "make_grid", lambda *a, **k: titles.extend(k["titles"]) or make_grid(*a, **k))
+    sample(config)
+    sigmas = pipe.scheduler.sigmas[[0, 2, 3]].tolist()
+    # the network is told the level of the nearest timestep
+    assert [float(title.removeprefix("σ = ")) for title in titles[:-1]] == pytest.approx(sigmas, rel=0.01)
+    assert titles[-1] == "image"
+    strip = read_sheet(Image.open(tmp_path / "filmstrip.png"), 4, 8, top=20)
     assert strip.shape == (16, 32)
     for column, image in enumerate([frames[0], frames[2], frames[3], images[1]]):  # of steps 0 to 5
         assert np.array_equal(strip[8:, 8 * column : 8 * column + 8], np.asarray(image))
@@ -168,7 +199,7 @@ def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
 def test_no_pipeline_named_draws_the_digits_of_the_package(tmp_path):
     result = run("--num_images", 3, "--num_inference_steps", 10, "--dtype", "float32", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    grid = pixels(tmp_path / "samples" / "samples.png")
+    grid = read_sheet(Image.open(tmp_path / "samples" / "samples.png"), 3, 28)
     assert grid.shape == (28, 3 * 28)  # a column for each class
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     pipe = NCSNPipeline.from_pretrained(pretrained("mnist"))
@@ -184,7 +215,7 @@ def test_classes_in_turn_a_column_for_each(tmp_path):
     config = SampleConfig(str(tmp_path / "pipeline"), **arguments)
     sample(config)
     assert config.num_images == 60  # whole rounds of five classes
-    grid = pixels(tmp_path / "out" / "samples.png")
+    grid = read_sheet(Image.open(tmp_path / "out" / "samples.png"), 5, 8)
     assert grid.shape == (12 * 8, 5 * 8)
     pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.num_classes == 5
@@ -198,7 +229,7 @@ def test_classes_in_turn_a_column_for_each(tmp_path):
     # classes that were asked for: a square
     config = SampleConfig(str(tmp_path / "pipeline"), num_images=4, class_labels=(3,), **arguments)
     sample(config)
-    assert pixels(tmp_path / "out" / "samples.png").shape == (16, 16)
+    assert read_sheet(Image.open(tmp_path / "out" / "samples.png"), 2, 8).shape == (16, 16)
 
 
 @pytest.mark.parametrize(("num_classes", "num_images"), [(None, 64), (10, 60), (64, 64), (100, 64)])

@@ -17,6 +17,8 @@ from ..settings import DType, SamplingConfig, make_batches
 from .cli import run
 
 EXAMPLE = "ncsn-diffusers sample my-ncsn --num_images 16 --num_inference_steps 20"
+SHEET = {"margin": 2, "min_width": 600}  # pixels: small images are enlarged, and keep apart
+COLUMN_WIDTH = 64  # pixels at least, of a filmstrip, for the noise level above it
 
 
 @dataclass
@@ -36,13 +38,14 @@ class SampleConfig(SamplingConfig):
     """Folder for the images."""
 
     save_grid: bool = True
-    """Save a grid of all images, `samples.png`."""
+    """Save a grid of all images, `samples.png`, with small images enlarged."""
 
     save_images: bool = False
-    """Save each image as a file, `00000.png` and so on."""
+    """Save each image as a file in its own size, `00000.png` and so on."""
 
     animation: Literal["gif", "filmstrip"] | None = None
-    """Save the annealing as `samples.gif`, or as `filmstrip.png` with a row per image."""
+    """Save the annealing as `samples.gif`, or as `filmstrip.png` with a row per image and the noise level (in units of
+    the data, before the step) above each column."""
 
     animation_shows: Literal["denoised", "noisy"] = "denoised"
     """What the animation shows: the denoised estimate at each step, or the noisy sample itself."""
@@ -57,39 +60,44 @@ class SampleConfig(SamplingConfig):
         super().__post_init__()
 
 
-def record_frames(config: SampleConfig, frames: list[torch.Tensor]) -> dict[str, Any]:
-    """Arguments that make the pipeline append to `frames` what the animation shows, a batch per step."""
+def record_frames(config: SampleConfig, frames: list[tuple[torch.Tensor, float]]) -> dict[str, Any]:
+    """Arguments that make the pipeline append to `frames` what the animation shows, a batch and sigma per step."""
     if config.animation is None:
         return {}
     name = {"denoised": "denoised", "noisy": "latents"}[config.animation_shows]
 
     def callback(pipe, step, timestep, tensors):
-        frames.append(tensors[name].cpu())
+        frames.append((tensors[name].cpu(), tensors["sigma"].item()))
 
-    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": [name]}
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": [name, "sigma"]}
 
 
-def draw(pipe: NCSNPipeline, config: SampleConfig, indices: range) -> list[tuple[int, list[Image.Image]]]:
-    """For each image its index and its frames, the last of which is the image."""
+def draw(
+    pipe: NCSNPipeline, config: SampleConfig, indices: range, titles: list[str]
+) -> list[tuple[int, list[Image.Image]]]:
+    """For each image its index and its frames, the last of which is the image. `titles` becomes those of the frames."""
     steps = []
     images = config.draw(pipe, indices, **record_frames(config, steps))
     chosen = np.linspace(0, len(steps) - 1, config.num_frames)[:-1].round().astype(int) if steps else []
-    frames = [*(pipe.image_processor.postprocess(steps[k]) for k in chosen), images]
+    frames = [*(pipe.image_processor.postprocess(steps[k][0]) for k in chosen), images]
+    titles[:] = [*(f"σ = {steps[k][1]:.3g}" for k in chosen), "image"]
     return list(zip(indices, map(list, zip(*frames, strict=True)), strict=True))
 
 
-def save(config: SampleConfig, images: list[list[Image.Image]], num_columns: int | None) -> None:
-    """Save what the config asks for; `images` holds the frames of each image."""
+def save(config: SampleConfig, images: list[list[Image.Image]], num_columns: int | None, titles: Sequence[str]) -> None:
+    """Save what the config asks for; `images` holds the frames of each image, and `titles` names them."""
     folder = Path(config.output_dir)
     if config.save_grid:
-        make_grid([frames[-1] for frames in images], num_columns).save(folder / "samples.png")
+        make_grid([frames[-1] for frames in images], num_columns, **SHEET).save(folder / "samples.png")
     if config.save_images:
         for i, frames in enumerate(images):
             frames[-1].save(folder / f"{i:05d}.png")
     if config.animation == "filmstrip":
-        make_grid([frame for frames in images for frame in frames], config.num_frames).save(folder / "filmstrip.png")
+        frames = [frame for frames in images for frame in frames]
+        sheet = SHEET | {"min_width": max(SHEET["min_width"], COLUMN_WIDTH * config.num_frames)}
+        make_grid(frames, config.num_frames, **sheet, titles=titles).save(folder / "filmstrip.png")
     if config.animation == "gif":
-        first, *others = [make_grid(list(step), num_columns) for step in zip(*images, strict=True)]
+        first, *others = [make_grid(list(step), num_columns, **SHEET) for step in zip(*images, strict=True)]
         durations = [100] * len(others) + [2000]  # milliseconds
         first.save(folder / "samples.gif", save_all=True, append_images=others, duration=durations, loop=0)
 
@@ -105,15 +113,15 @@ def sample(config: SampleConfig) -> None:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     batches = make_batches(config.num_images, config.batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    images = []
+    images, titles = [], []
     with tqdm(total=sum(map(len, mine)), unit="image", disable=not accelerator.is_main_process) as bar:
         for indices in mine:
-            images += draw(pipe, config, indices)
+            images += draw(pipe, config, indices, titles)
             bar.update(len(indices))
 
     images = sorted(gather_object(images), key=lambda image: image[0])
     if accelerator.is_main_process:
-        save(config, [frames for _, frames in images], num_columns)
+        save(config, [frames for _, frames in images], num_columns, titles)
         print(f"Saved {len(images)} images in {Path(config.output_dir).resolve()}.")
     accelerator.end_training()
 

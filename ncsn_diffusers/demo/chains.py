@@ -10,9 +10,10 @@ import copy
 import math
 import reprlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageOps
 
 from ..hub.loading import NCSNPipeline
-from ..images import make_gaussian_blur, make_grid, read_image, to_model_range
+from ..images import make_gaussian_blur, read_image, to_model_range
 from ..pipeline_ncsn import SCHEDULERS
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
@@ -34,14 +35,46 @@ ANY_CLASS = "any"
 IN_TURN = "in turn"  # the image of seed s is of class s modulo their number
 DAMAGES = ("pixelated", "blurred", "noisy")
 NUM_SAMPLES = 3  # completions and restorations
+NUM_EXAMPLES = 6  # images to be inpainted or restored
 NUM_RESAMPLINGS = 3  # passes a level, the inpainting pipeline's default
 MAX_FRAMES = 50
 MAX_COMPARED = 6
 MAX_SEED = 2**32 - 1
 MAX_PIXELS = 2**24  # of an upload
+FORMATS = ("PNG", "JPEG", "WEBP")  # of an upload: readers of rarer ones are larger than they are needed
 LARGEST_NOISE = 2.0  # in units of the data, of a measurement
 
-Callback = Callable[[NCSNPipeline, int, torch.Tensor, dict], None]
+# What people call the schedulers, where that is not their class's name without "Scheduler".
+NAMES = {
+    "AnnealedLangevinScheduler": "Annealed Langevin",
+    "DDIMParallelScheduler": "DDIM, parallel",
+    "DDPMParallelScheduler": "DDPM, parallel",
+    "DEISMultistepScheduler": "DEIS",
+    "DPMSolverMultistepScheduler": "DPM-Solver++",
+    "DPMSolverSinglestepScheduler": "DPM-Solver++, single step",
+    "EulerAncestralDiscreteScheduler": "Euler, ancestral",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2, ancestral",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "SASolverScheduler": "SA-Solver",
+    "UniPCMultistepScheduler": "UniPC",
+}
+
+Images = list[Image.Image]
+
+
+class FieldError(ValueError):
+    """
+    A value that cannot be taken.
+
+    Attributes:
+        field (`str`): The argument's name.
+    """
+
+    def __init__(self, field: str, sentence: str):
+        super().__init__(sentence)
+        self.field = field
 
 
 @dataclass
@@ -53,20 +86,20 @@ class Frame:
         step (`int`): The number of steps taken, from 1.
         num_steps (`int`): Those of the whole chain.
         sigma (`float`): The noise level of the step, in units of the data.
-        denoised (`PIL.Image.Image`): The denoised estimates that the step was computed from, in a grid.
-        noisy (`PIL.Image.Image`): The samples after the step, in a grid, clipped to the range of images.
+        denoised (`list[PIL.Image.Image]`): The denoised estimates that the step was computed from.
+        noisy (`list[PIL.Image.Image]`): The samples after the step, clipped to the range of images.
     """
 
     step: int
     num_steps: int
     sigma: float
-    denoised: Image.Image
-    noisy: Image.Image
+    denoised: Images
+    noisy: Images
 
 
 class Run:
     """
-    Work in a thread of its own, whose steps can be watched, and which can be stopped.
+    Work in a thread of its own, whose steps can be watched, and which can be stopped. It begins with [`start`].
 
     Args:
         work (`Callable[[Run], Any]`):
@@ -87,12 +120,17 @@ class Run:
         self.done = False
         self._error: Exception | None = None
         self._changed = threading.Condition()
-        threading.Thread(target=self._work, args=(work,), daemon=True).start()
+        self._work = work
 
-    def _work(self, work: Callable[["Run"], Any]) -> None:
+    def start(self) -> "Run":
+        """Begin, and return the run itself."""
+        threading.Thread(target=self._do, daemon=True).start()
+        return self
+
+    def _do(self) -> None:
         result, error = self.result, None
         try:
-            result = work(self)
+            result = self._work(self)
         except Exception as raised:  # for the thread that watches
             error = raised
         with self._changed:
@@ -114,7 +152,7 @@ class Run:
         kept = np.linspace(0, pipe.num_timesteps - 1, min(pipe.num_timesteps, MAX_FRAMES)).round()
         if step not in kept and not self.stopped:
             return
-        denoised, noisy = (to_grid(pipe, tensors[name]) for name in ("denoised", "latents"))
+        denoised, noisy = (to_images(pipe, tensors[name]) for name in ("denoised", "latents"))
         frame = Frame(step + 1, pipe.num_timesteps, tensors["sigma"].item(), denoised, noisy)
         with self._changed:
             self.frames.append(frame)
@@ -149,14 +187,22 @@ class Run:
         self.stopped = True
 
     def wait(self) -> None:
-        """Wait until the work is done, or has failed."""
+        """
+        Wait until the work is done.
+
+        Raises:
+            Exception: what the work has raised.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self.done)
+        if self._error is not None:
+            raise self._error
 
 
 class Chains:
     """
-    Runs of one pipeline, for any number of visitors. Each method checks what a visitor has entered, and then begins.
+    Runs of one pipeline, for any number of visitors. Each method checks what a visitor has entered, whatever its type,
+    and returns a run that is yet to begin.
 
     Args:
         pipe ([`NCSNPipeline`]): The pipeline, of 1, 3 or 4 channels.
@@ -168,6 +214,7 @@ class Chains:
         classes (`list[str]`): The choices of the class, "any" first; empty for a network without classes.
         evaluations (`int`): The network evaluations of the pipeline's own chain.
         levels (`int`): The number of noise levels that inpainting and restoring begin with.
+        num_images (`int`): The number of images that drawing begins with.
 
     Raises:
         ValueError: a limit is not a positive int, or images of the network's channels cannot be shown.
@@ -190,6 +237,7 @@ class Chains:
         self.max_evaluations = max(max_evaluations, self.evaluations)
         # A long chain's step size is made for all of its levels.
         self.levels = own_levels if own_levels > 50 else min(own_levels, 25)
+        self.num_images = min(9 if math.prod(pipe.image_shape[1:]) <= 64**2 else 4, max_images)
 
     def fork(self, pipeline_class: type[NCSNPipeline], scheduler: str | None = None) -> NCSNPipeline:
         """A pipeline for one run: the shared network, and a scheduler of its own, of the given class's name."""
@@ -204,59 +252,56 @@ class Chains:
 
     def draw(self, label: Any, evaluations: Any, scheduler: Any, seed: Any, num_images: Any) -> Run:
         """
-        Images from noise; the result is a grid of those of `pipe(generator=...)` with the seeds from `seed` on. Their
+        Images from noise; the result is a list of those of `pipe(generator=...)` with the seeds from `seed` on. Their
         class may be `IN_TURN`, too.
         """
-        evaluations = check_whole("Evaluations", evaluations, 1, self.max_evaluations)
-        self._check_scheduler(scheduler)
-        seed = check_whole("Seed", seed, 0, MAX_SEED)
-        num_images = check_whole("Images", num_images, 1, self.max_images)
-        arguments = self._check_classes(label, seed, num_images)
+        seed, num_images, arguments = self._check_images(label, seed, num_images)
+        evaluations = check_whole("evaluations", "Evaluations", evaluations, 1, self.max_evaluations)
+        self._check_scheduler("scheduler", scheduler)
         pipe = self.fork(NCSNPipeline, scheduler)
         levels = find_levels(pipe.scheduler, evaluations)
-        return Run(lambda run: make_grid(self._draw(run, pipe, levels, seed, num_images, arguments)))
+        return Run(lambda run: self._draw(run, pipe, levels, seed, num_images, arguments))
 
     def compare(self, label: Any, evaluations: Any, schedulers: Any, seed: Any, num_images: Any) -> Run:
         """
-        The same seeds under several schedulers with as many evaluations; the result is a list of grids of images, each
-        with a caption, which grows. Their class may be `IN_TURN`, too.
+        The same seeds under several schedulers with as many evaluations; the result is a list of pairs, the images and
+        a caption, which grows. Their class may be `IN_TURN`, too.
         """
-        evaluations = check_whole("Evaluations", evaluations, 1, self.max_evaluations)
-        if not isinstance(schedulers, list) or not 1 <= len(set(map(str, schedulers))) <= MAX_COMPARED:
-            raise ValueError(f"Schedulers: choose from 1 to {MAX_COMPARED} of them.")
+        seed, num_images, arguments = self._check_images(label, seed, num_images)
+        evaluations = check_whole("evaluations", "Evaluations", evaluations, 1, self.max_evaluations)
+        if not isinstance(schedulers, list) or not 1 <= len(schedulers) <= MAX_COMPARED:
+            raise FieldError("schedulers", f"Schedulers: choose from 1 to {MAX_COMPARED} of them.")
         for name in schedulers:
-            self._check_scheduler(name)
-        seed = check_whole("Seed", seed, 0, MAX_SEED)
-        num_images = check_whole("Images", num_images, 1, self.max_images)
-        arguments = self._check_classes(label, seed, num_images)
+            self._check_scheduler("schedulers", name)
         pipes = {name: self.fork(NCSNPipeline, name) for name in dict.fromkeys(schedulers)}
         levels = {name: find_levels(pipe.scheduler, evaluations) for name, pipe in pipes.items()}
 
-        def work(run: Run) -> list[tuple[Image.Image, str]]:
+        def work(run: Run) -> list[tuple[Images, str]]:
             for name, pipe in pipes.items():
                 if run.stopped:
                     break
                 images = self._draw(run, pipe, levels[name], seed, num_images, arguments)
                 if not run.stopped:  # half a chain is not to be compared
-                    run.result = [*run.result, (make_grid(images), f"{name}: {pipe.num_timesteps} evaluations")]
+                    caption = f"{name_scheduler(name)}, {pipe.num_timesteps} evaluations"
+                    run.result = [*run.result, (images, caption)]
             return run.result
 
         return Run(work, [])
 
-    def inpaint(self, image: Any, layers: Any, label: Any, levels: Any, seed: Any) -> Run:
+    def inpaint(self, image: Any, mask: Any, label: Any, levels: Any, seed: Any) -> Run:
         """
         The painted pixels of an image drawn anew; the result is a list of `NUM_SAMPLES` images.
 
         Args:
             image (`PIL.Image.Image`, *optional*): As [`read_upload`] returns it.
-            layers (`list[PIL.Image.Image]`, *optional*): What was painted, in RGBA, as [`read_mask`] takes it.
+            mask: What was painted, as [`read_mask`] takes it.
             label, levels, seed: What was entered.
         """
         self._check_image(image)
-        mask = read_mask(layers, image.size)
+        mask = read_mask(mask, image.size)
         arguments = self._check_class(label)
-        levels = check_whole("Noise levels", levels, 1, self.max_levels(1 + NUM_RESAMPLINGS))
-        seed = check_whole("Seed", seed, 0, MAX_SEED)
+        seed = check_whole("seed", "Seed", seed, 0, MAX_SEED)
+        levels = check_whole("levels", "Noise levels", levels, 1, self.max_levels(1 + NUM_RESAMPLINGS))
         pipe = self.fork(NCSNInpaintPipeline)
 
         def work(run: Run) -> list[Image.Image]:
@@ -278,7 +323,7 @@ class Chains:
     ) -> Run:
         """
         An image damaged, and images drawn that fit what is left of it; the result is a list of images with captions, of
-        which the first is the damaged one.
+        which the first is the image and the second the damaged one.
 
         Args:
             image (`PIL.Image.Image`, *optional*): As [`read_upload`] returns it.
@@ -289,12 +334,12 @@ class Chains:
         """
         self._check_image(image)
         operator = make_operator(damage, block, blur, self.pipe.image_shape)
-        noise_std = check_number("Noise", noise_std, 0, LARGEST_NOISE)
+        noise_std = check_number("noise_std", "Noise", noise_std, 0, LARGEST_NOISE)
         if damage == "noisy" and noise_std == 0:
-            raise ValueError("Noise must be above 0 for a noisy image.")
+            raise FieldError("noise_std", "Noise must be above 0 for a noisy image.")
         arguments = self._check_class(label)
-        levels = check_whole("Noise levels", levels, 1, self.max_levels(2))
-        seed = check_whole("Seed", seed, 0, MAX_SEED)
+        seed = check_whole("seed", "Seed", seed, 0, MAX_SEED)
+        levels = check_whole("levels", "Noise levels", levels, 1, self.max_levels(2))
         pipe = self.fork(NCSNPosteriorPipeline)
 
         pixels = np.array(image)
@@ -304,22 +349,24 @@ class Chains:
         generator = torch.Generator().manual_seed(seed + NUM_SAMPLES)
         noise = torch.randn(measurement.shape, generator=generator)
         measurement = measurement + noise_std * noise
-        damaged = to_grid(pipe, measurement).resize(image.size, Image.Resampling.NEAREST), damage
+        (damaged,) = to_images(pipe, measurement)
+        given = [(image, "image"), (damaged.resize(image.size, Image.Resampling.NEAREST), damage)]
 
         def work(run: Run) -> list[tuple[Image.Image, str]]:
             images = pipe(
                 measurement,
                 operator,
                 noise_std,
+                units="data",
                 batch_size=NUM_SAMPLES,
                 num_inference_steps=levels,
                 generator=make_generators(seed, range(NUM_SAMPLES)),
                 **arguments,
                 **run.watch(),
             ).images
-            return [damaged, *((image, "restored") for image in images)]
+            return [*given, *((image, "restored") for image in images)]
 
-        return Run(work, [damaged])
+        return Run(work, given)
 
     def _draw(
         self, run: Run, pipe: NCSNPipeline, levels: int, seed: int, num_images: int, arguments: dict[str, Any]
@@ -332,7 +379,7 @@ class Chains:
             **run.watch(),
         ).images
 
-    # Checks: a ValueError with a sentence for the page
+    # Checks: a FieldError with a sentence for the page
 
     def max_levels(self, evaluations_each: int) -> int:
         """The most noise levels of a chain that takes so many evaluations at each step; never less than `levels`."""
@@ -344,21 +391,24 @@ class Chains:
             return {}
         if label not in self.classes:
             accepted = f"{', '.join(words)}, or from 0 to {self.classes[-1]}"
-            raise ValueError(f"Class must be {accepted}, not {reprlib.repr(label)}.")
+            raise FieldError("label", f"Class must be {accepted}, not {_show(label)}.")
         return {} if label == ANY_CLASS else {"class_labels": int(label)}
 
-    def _check_classes(self, label: Any, seed: int, num_images: int) -> dict[str, Any]:
+    def _check_images(self, label: Any, seed: Any, num_images: Any) -> tuple[int, int, dict[str, Any]]:
+        seed = check_whole("seed", "Seed", seed, 0, MAX_SEED)
+        num_images = check_whole("num_images", "Images", num_images, 1, self.max_images)
         if self.classes and label == IN_TURN:
-            return {"class_labels": [(seed + i) % self.pipe.num_classes for i in range(num_images)]}
-        return self._check_class(label, (IN_TURN, ANY_CLASS))
+            labels = [(seed + i) % self.pipe.num_classes for i in range(num_images)]
+            return seed, num_images, {"class_labels": labels}
+        return seed, num_images, self._check_class(label, (IN_TURN, ANY_CLASS))
 
-    def _check_scheduler(self, name: Any) -> None:
+    def _check_scheduler(self, field: str, name: Any) -> None:
         if name not in self.schedulers:
-            raise ValueError(f"Scheduler must be one of {', '.join(self.schedulers)}, not {reprlib.repr(name)}.")
+            raise FieldError(field, f"Scheduler must be one of {', '.join(self.schedulers)}, not {_show(name)}.")
 
     def _check_image(self, image: Any) -> None:
         if image is None:
-            raise ValueError("There is no image yet: draw an example, or upload one.")
+            raise FieldError("image", "There is no image yet: choose an example, or upload one.")
 
 
 def check_limits(**limits: int) -> None:
@@ -371,29 +421,34 @@ def check_limits(**limits: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, not {value}.")
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> float:
+def check_number(field: str, name: str, value: Any, low: float, high: float) -> float:
     """
     Raises:
-        ValueError: the value is not a number from `low` to `high`.
+        FieldError: the value is not a number from `low` to `high`.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, not {_show(value)}.")
+        raise FieldError(field, f"{name} must be a number from {low:g} to {high:g}, not {_show(value)}.")
     return float(value)
 
 
-def check_whole(name: str, value: Any, low: int, high: int) -> int:
+def check_whole(field: str, name: str, value: Any, low: int, high: int) -> int:
     """
     Raises:
-        ValueError: the value is not a whole number from `low` to `high`. Browsers send 5.0 for 5.
+        FieldError: the value is not a whole number from `low` to `high`. Browsers send 5.0 for 5.
     """
-    whole = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-    if not whole or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {_show(value)}.")
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or not low <= value <= high:
+        raise FieldError(field, f"{name} must be a whole number from {low} to {high}, not {_show(value)}.")
     return int(value)
 
 
 def _show(value: Any) -> str:
     return "empty" if value is None else reprlib.repr(value)
+
+
+def name_scheduler(scheduler: str) -> str:
+    """What people call a scheduler, by its class's name."""
+    return NAMES.get(scheduler, scheduler.removesuffix("Scheduler"))
 
 
 def _is_there(scheduler: str) -> bool:
@@ -417,7 +472,7 @@ def find_levels(scheduler: SchedulerMixin, evaluations: int) -> int:
     The largest number of noise levels whose chain takes at most so many network evaluations.
 
     Raises:
-        ValueError: the scheduler needs more than that.
+        FieldError: the scheduler needs more than that.
     """
 
     def count(levels: int) -> int:
@@ -428,14 +483,14 @@ def find_levels(scheduler: SchedulerMixin, evaluations: int) -> int:
     levels = bisect.bisect_right(range(1, evaluations + 1), evaluations, key=count)
     if levels == 0 or count(levels) == 0:
         least = next(filter(None, map(count, range(1, 100))))
-        raise ValueError(f"Evaluations must be at least {least} for {type(scheduler).__name__}, not {evaluations}.")
+        name = name_scheduler(type(scheduler).__name__)
+        raise FieldError("evaluations", f"Evaluations must be at least {least} for {name}, not {evaluations}.")
     return levels
 
 
-def to_grid(pipe: NCSNPipeline, samples: torch.Tensor) -> Image.Image:
-    """Samples in units of the data, of any height and width, clipped and as one image."""
-    images = samples.clamp(pipe.config.data_min, 1).cpu()
-    return make_grid(pipe.image_processor.postprocess(images))
+def to_images(pipe: NCSNPipeline, samples: torch.Tensor) -> Images:
+    """Samples in units of the data, of any height and width, clipped."""
+    return pipe.image_processor.postprocess(samples.clamp(pipe.config.data_min, 1).cpu())
 
 
 def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
@@ -453,7 +508,7 @@ def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Image.Image:
     """
     path = Path(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:  # which reads the header alone
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
                     f"The image has {image.width} × {image.height} pixels: upload one of {MAX_PIXELS:,} or less."
@@ -465,23 +520,27 @@ def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Image.Image:
         path.unlink(missing_ok=True)
 
 
-def read_mask(layers: Sequence[Image.Image] | None, size: tuple[int, int]) -> Image.Image:
+def read_mask(mask: Any, size: tuple[int, int]) -> Image.Image:
     """
-    The mask that was painted: white where half of a pixel or more is covered in any layer, whatever the colour.
+    The mask that was painted.
 
     Args:
-        layers (`list[PIL.Image.Image]`, *optional*): Of one size, which need not be that of the image; RGBA.
-        size (`tuple[int, int]`): `(width, height)` of the mask.
+        mask (`str`): A character for each pixel, row by row: 1 where the image is to be drawn anew, 0 elsewhere.
+        size (`tuple[int, int]`): `(width, height)` of the image.
+
+    Returns:
+        `PIL.Image.Image` of mode L, 255 where the image is to be drawn anew and 0 elsewhere.
 
     Raises:
-        ValueError: nothing is painted.
+        FieldError: the text is not of that form, or nothing is painted.
     """
-    mask = np.zeros(size[::-1], bool)
-    for layer in layers or []:
-        mask |= np.asarray(layer.convert("RGBA").getchannel("A").resize(size, Image.Resampling.BOX)) >= 128
-    if not mask.any():
-        raise ValueError("Nothing is painted: paint over the part of the image that is to be drawn anew.")
-    return Image.fromarray(np.where(mask, 255, 0).astype(np.uint8))
+    width, height = size
+    if not isinstance(mask, str) or len(mask) != width * height or not set(mask) <= {"0", "1"}:
+        form = f"{width * height} characters, 1 where the image is to be drawn anew and 0 elsewhere, row by row"
+        raise FieldError("mask", f"The mask must be a text of {form}, not {_show(mask)}.")
+    if "1" not in mask:
+        raise FieldError("mask", "Nothing is painted: paint over the part of the image that is to be drawn anew.")
+    return Image.fromarray(np.array([255 * (pixel == "1") for pixel in mask], np.uint8).reshape(height, width))
 
 
 def list_blocks(shape: tuple[int, int, int]) -> list[int]:
@@ -509,17 +568,91 @@ def make_operator(
         shape (`tuple[int, int, int]`): `(channels, height, width)`.
 
     Raises:
-        ValueError: a value is not among those that the image allows.
+        FieldError: a value is not among those that the image allows.
     """
     if damage not in DAMAGES:
-        raise ValueError(f"Damage must be one of {', '.join(DAMAGES)}, not {_show(damage)}.")
+        raise FieldError("damage", f"Damage must be one of {', '.join(DAMAGES)}, not {_show(damage)}.")
     if damage == "pixelated":
-        if block not in list_blocks(shape):
-            raise ValueError(
-                f"Block must be one of {', '.join(map(str, list_blocks(shape)))} pixels, not {_show(block)}."
-            )
+        if isinstance(block, bool) or block not in list_blocks(shape):
+            accepted = ", ".join(map(str, list_blocks(shape)))
+            raise FieldError("block", f"Block must be one of {accepted} pixels, not {_show(block)}.")
         return lambda x: F.avg_pool2d(x, int(block))
     if damage == "noisy":
         return lambda x: x
-    blur = check_number("Blur", blur, 0.3, largest_blur(shape))
+    blur = check_number("blur", "Blur", blur, 0.3, largest_blur(shape))
     return make_gaussian_blur(blur, math.ceil(3 * blur))
+
+
+class Opening:
+    """
+    What the page shows before a visitor has chosen anything: a run for each tab, drawn one after another in a thread of
+    its own, once for all visitors.
+
+    Args:
+        chains ([`Chains`]): What draws them.
+
+    Attributes:
+        mask (`str`): What is painted on the inpainted image, its lower half, as of [`read_mask`].
+        damage, block, blur, noise_std: The damage of the restored image, as of [`Chains.restore`].
+        compared (`list[str]`): The schedulers that are compared.
+        num_compared (`int`): The number of images under each of them.
+        evaluations (`int`): The network evaluations of each of them.
+    """
+
+    def __init__(self, chains: Chains):
+        shape = chains.pipe.image_shape
+        _, height, width = shape
+        self.mask = "0" * (height // 2 * width) + "1" * ((height - height // 2) * width)
+        blocks = list_blocks(shape)
+        self.damage, self.block = ("pixelated", blocks[-1]) if blocks else ("blurred", None)
+        self.blur, self.noise_std = min(2.0, largest_blur(shape)), 0.1
+        compared = (chains.schedulers[0], "DDIMScheduler", "DPMSolverMultistepScheduler")
+        self.compared = list(dict.fromkeys(name for name in compared if name in chains.schedulers))
+        self.num_compared = min(4, chains.max_images)
+        self.evaluations = min(20, chains.max_evaluations)
+        self._chains = chains
+        self._runs: dict[str, Future[Run]] = {tab: Future() for tab in ("draw", "inpaint", "restore", "compare")}
+        self._running: Run | None = None
+        self._closed = False
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        for tab, future in self._runs.items():
+            try:
+                self._running = run = self._make_run(tab)
+                if self._closed:
+                    run.stop()
+                run.start().wait()
+                future.set_result(run)
+            except Exception as error:  # for who waits
+                future.set_exception(error)
+
+    def _make_run(self, tab: str) -> Run:
+        chains = self._chains
+        if tab == "draw":
+            return chains.draw(IN_TURN, chains.evaluations, chains.schedulers[0], 0, chains.num_images)
+        if tab == "compare":
+            return chains.compare(IN_TURN, self.evaluations, self.compared, 0, self.num_compared)
+        image = self.list_examples()[0]
+        if tab == "inpaint":
+            return chains.inpaint(image, self.mask, ANY_CLASS, chains.levels, 0)
+        return chains.restore(image, self.damage, self.block, self.blur, self.noise_std, ANY_CLASS, chains.levels, 0)
+
+    def wait(self, tab: str) -> Run:
+        """
+        The run of a tab, when it is done.
+
+        Raises:
+            Exception: what the run has raised.
+        """
+        return self._runs[tab].result()
+
+    def list_examples(self) -> Images:
+        """Images to be inpainted or restored, when they are drawn: the first ones of the tab Draw."""
+        return self.wait("draw").result[:NUM_EXAMPLES]
+
+    def close(self) -> None:
+        """Stop what is running, and draw no more than a step of what would follow."""
+        self._closed = True
+        if self._running is not None:
+            self._running.stop()

@@ -1,30 +1,25 @@
 """
 The page: the fields, buttons and images around [`Chains`], made with gradio.
 
-gradio is an extra, so it is imported where the page is made. Nothing goes to other hosts: no statistics, no public
-link, no fonts. Uploads are deleted as they are read, and the images on the page lie in a folder that is emptied by age
-and goes with the server.
+Images are part of the page's text, as data URLs: there are no files that a browser could find half written, or that two
+visitors could share. Values come as the page, or anybody, has sent them, and [`Chains`] checks them.
 """
 
-import functools
+import base64
 import html
-import inspect
+import io
+import math
 import os
-import signal
-import tempfile
-import threading
-import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Callable, Sequence
+from importlib.metadata import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image
 
 from ..hub.loading import NCSNPipeline
-from ..pretrained import pretrained
-from ..settings import cast, load_pipeline
 from .chains import (
     ANY_CLASS,
     DAMAGES,
@@ -32,30 +27,63 @@ from .chains import (
     LARGEST_NOISE,
     MAX_COMPARED,
     NUM_RESAMPLINGS,
-    NUM_SAMPLES,
     Chains,
+    FieldError,
     Frame,
+    Images,
+    Opening,
     Run,
     check_limits,
     largest_blur,
     list_blocks,
+    name_scheduler,
     read_upload,
 )
+from .painter import STYLE as PAINTER_STYLE
+from .painter import make_painter, paint_on
 
-MAX_FILE_SIZE = "10mb"
 MAX_WAITING = 32  # runs in the queue
-DISK_SECONDS = (60, 600)  # how often the page's files are looked through, and the age at which they go
+DISK_SECONDS = (60, 600)  # how often uploads that nobody has read are looked for, and the age at which they go
 SESSION_SECONDS = 600  # after which a visitor who has left is forgotten
-CANVAS = 336  # pixels on the screen
-STYLE = """
-.pixels img, .pixels canvas { image-rendering: pixelated; }
-.pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-.pixels .caption-label { max-width: 100% !important; white-space: normal !important; }
-.status { min-height: 3em; }
-.status progress { appearance: none; width: 100%; height: 0.6em; border: 0; background: #ddd; }
-.status progress::-webkit-progress-bar { background: #ddd; border-radius: 0.3em; }
-.status progress::-webkit-progress-value { background: #f97316; border-radius: 0.3em; }
-.status progress::-moz-progress-bar { background: #f97316; border-radius: 0.3em; }
+LARGEST_ROLL = 100_000  # of the dice
+WITHOUT_SENTENCE = ("image", "mask")  # fields that have no place for one, which is in the status then
+STYLE = (
+    PAINTER_STYLE
+    + """
+.html-container { padding: 0 !important; }
+.figures { display: grid; gap: 16px; grid-template-columns: repeat(var(--across), minmax(0, 1fr)); }
+.figures figure { margin: 0; min-width: 0; }
+.figures figcaption { padding-top: 4px; text-align: center; color: var(--body-text-color); }
+.sheet { display: grid; gap: 2px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
+.sheet img { width: 100%; margin: 0; image-rendering: pixelated; background: var(--background-fill-secondary); }
+.empty { display: grid; place-items: center; min-height: 12em; border: 1px dashed var(--border-color-primary);
+  border-radius: 8px; color: var(--body-text-color-subdued); }
+.examples { display: flex; flex-wrap: wrap; gap: 6px; }
+.examples button { padding: 2px; border: 1px solid var(--border-color-primary); border-radius: 6px; cursor: pointer; }
+.examples button:hover, .examples button:focus { border-color: var(--color-accent); }
+.examples img { width: 42px; margin: 0; image-rendering: pixelated; }
+.chosen img { width: 100%; max-width: 240px; margin: 0; image-rendering: pixelated; }
+.dice { align-self: end; height: 3.4em; }
+.status { min-height: 1.4em; }
+.status progress { appearance: none; width: 100%; height: 0.5em; border: 0; border-radius: 0.3em; }
+.status progress, .status progress::-webkit-progress-bar { background: var(--background-fill-secondary); }
+.status progress::-webkit-progress-bar { border-radius: 0.3em; }
+.status progress::-webkit-progress-value { background: var(--color-accent); border-radius: 0.3em; }
+.status progress::-moz-progress-bar { background: var(--color-accent); border-radius: 0.3em; }
+.status .error { margin: 0; padding: 0.4em 0.8em; border-left: 4px solid #dc2626; }
+@media (max-width: 640px) {
+  .figures { grid-template-columns: minmax(0, 1fr); }
+  .figures .sheet { max-width: 300px; margin: auto; }
+  .tab-container button { padding: 0 8px; }
+}
+"""
+)
+# Clicks on the images of `_Picker`.
+PICK_SCRIPT = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button');
+  if (button) trigger('click', {index: Number(button.dataset.index)});
+});
 """
 
 
@@ -76,7 +104,7 @@ def import_gradio() -> ModuleType:
 
 def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16, num_parallel: int = 1) -> Any:
     """
-    The page of a pipeline.
+    The page of a pipeline. The images that it opens with are drawn meanwhile.
 
     Args:
         pipe ([`NCSNPipeline`]): The pipeline, on its device.
@@ -84,7 +112,7 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
         num_parallel (`int`): Runs at a time; further ones wait in a queue.
 
     Returns:
-        `gradio.Blocks`: the page, to be launched by [`serve`].
+        `gradio.Blocks`: the page, to be launched by [`serve`]. Its attribute `opening` is an [`Opening`].
 
     Raises:
         ImportError: gradio is not installed.
@@ -93,144 +121,77 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
     gr = import_gradio()
     check_limits(num_parallel=num_parallel)
     chains = Chains(pipe, max_evaluations, max_images)
-    name = os.path.basename(str(pipe.config.get("_name_or_path") or "")) or "NCSN"
-    with gr.Blocks(title=f"{name}: ncsn_diffusers", analytics_enabled=False, delete_cache=DISK_SECONDS) as page:
-        gr.Markdown(f"# {name}\nA noise conditional score network draws images by removing noise, level by level.")
+    source = str(pipe.config.get("_name_or_path") or "")
+    name = os.path.basename(source) or "NCSN"
+
+    class Page(gr.Blocks):
+        async def preprocess_data(self, block_fn, *args, **kwargs):
+            try:
+                return await super().preprocess_data(block_fn, *args, **kwargs)
+            except gr.Error:
+                raise
+            except Exception as error:  # values of a shape that the page does not send, and gradio has no words for
+                names = ", ".join(filter(None, (field.label for field in block_fn.inputs))) or "none"
+                raise gr.Error(
+                    f"The request must hold one value for each field, as the page sends it. Fields: {names}.",
+                    print_exception=False,
+                ) from error
+
+    with Page(title=f"{name}: ncsn_diffusers", analytics_enabled=False, delete_cache=DISK_SECONDS) as page:
+        gr.Markdown(f"# {name}\n{_introduce(source)}")
+        page.opening = Opening(chains)
         for title, fill in (("Draw", _draw), ("Inpaint", _inpaint), ("Restore", _restore), ("Compare", _compare)):
             with gr.Tab(title):
-                fill(gr, chains)
+                fill(gr, page, chains)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=num_parallel)
 
 
-@contextmanager
-def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, **limits: int) -> Iterator[str]:
-    """
-    Serve the page of a pipeline while the context lasts.
-
-    Args:
-        pipe ([`NCSNPipeline`]): The pipeline, on its device.
-        host (`str`, *optional*):
-            The address to listen at; the variable GRADIO_SERVER_NAME or else 127.0.0.1, this computer alone, when not
-            given.
-        port (`int`, *optional*): GRADIO_SERVER_PORT, or else the first free one from 7860 on, when not given.
-        limits: `max_evaluations`, `max_images` and `num_parallel` of [`make_page`].
-
-    Yields:
-        `str`: the page's address.
-
-    Raises:
-        ImportError, ValueError: as [`make_page`].
-        OSError: the port is taken.
-    """
-    gr = import_gradio()
-    with tempfile.TemporaryDirectory(prefix="ncsn-demo-", ignore_cleanup_errors=True) as folder:
-        before = os.environ.get("GRADIO_TEMP_DIR")
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            page = make_page(pipe, **limits)
-            _, url, _ = page.launch(
-                prevent_thread_lock=True,
-                server_name=host,
-                server_port=port,
-                share=False,
-                quiet=True,
-                show_error=False,  # of our own mistakes; a visitor's have their sentence anyway
-                run_history=False,
-                footer_links=["api", "gradio"],
-                max_file_size=MAX_FILE_SIZE,
-                ssr_mode=False,
-                css=STYLE,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            )
-            try:
-                yield url
-            finally:
-                page.close(verbose=False)
-        finally:
-            if before is None:
-                del os.environ["GRADIO_TEMP_DIR"]
-            else:
-                os.environ["GRADIO_TEMP_DIR"] = before
+def _introduce(source: str) -> str:
+    """A sentence and links, as Markdown."""
+    links = [line.split(", ", 1) for line in metadata("ncsn_diffusers").get_all("Project-URL") or []]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+        links.append(("Model", f"https://huggingface.co/{source}"))
+    sentence = "A noise conditional score network turns noise into images, one noise level at a time."
+    return sentence + "\n\n" + " · ".join(f"[{name}]({url})" for name, url in links)
 
 
-def launch(
-    pipeline: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    open_browser: bool = False,
-    **limits: int,
-) -> None:
-    """
-    Load a pipeline and serve its page until the program is interrupted.
-
-    Args:
-        pipeline (`str`, *optional*): Folder or id on the Hub; the digits that come with the package when not given.
-        host (`str`, *optional*), port (`int`, *optional*): As of [`serve`].
-        open_browser (`bool`, defaults to `False`): Open the page in this computer's browser.
-        limits: `max_evaluations`, `max_images` and `num_parallel` of [`make_page`].
-
-    Raises:
-        ImportError, ValueError, OSError: as [`serve`], or there is no such pipeline.
-    """
-    import_gradio()  # before a download
-    check_limits(**limits)
-    pipe = load_pipeline(pipeline or pretrained("mnist")).to(PartialState().device)
-    cast(pipe, "float32")
-    with suppress(KeyboardInterrupt), _terminable(), serve(pipe, host, port, **limits) as url:
-        print(f"The demo page is at {url} (Ctrl+C ends it).", flush=True)
-        if open_browser:
-            webbrowser.open(url)
-        threading.Event().wait()
+# Images, as HTML
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the program as Ctrl+C does, so that the images' folder goes then, too."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set this
-        yield
-        return
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _to_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-# What the tabs share
+def _show(figures: Sequence[tuple[Images | Image.Image, str]], across: int | None = None) -> str:
+    """Images, or groups of images, beside one another, each with its caption; on narrow screens in one column."""
+    parts = []
+    for images, caption in figures:
+        images = images if isinstance(images, list) else [images]
+        text = html.escape(caption)
+        tags = "".join(
+            f'<img src="{_to_url(image)}" alt="{text}{f" ({i} of {len(images)})" if len(images) > 1 else ""}">'
+            for i, image in enumerate(images, 1)
+        )
+        columns = math.ceil(math.sqrt(len(images)))
+        parts.append(
+            f'<figure><div class="sheet" style="--columns: {columns}">{tags}</div>'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+    return f'<div class="figures" style="--across: {across or len(parts)}">{"".join(parts)}</div>'
 
 
-def _answer(gr: ModuleType, function: Callable) -> Callable:
-    """The function, or generator function, whose ValueErrors become a sentence on the page."""
+def _show_frame(frame: Frame) -> str:
+    return _show([(frame.denoised, "denoised"), (frame.noisy, "noisy")])
 
-    def to_sentence(error: Exception):
-        return gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False)
 
-    if inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def answer(*values):
-            try:
-                yield from function(*values)
-            except (ValueError, FloatingPointError) as error:
-                raise to_sentence(error) from error
-    else:
-
-        @functools.wraps(function)
-        def answer(*values):
-            try:
-                return function(*values)
-            except (ValueError, FloatingPointError) as error:
-                raise to_sentence(error) from error
-
-    return answer
+def _show_captioned(result: Sequence[tuple[Images | Image.Image, str]] | None) -> str:
+    return _show(result) if result else '<div class="empty">The images come here.</div>'
 
 
 def _status(frame: Frame | None, text: str = "") -> str:
-    """A progress bar and a sentence, as HTML."""
+    """A progress bar and a sentence."""
     if frame is None:
         return text
     text = text or f"Step {frame.step} of {frame.num_steps}, σ = {frame.sigma:.3g}"
@@ -245,162 +206,287 @@ def _end(run: Run) -> str:
     return _status(last, "Done.")
 
 
-def _wire(gr, buttons, function, inputs, outputs, finish, api_name):
+def _refuse(error: Exception) -> str:
+    """The status that says what is wrong."""
+    return f'<p class="error" role="alert">{html.escape(str(error))}</p>'
+
+
+# What the tabs share
+
+
+class _Form:
     """
-    A start and a stop button. `function(*inputs)` is a generator of the values of [run, *outputs], and `finish(run)` is
-    those of `outputs` at the run's end. Returns the state that holds the run.
+    The fields and buttons of a tab, and its results.
+
+    Args:
+        gr: gradio.
+        page: The page.
+        tab (`str`): The name of the tab in the opening, and of its runs for programs.
+        begin (`Callable[..., Run]`): The method of [`Chains`] that makes a run of the values of the fields.
+        show (`Callable[[Run, Frame | None], list]`):
+            What there is to see of a run, the values of `outputs`: while it lasts, with the newest frame, and, without
+            one, at its end.
     """
-    start, stop = buttons
-    run = gr.State(None, time_to_live=SESSION_SECONDS)
 
-    def end(run):
-        if run is None or run.done:
-            return [gr.skip()] * len(outputs)
-        run.stop()
-        run.wait()
-        return finish(run) if run.frames else [gr.skip()] * len(outputs)
+    def __init__(self, gr: ModuleType, page: Any, tab: str, begin: Callable[..., Run], show: Callable):
+        self.gr, self.page, self.tab, self.begin, self.show = gr, page, tab, begin, show
+        self.run = gr.State(None, time_to_live=SESSION_SECONDS)
 
-    started = start.click(
-        _answer(gr, function), inputs, [run, *outputs], api_name=api_name, show_progress="minimal", concurrency_id="run"
-    )
-    # `cancels` is for a run that waits in the queue: gradio forgets it. One that has begun ends by its own signal.
-    stop.click(end, run, outputs, api_name=f"stop_{api_name}", queue=False, show_progress="hidden", cancels=started)
-    return run
+    def add_buttons(self, name: str) -> None:
+        with self.gr.Row():
+            self.start = self.gr.Button(name, variant="primary", min_width=80)
+            self.stop = self.gr.Button("Stop", min_width=80)
+        self.status = self.gr.HTML(elem_classes="status", apply_default_css=False)
 
+    def wire(self, fields: dict[str, Any], outputs: list) -> None:
+        """
+        Args:
+            fields: The components, by the names of the arguments of `begin`, in their order.
+            outputs: The components that show a run.
+        """
+        gr, self.fields, self.outputs = self.gr, list(fields.values()), outputs
+        names = list(fields)
 
-def _wire_gallery(gr, buttons, begin, inputs, gallery, status, api_name) -> None:
-    """The buttons of a tab whose run, begun by `begin(*inputs)`, results in the images of a gallery."""
+        def check(*values):
+            """The sentence at the field that is wrong, before the run waits in the queue."""
+            results = [None] * len(names)
+            try:
+                self.begin(*values)
+            except FieldError as error:
+                if error.field not in WITHOUT_SENTENCE:
+                    results[names.index(error.field)] = gr.validate(False, str(error))
+            return results
 
-    def finish(run):
-        return run.result or gr.skip(), _end(run)
+        def answer(*values):
+            nothing = [gr.skip()] * len(outputs)
+            try:
+                run = self.begin(*values).start()
+                yield [run, *self.show(run, None), "Starting."]
+                for frame in run.steps():
+                    yield [run, *self.show(run, frame), _status(frame)]
+                yield [run, *self.show(run, None), _end(run)]
+            except (ValueError, FloatingPointError) as error:
+                yield [gr.skip(), *nothing, _refuse(error)]
 
-    def function(*values):
-        run = begin(*values)
-        shown = run.result
-        yield run, shown or [], ""
-        for frame in run.steps():
-            new = run.result is not shown
-            shown = run.result
-            yield run, shown if new else gr.skip(), _status(frame)
-        yield run, *finish(run)
+        def end(run):
+            if run is None or run.done:
+                return [gr.skip()] * (1 + len(outputs))
+            run.stop()
+            run.wait()
+            return [*self.show(run, None), _end(run)]
 
-    _wire(gr, buttons, function, inputs, [gallery, status], finish, api_name)
+        def open_tab():
+            try:
+                run = self.page.opening.wait(self.tab)
+            except (ValueError, FloatingPointError) as error:
+                return [gr.skip()] * (1 + len(outputs)) + [_refuse(error)]
+            return [run, *self.show(run, None), ""]
+
+        self.listen = lambda event, **settings: event(
+            answer,
+            self.fields,
+            [self.run, *outputs, self.status],
+            validator=check,
+            preprocess=False,
+            show_progress="minimal",
+            show_progress_on=self.status,
+            concurrency_id="run",
+            **settings,
+        )
+        started = self.listen(self.start.click, api_name=self.tab)
+        # `cancels` is for a run that waits in the queue: gradio forgets it. One that has begun ends by its own signal.
+        self.stop.click(
+            end,
+            self.run,
+            [*outputs, self.status],
+            api_name=f"stop_{self.tab}",
+            queue=False,
+            show_progress="hidden",
+            cancels=started,
+        )
+        # gradio takes the sentence away from a field when something begins that reads the field
+        visible = [field for name, field in fields.items() if name not in WITHOUT_SENTENCE]
+        gr.on(
+            [field.change for field in visible],
+            lambda *_: None,
+            visible,
+            None,
+            preprocess=False,
+            queue=False,
+            api_visibility="private",
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
+        self.page.load(
+            open_tab,
+            None,
+            [self.run, *outputs, self.status],
+            api_name=f"open_{self.tab}",
+            show_progress="minimal",
+            show_progress_on=self.status,
+            concurrency_id="open",
+            concurrency_limit=None,
+        )
+
+    def add_examples(self, examples: list[tuple[str, list]]) -> None:
+        """Buttons that fill in the fields, and begin."""
+        for name, values in examples:
+            button = self.gr.Button(name, size="sm", min_width=140)
+            filled = button.click(
+                lambda values=values: values, None, self.fields, queue=False, api_visibility="private"
+            )
+            self.listen(filled.then, api_visibility="private")
 
 
 def _class_field(gr, chains: Chains, first: str = ANY_CLASS):
     """The choice of the class, with `first` as the default. A network without classes has no choice."""
     choices = list(dict.fromkeys([first, *chains.classes])) if chains.classes else [ANY_CLASS]
-    return gr.Dropdown(choices, value=choices[0], label="Class", visible=bool(chains.classes))
+    return gr.Dropdown(choices, value=choices[0], label="Class", visible=bool(chains.classes), min_width=140)
 
 
 def _seed_field(gr):
-    return gr.Number(0, label="Seed", info="The same seed draws the same image.")
-
-
-def _buttons(gr, name: str):
     with gr.Row():
-        return gr.Button(name, variant="primary", min_width=80), gr.Button("Stop", variant="stop", min_width=80)
+        seed = gr.Number(0, label="Seed", info="The same seed draws the same image.", min_width=160, scale=1)
+        dice = gr.Button("🎲", elem_classes="dice", min_width=48, scale=0)
+    dice.click(None, None, seed, js=f"() => Math.floor({LARGEST_ROLL} * Math.random())")
+    return seed
 
 
-def _gallery(gr, label: str, columns: int):
-    return gr.Gallery(
-        label=label,
-        show_label=False,  # it would lie on the first image
-        columns=columns,
-        format="png",
-        object_fit="contain",
-        interactive=False,
-        elem_classes="pixels",
-        buttons=["download", "fullscreen"],
-    )
+def _evaluations_field(gr, chains: Chains, value: int):
+    return gr.Number(value, label="Evaluations", info=f"Of the network, up to {chains.max_evaluations}.", min_width=120)
 
 
-def _image_fields(gr, chains: Chains, show: Callable[[Image.Image], Any], shown: Any, api_name: str):
-    """Buttons that bring an image, drawn or uploaded, into the state that is returned, and onto the page."""
+def _images_field(gr, chains: Chains, value: int):
+    return gr.Number(value, label="Images", info=f"Up to {chains.max_images}.", min_width=120)
+
+
+def _levels_field(gr, chains: Chains, evaluations_each: int):
+    info = f"Up to {chains.max_levels(evaluations_each)}, of {evaluations_each} evaluations each."
+    return gr.Number(chains.levels, label="Noise levels", info=info, min_width=140)
+
+
+def _name_choices(chains: Chains) -> list[tuple[str, str]]:
+    return [(name_scheduler(name), name) for name in chains.schedulers]
+
+
+def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[Image.Image, Any], Any]):
+    """
+    Examples to click and a button to upload, which bring an image into the state that is returned, and onto the page as
+    `show(image, value)`, an update of `target`, with its value if that is to stay.
+    """
     image = gr.State(None, time_to_live=SESSION_SECONDS)
-    with gr.Row():
-        example = gr.Button("Draw example", size="md", min_width=120)
-        upload = gr.UploadButton("Upload", size="md", file_types=["image"], type="filepath", min_width=120)
-    seed = gr.Number(0, label="Seed of the example")
+    gr.Markdown("Choose an image, or upload your own:")
+    picker = gr.HTML(js_on_load=PICK_SCRIPT, apply_default_css=False)
+    upload = gr.UploadButton("Upload", size="sm", file_types=["image"], type="filepath")
+    opening, api_name = form.page.opening, form.tab
 
-    def draw(seed):
-        run = chains.draw(IN_TURN, chains.evaluations, chains.schedulers[0], seed, 1)
-        for _ in run.steps():
-            pass
-        return run.result, show(run.result)
+    def choose(index):
+        images = opening.list_examples()
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(images):
+            raise gr.Error(f"The example must be a whole number from 0 to {len(images) - 1}.", print_exception=False)
+        return images[index], show(images[index], None), ""
 
-    def read(path):
-        if path is None:
-            raise ValueError("No file has come: upload a PNG, JPEG or WebP file.")
-        fitted = read_upload(path, chains.pipe.image_shape)
-        return fitted, show(fitted)
+    def choose_clicked(event: gr.EventData):
+        return choose(event.index)
 
-    example.click(_answer(gr, draw), seed, [image, shown], api_name=f"example_{api_name}", concurrency_id="run")
-    upload.upload(_answer(gr, read), upload, [image, shown], api_name=f"upload_{api_name}", concurrency_id="read")
+    def read(file, before, value):
+        try:
+            if file is None:
+                raise ValueError("No file has come: upload a PNG, JPEG or WebP file.")
+            fitted = read_upload(file["path"], chains.pipe.image_shape)
+        except ValueError as error:
+            # no `gr.skip()` for the target: it would take the properties of the painter away
+            return before, gr.skip() if before is None else show(before, value), _refuse(error)
+        return fitted, show(fitted, None), ""
+
+    def open_images():
+        try:
+            images = opening.list_examples()
+        except (ValueError, FloatingPointError):  # which the tab Draw shows
+            return gr.skip(), gr.skip(), gr.skip()
+        buttons = "".join(
+            f'<button type="button" data-index="{i}" aria-label="example {i + 1}"><img src="{_to_url(image)}" alt="">'
+            "</button>"
+            for i, image in enumerate(images)
+        )
+        return f'<div class="examples">{buttons}</div>', images[0], show(images[0], None)
+
+    picker.click(choose_clicked, None, [image, target, form.status], queue=False, api_visibility="private")
+    number = gr.Number(visible=False)  # for programs
+    number.submit(choose, number, [image, target, form.status], preprocess=False, api_name=f"example_{api_name}")
+    upload.upload(
+        read,
+        [upload, image, target],
+        [image, target, form.status],
+        preprocess=False,
+        api_name=f"upload_{api_name}",
+        concurrency_id="read",
+    )
+    form.page.load(
+        open_images,
+        None,
+        [picker, image, target],
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_id="open",
+        concurrency_limit=None,
+    )
     return image
 
 
 # The tabs
 
 
-def _draw(gr, chains: Chains) -> None:
-    with gr.Row():
-        with gr.Column(scale=1, min_width=300):
-            label = _class_field(gr, chains, IN_TURN)
-            evaluations = gr.Number(
-                chains.evaluations, label="Evaluations", info=f"Of the network, up to {chains.max_evaluations}."
-            )
-            scheduler = gr.Dropdown(chains.schedulers, value=chains.schedulers[0], label="Scheduler")
-            seed = _seed_field(gr)
-            number = gr.Number(min(4, chains.max_images), label="Images", info=f"Up to {chains.max_images}.")
-            buttons = _buttons(gr, "Draw")
-        with gr.Column(scale=3):
-            with gr.Row():
-                denoised, noisy = (
-                    gr.Image(
-                        label=text,
-                        format="png",
-                        height=CANVAS,
-                        interactive=False,
-                        elem_classes="pixels",
-                        buttons=["download", "fullscreen"],
-                    )
-                    for text in ("Denoised", "Noisy")
-                )
-            status = gr.HTML(elem_classes="status")
-            back = gr.Slider(1, 2, value=1, step=1, label="Back through the chain", interactive=False)
-            level = gr.Markdown()
-
-    def finish(run):
+def _draw(gr, page, chains: Chains) -> None:
+    def show(run, frame):
+        if frame is not None:
+            return [_show_frame(frame), gr.skip(), gr.skip()]
+        if not run.frames:
+            return [gr.skip(), gr.skip(), gr.skip()]
         number, last = len(run.frames), run.frames[-1]
         if run.result is not None:
             last.denoised = run.result
         slider = gr.Slider(1, max(number, 2), value=number, interactive=number > 1)
-        return last.denoised, last.noisy, _end(run), slider, describe(last)
+        return [_show_frame(last), slider, describe(last)]
 
     def describe(frame):
         return f"After step {frame.step} of {frame.num_steps}. Noise level: σ = {frame.sigma:.3g}"
 
-    def draw(*values):
-        run = chains.draw(*values)
-        for frame in run.steps():
-            yield run, frame.denoised, frame.noisy, _status(frame), gr.skip(), gr.skip()
-        yield run, *finish(run)
-
     def go_back(run, position):
         if run is None or not run.done:
-            raise ValueError("There is no chain to go back through yet: draw an image first.")
-        if not 1 <= position <= len(run.frames):
-            raise ValueError(f"The chain has positions from 1 to {len(run.frames)}, and none at {position}.")
+            raise gr.Error("There is no chain to go back through yet: draw an image first.", print_exception=False)
+        number = len(run.frames)
+        if isinstance(position, bool) or not isinstance(position, int | float) or not 1 <= position <= number:
+            raise gr.Error(f"The chain has positions from 1 to {number}, and no other.", print_exception=False)
         frame = run.frames[int(position) - 1]
-        return frame.denoised, frame.noisy, describe(frame)
+        return _show_frame(frame), describe(frame)
 
-    inputs, outputs = [label, evaluations, scheduler, seed, number], [denoised, noisy, status, back, level]
-    run = _wire(gr, buttons, draw, inputs, outputs, finish, "draw")
+    form = _Form(gr, page, "draw", chains.draw, show)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            label = _class_field(gr, chains, IN_TURN)
+            scheduler = gr.Dropdown(_name_choices(chains), value=chains.schedulers[0], label="Scheduler")
+            with gr.Row():
+                evaluations = _evaluations_field(gr, chains, chains.evaluations)
+                number = _images_field(gr, chains, chains.num_images)
+            seed = _seed_field(gr)
+            form.add_buttons("Draw")
+        with gr.Column(scale=2):
+            images = gr.HTML(_show_captioned(None), apply_default_css=False)
+            back = gr.Slider(1, 2, value=1, step=1, label="Back through the chain", interactive=False)
+            level = gr.Markdown()
+            examples = gr.Column()
+    fields = {"label": label, "evaluations": evaluations, "scheduler": scheduler, "seed": seed, "num_images": number}
+    form.wire(fields, [images, back, level])
+    with examples:
+        gr.Markdown("Examples:")
+        with gr.Row():
+            form.add_examples(_list_drawings(chains))
     back.input(
-        _answer(gr, go_back),
-        [run, back],
-        [denoised, noisy, level],
+        go_back,
+        [form.run, back],
+        [images, level],
+        preprocess=False,
         api_name="go_back",
         queue=False,
         show_progress="hidden",
@@ -408,110 +494,121 @@ def _draw(gr, chains: Chains) -> None:
     )
 
 
-def _inpaint(gr, chains: Chains) -> None:
-    _, height, width = chains.pipe.image_shape
-    scale = max(1, CANVAS // max(height, width))
-
-    def show(image):
-        # whole multiples, so that what is painted lies on whole pixels
-        large = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        return {"background": large, "layers": [], "composite": large}
-
-    with gr.Row():
-        with gr.Column(scale=2, min_width=CANVAS + 40):
-            editor = gr.ImageEditor(
-                label="Paint",
-                type="pil",
-                format="png",
-                sources=(),
-                transforms=(),
-                layers=False,
-                canvas_size=(width * scale, height * scale),
-                fixed_canvas=True,
-                brush=gr.Brush(default_size=3 * scale, colors=["#e4572e"], color_mode="fixed"),
-                elem_classes="pixels",
-                buttons=[],
-            )
-            image = _image_fields(gr, chains, show, editor, "inpaint")
-        with gr.Column(scale=3):
-            with gr.Row():
-                label = _class_field(gr, chains)
-                levels = gr.Number(
-                    chains.levels,
-                    label="Noise levels",
-                    info=f"Up to {chains.max_levels(1 + NUM_RESAMPLINGS)}; {1 + NUM_RESAMPLINGS} evaluations each.",
-                )
-                seed = _seed_field(gr)
-            buttons = _buttons(gr, "Inpaint")
-            status = gr.HTML(elem_classes="status")
-            gallery = _gallery(gr, "Completions", NUM_SAMPLES)
-
-    def begin(image, painted, *values):
-        return chains.inpaint(image, (painted or {}).get("layers"), *values)
-
-    _wire_gallery(gr, buttons, begin, [image, editor, label, levels, seed], gallery, status, "inpaint")
+def _list_drawings(chains: Chains) -> list[tuple[str, list]]:
+    """Examples of the tab Draw: a name, and the values of the fields."""
+    own, number = chains.schedulers[0], chains.num_images
+    examples = [("Another seed", [IN_TURN, chains.evaluations, own, 100, number])]
+    if chains.classes:
+        label = chains.classes[-1]
+        examples.insert(0, (f"Only class {label}", [label, chains.evaluations, own, 0, number]))
+    fast = "DPMSolverMultistepScheduler"
+    if fast in chains.schedulers and chains.max_evaluations >= 10:
+        examples.append(("10 evaluations", [IN_TURN, 10, fast, 0, number]))
+    examples.append(("One image", [IN_TURN, chains.evaluations, own, 3, 1]))
+    return [(name, [value if i or chains.classes else ANY_CLASS for i, value in enumerate(v)]) for name, v in examples]
 
 
-def _restore(gr, chains: Chains) -> None:
-    shape, black = chains.pipe.image_shape, f"{chains.pipe.config.data_min:g}"
-    blocks = list_blocks(shape)
+def _inpaint(gr, page, chains: Chains) -> None:
+    shape = chains.pipe.image_shape
+
+    def show(run, frame):
+        if frame is not None:
+            return [_show([(image, "denoised") for image in frame.denoised])]
+        return [
+            _show([(image, f"completion {i}") for i, image in enumerate(run.result, 1)]) if run.result else gr.skip()
+        ]
+
+    form = _Form(gr, page, "inpaint", chains.inpaint, show)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            shown = gr.Image(
-                label="Image", format="png", height=200, interactive=False, elem_classes="pixels", buttons=[]
-            )
-            image = _image_fields(gr, chains, lambda image: image, shown, "restore")
-        with gr.Column(scale=3):
+            painter = make_painter(gr, shape)
+            chooser = gr.Column()
+        with gr.Column(scale=2, min_width=300):
             with gr.Row():
-                damage = gr.Radio(DAMAGES if blocks else DAMAGES[1:], value=DAMAGES[0 if blocks else 1], label="Damage")
+                label = _class_field(gr, chains)
+                levels = _levels_field(gr, chains, 1 + NUM_RESAMPLINGS)
+            seed = _seed_field(gr)
+            form.add_buttons("Inpaint")
+            completions = gr.HTML(_show_captioned(None), apply_default_css=False)
+    with chooser:
+
+        def put(image, mask):
+            return paint_on(gr, shape, _to_url(image), page.opening.mask if mask is None else mask)
+
+        image = _image_field(gr, form, chains, painter, put)
+    form.wire({"image": image, "mask": painter, "label": label, "levels": levels, "seed": seed}, [completions])
+
+
+def _restore(gr, page, chains: Chains) -> None:
+    opening, shape = page.opening, chains.pipe.image_shape
+    blocks, black = list_blocks(shape), f"{chains.pipe.config.data_min:g}"
+
+    def show(run, frame):
+        restored = [(image, "denoised") for image in frame.denoised] if frame and not run.done else []
+        return [_show_captioned([*run.result, *restored])]
+
+    def choose_fields(damage):
+        return gr.update(visible=damage == "pixelated"), gr.update(visible=damage == "blurred")
+
+    form = _Form(gr, page, "restore", chains.restore, show)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            chosen = gr.HTML(elem_classes="chosen", apply_default_css=False)
+            chooser = gr.Column()
+        with gr.Column(scale=2, min_width=300):
+            damage = gr.Radio(DAMAGES if blocks else DAMAGES[1:], value=opening.damage, label="Damage")
+            with gr.Row():
                 block = gr.Dropdown(
-                    blocks or [1], value=(blocks or [1])[-1], label="Block, in pixels", visible=bool(blocks)
+                    blocks or [1], value=opening.block or 1, label="Block, in pixels", visible=bool(blocks)
                 )
                 blur = gr.Number(
-                    min(2, largest_blur(shape)), label="Blur, in pixels", info=f"0.3 to {largest_blur(shape):g}."
+                    opening.blur,
+                    label="Blur, in pixels",
+                    info=f"0.3 to {largest_blur(shape):g}.",
+                    visible=opening.damage == "blurred",
                 )
                 noise_std = gr.Number(
-                    0.1,
-                    label="Noise",
-                    info=f"Up to {LARGEST_NOISE:g}; black is {black}, white 1.",
+                    opening.noise_std, label="Noise", info=f"Up to {LARGEST_NOISE:g}; black is {black}, white 1."
                 )
             with gr.Row():
                 label = _class_field(gr, chains)
-                levels = gr.Number(
-                    chains.levels, label="Noise levels", info=f"Up to {chains.max_levels(2)}; 2 evaluations each."
-                )
-                seed = _seed_field(gr)
-            buttons = _buttons(gr, "Restore")
-            status = gr.HTML(elem_classes="status")
-            gallery = _gallery(gr, "The damaged image, and restored ones", 1 + NUM_SAMPLES)
+                levels = _levels_field(gr, chains, 2)
+            seed = _seed_field(gr)
+            form.add_buttons("Restore")
+            restored = gr.HTML(_show_captioned(None), apply_default_css=False)
+    damage.change(choose_fields, damage, [block, blur], queue=False, api_visibility="private", show_progress="hidden")
+    with chooser:
+        image = _image_field(gr, form, chains, chosen, lambda image, _: f'<img src="{_to_url(image)}" alt="the image">')
+    fields = {"image": image, "damage": damage, "block": block, "blur": blur, "noise_std": noise_std}
+    form.wire({**fields, "label": label, "levels": levels, "seed": seed}, [restored])
 
-    inputs = [image, damage, block, blur, noise_std, label, levels, seed]
-    _wire_gallery(gr, buttons, chains.restore, inputs, gallery, status, "restore")
 
+def _compare(gr, page, chains: Chains) -> None:
+    opening = page.opening
 
-def _compare(gr, chains: Chains) -> None:
-    chosen = [name for name in ("DDIMScheduler", "DPMSolverMultistepScheduler") if name in chains.schedulers]
+    def show(run, frame):
+        figures = list(run.result)
+        if frame is not None and not run.done:
+            figures.append((frame.denoised, "denoised"))
+        return [_show(figures, across=min(3, max(2, len(figures)))) if figures else gr.skip()]
+
+    form = _Form(gr, page, "compare", chains.compare, show)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             label = _class_field(gr, chains, IN_TURN)
-            evaluations = gr.Number(
-                min(20, chains.max_evaluations),
-                label="Evaluations",
-                info=f"Of the network, for each scheduler, up to {chains.max_evaluations}.",
-            )
             schedulers = gr.Dropdown(
-                chains.schedulers,
-                value=list(dict.fromkeys([chains.schedulers[0], *chosen])),
+                _name_choices(chains),
+                value=opening.compared,
                 multiselect=True,
                 label="Schedulers",
                 info=f"Up to {MAX_COMPARED}.",
             )
+            with gr.Row():
+                evaluations = _evaluations_field(gr, chains, opening.evaluations)
+                number = _images_field(gr, chains, opening.num_compared)
             seed = _seed_field(gr)
-            number = gr.Number(min(4, chains.max_images), label="Images", info=f"Up to {chains.max_images}.")
-            buttons = _buttons(gr, "Compare")
-        with gr.Column(scale=3):
-            status = gr.HTML(elem_classes="status")
-            gallery = _gallery(gr, "The same seed under each scheduler", 3)
-
-    inputs = [label, evaluations, schedulers, seed, number]
-    _wire_gallery(gr, buttons, chains.compare, inputs, gallery, status, "compare")
+            form.add_buttons("Compare")
+        with gr.Column(scale=2):
+            images = gr.HTML(_show_captioned(None), apply_default_css=False)
+    fields = {"label": label, "evaluations": evaluations, "schedulers": schedulers, "seed": seed, "num_images": number}
+    form.wire(fields, [images])

@@ -22,7 +22,7 @@ def sample_sheet(samples: torch.Tensor, units: Units, num_columns: int | None = 
     A picture of samples.
 
     Args:
-        samples (`torch.Tensor` of shape `(n, channels, ...)`): In the units of the data, as `output_type="pt"` has them.
+        samples (`torch.Tensor` of shape `(n, channels, ...)`): In the units of the data, as "pt" has them.
         units ([`Units`]): Those of the pipeline.
         num_columns (`int`, *optional*): Of a grid of images.
 
@@ -36,8 +36,9 @@ def sample_sheet(samples: torch.Tensor, units: Units, num_columns: int | None = 
 
 def plot_fields(samples: np.ndarray, unit: str | None = None) -> Image.Image:
     """
-    Signals `(n, channels, length)` as lines, a panel each; maps `(n, channels, height, width)` and the slice through the
-    middle of volumes `(n, channels, depth, height, width)` in colors, a row for each channel, with one color bar.
+    Plots of samples: signals `(n, channels, length)` as lines, a panel each; maps `(n, channels, height, width)`, and the
+    slice through the middle of volumes `(n, channels, depth, height, width)`, in colors, a row and a color bar for each
+    channel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

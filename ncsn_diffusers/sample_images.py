@@ -36,8 +36,8 @@ def sample_sheet(samples: torch.Tensor, units: Units, num_columns: int | None = 
 
 def plot_fields(samples: np.ndarray, unit: str | None = None) -> Image.Image:
     """
-    Plots of samples: signals `(n, channels, length)` as lines, a panel each; maps `(n, channels, height, width)`, and the
-    slice through the middle of volumes `(n, channels, depth, height, width)`, in colors, a row and a color bar for each
+    Plots: signals `(n, channels, length)` as lines, a panel each; maps `(n, channels, height, width)`, and the slice
+    through the middle of volumes `(n, channels, depth, height, width)`, in colors, a row and a color bar for each
     channel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

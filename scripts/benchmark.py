@@ -861,8 +861,8 @@ def posterior(
             f'benchmark.py: posterior needs deepinv, which `pip install -e ".[inverse]"` brings ({error}).'
         ) from error
     pipe = load(pipeline)
-    if pipe.image_shape != (1, 28, 28):
-        raise SystemExit(f"benchmark.py: posterior is for 28×28 grayscale digits, not images of {pipe.image_shape}.")
+    if pipe.sample_shape != (1, 28, 28):
+        raise SystemExit(f"benchmark.py: posterior is for 28×28 grayscale digits, not images of {pipe.sample_shape}.")
     dataset = load_dataset(dataset_name, split="test").shuffle(seed=seed)
     if len(dataset) < num_search_images + num_images:
         raise SystemExit(f"--num_images and --num_search_images must be {len(dataset)} at most, taken together.")

@@ -24,9 +24,9 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image, ImageOps
 
+from ..foreign_configs import SCHEDULERS
 from ..hub.loading import NCSNPipeline
-from ..images import make_gaussian_blur, read_image, to_model_range
-from ..pipeline_ncsn import SCHEDULERS
+from ..images import make_gaussian_blur, read_image
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..settings import make_generators
@@ -42,7 +42,7 @@ MAX_COMPARED = 6
 MAX_SEED = 2**32 - 1
 MAX_PIXELS = 2**24  # of an upload
 FORMATS = ("PNG", "JPEG", "WEBP")  # of an upload: readers of rarer ones are larger than they are needed
-LARGEST_NOISE = 2.0  # in units of the data, of a measurement
+LARGEST_NOISE = 1.0  # of a measurement, where black is 0 and white 1
 
 # What people call the schedulers, where that is not their class's name without "Scheduler".
 NAMES = {
@@ -152,7 +152,7 @@ class Run:
         kept = np.linspace(0, pipe.num_timesteps - 1, min(pipe.num_timesteps, MAX_FRAMES)).round()
         if step not in kept and not self.stopped:
             return
-        denoised, noisy = (to_images(pipe, tensors[name]) for name in ("denoised", "latents"))
+        denoised, noisy = (to_images(pipe, pipe.units.to_data(tensors[name])) for name in ("denoised", "latents"))
         frame = Frame(step + 1, pipe.num_timesteps, tensors["sigma"].item(), denoised, noisy)
         with self._changed:
             self.frames.append(frame)
@@ -222,8 +222,10 @@ class Chains:
 
     def __init__(self, pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16):
         check_limits(max_evaluations=max_evaluations, max_images=max_images)
-        if pipe.image_shape[0] not in (1, 3, 4):
-            raise ValueError(f"The page shows images of 1, 3 or 4 channels, and the network has {pipe.image_shape[0]}.")
+        if pipe.sample_shape[0] not in (1, 3, 4):
+            raise ValueError(
+                f"The page shows images of 1, 3 or 4 channels, and the network has {pipe.sample_shape[0]}."
+            )
         self.pipe = pipe
         self.max_images = max_images
         own = type(pipe.scheduler).__name__
@@ -237,7 +239,7 @@ class Chains:
         self.max_evaluations = max(max_evaluations, self.evaluations)
         # A long chain's step size is made for all of its levels.
         self.levels = own_levels if own_levels > 50 else min(own_levels, 25)
-        self.num_images = min(9 if math.prod(pipe.image_shape[1:]) <= 64**2 else 4, max_images)
+        self.num_images = min(9 if math.prod(pipe.sample_shape[1:]) <= 64**2 else 4, max_images)
 
     def fork(self, pipeline_class: type[NCSNPipeline], scheduler: str | None = None) -> NCSNPipeline:
         """A pipeline for one run: the shared network, and a scheduler of its own, of the given class's name."""
@@ -329,11 +331,11 @@ class Chains:
             image (`PIL.Image.Image`, *optional*): As [`read_upload`] returns it.
             damage (`str`): One of `DAMAGES`.
             block, blur: As of [`make_operator`].
-            noise_std: The standard deviation of the noise that is added, in units of the data.
+            noise_std: The standard deviation of the noise that is added, where black is 0 and white 1.
             label, levels, seed: What was entered.
         """
         self._check_image(image)
-        operator = make_operator(damage, block, blur, self.pipe.image_shape)
+        operator = make_operator(damage, block, blur, self.pipe.sample_shape)
         noise_std = check_number("noise_std", "Noise", noise_std, 0, LARGEST_NOISE)
         if damage == "noisy" and noise_std == 0:
             raise FieldError("noise_std", "Noise must be above 0 for a noisy image.")
@@ -344,7 +346,7 @@ class Chains:
 
         pixels = np.array(image)
         pixels = torch.from_numpy(pixels).reshape(image.height, image.width, -1).permute(2, 0, 1)[None]
-        measurement = operator(to_model_range(pixels, pipe.config.data_min))
+        measurement = operator(pixels / 255)
         # A seed that no sample has: one with the same would start from this very noise.
         generator = torch.Generator().manual_seed(seed + NUM_SAMPLES)
         noise = torch.randn(measurement.shape, generator=generator)
@@ -357,7 +359,6 @@ class Chains:
                 measurement,
                 operator,
                 noise_std,
-                units="data",
                 batch_size=NUM_SAMPLES,
                 num_inference_steps=levels,
                 generator=make_generators(seed, range(NUM_SAMPLES)),
@@ -489,8 +490,8 @@ def find_levels(scheduler: SchedulerMixin, evaluations: int) -> int:
 
 
 def to_images(pipe: NCSNPipeline, samples: torch.Tensor) -> Images:
-    """Samples in units of the data, of any height and width, clipped."""
-    return pipe.image_processor.postprocess(samples.clamp(pipe.config.data_min, 1).cpu())
+    """Samples in [0, 1], of any height and width, clipped."""
+    return pipe.image_processor.postprocess(samples.clamp(0, 1).cpu(), do_denormalize=[False] * len(samples))
 
 
 def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
@@ -600,12 +601,12 @@ class Opening:
     """
 
     def __init__(self, chains: Chains):
-        shape = chains.pipe.image_shape
+        shape = chains.pipe.sample_shape
         _, height, width = shape
         self.mask = "0" * (height // 2 * width) + "1" * ((height - height // 2) * width)
         blocks = list_blocks(shape)
         self.damage, self.block = ("pixelated", blocks[-1]) if blocks else ("blurred", None)
-        self.blur, self.noise_std = min(2.0, largest_blur(shape)), 0.1
+        self.blur, self.noise_std = min(2.0, largest_blur(shape)), 0.05
         compared = (chains.schedulers[0], "DDIMScheduler", "DPMSolverMultistepScheduler")
         self.compared = list(dict.fromkeys(name for name in compared if name in chains.schedulers))
         self.num_compared = min(4, chains.max_images)

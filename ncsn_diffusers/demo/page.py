@@ -393,7 +393,7 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
         try:
             if file is None:
                 raise ValueError("No file has come: upload a PNG, JPEG or WebP file.")
-            fitted = read_upload(file["path"], chains.pipe.image_shape)
+            fitted = read_upload(file["path"], chains.pipe.sample_shape)
         except ValueError as error:
             # no `gr.skip()` for the target: it would take the properties of the painter away
             return before, gr.skip() if before is None else show(before, value), _refuse(error)
@@ -509,7 +509,7 @@ def _list_drawings(chains: Chains) -> list[tuple[str, list]]:
 
 
 def _inpaint(gr, page, chains: Chains) -> None:
-    shape = chains.pipe.image_shape
+    shape = chains.pipe.sample_shape
 
     def show(run, frame):
         if frame is not None:
@@ -540,8 +540,8 @@ def _inpaint(gr, page, chains: Chains) -> None:
 
 
 def _restore(gr, page, chains: Chains) -> None:
-    opening, shape = page.opening, chains.pipe.image_shape
-    blocks, black = list_blocks(shape), f"{chains.pipe.config.data_min:g}"
+    opening, shape = page.opening, chains.pipe.sample_shape
+    blocks = list_blocks(shape)
 
     def show(run, frame):
         restored = [(image, "denoised") for image in frame.denoised] if frame and not run.done else []
@@ -568,7 +568,7 @@ def _restore(gr, page, chains: Chains) -> None:
                     visible=opening.damage == "blurred",
                 )
                 noise_std = gr.Number(
-                    opening.noise_std, label="Noise", info=f"Up to {LARGEST_NOISE:g}; black is {black}, white 1."
+                    opening.noise_std, label="Noise", info=f"Up to {LARGEST_NOISE:g}; black is 0, white 1."
                 )
             with gr.Row():
                 label = _class_field(gr, chains)

@@ -307,9 +307,9 @@ class Evaluation:
         pipe.unet.requires_grad_(False)
         self.pipe, self.weights = pipe, fingerprint(*pipe.unet.state_dict().values())
         self.features = load_features(config.features, self.accelerator)
-        self.real = load_real_images(config, self.accelerator, pipe.image_shape)
+        self.real = load_real_images(config, self.accelerator, pipe.sample_shape)
         check_numbers(config, self.real, self.features)
-        self.operators = {name: make_operator(name, pipe.image_shape) for name in config.posterior}
+        self.operators = {name: make_operator(name, pipe.sample_shape) for name in config.posterior}
         self.kept = KeptBatches(self.accelerator, self.folder)
         names = ("num_inference_steps", "sigmas", "num_langevin_steps", "class_labels", "guidance_scale", "seed")
         self.sampling = describe_scheduler(pipe.scheduler)

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import pipeline_ncsn
-from .configs import CONFIGS, INDEX, TEXT, check_values, read_json, unusable
+from ..units import Units
+from .configs import CONFIGS, INDEX, TEXT, check_values, read_json, translate_index, unusable
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +130,6 @@ pipe(batch_size=16, num_inference_steps=20)
 
 
 def _levels_section(index: dict, scheduler: dict) -> str:
-    low = f"{index.get('data_min', -1):g}"
     rows = [
         ("levels", scheduler.get("num_train_timesteps")),
         ("sigma, smallest", scheduler.get("sigma_min")),
@@ -138,7 +139,26 @@ def _levels_section(index: dict, scheduler: dict) -> str:
         ("the network returns", scheduler.get("prediction_type")),
         ("sampler", scheduler.get("_class_name")),
     ]
-    return f"## Noise levels\n\nSigma is in units of the data, images in [{low}, 1].\n\n" + _table(rows)
+    return f"## Noise levels\n\n{_describe_units(index)}\n\n" + _table(rows)
+
+
+def _describe_units(index: dict) -> str:
+    """What the network makes of the data, in whose terms sigma is."""
+    index = translate_index(index, "NCSNPipeline")
+    units = Units(index.get("data_mean", 0.5), index.get("data_std", 0.25), index.get("value_range", (0.0, 1.0)))
+    if units.is_image:
+        black = units.to_network(torch.zeros(1, 1)).item()
+        return f"Sigma is in the network's units, in which images are in [{black:g}, 1]."
+
+    def several(values: float | list[float]) -> str:
+        return ", ".join(f"{value:.6g}" for value in (values if isinstance(values, list) else [values]))
+
+    unit = f" {index['data_unit']}" if index.get("data_unit") else ""
+    limits = "" if units.value_range is None else ", from {:g} to {:g}".format(*units.value_range)
+    return (
+        f"The data have mean {several(units.data_mean)}{unit} and standard deviation {several(units.data_std)}{unit}"
+        f"{limits}. Sigma is in the network's units, (data - mean)/(2 standard deviations)."
+    )
 
 
 def _training_section(settings: dict, log: list[dict], data: str | None) -> str:

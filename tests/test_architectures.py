@@ -13,11 +13,12 @@ from PIL import Image
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.commands import cli
 from ncsn_diffusers.commands.sample import SampleConfig, sample
+from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.hub.files import collect_files
 from ncsn_diffusers.likelihood import loss_per_level
 from ncsn_diffusers.networks_ncsn import RefineNet2DModel
 from ncsn_diffusers.noise_levels import choose_num_train_timesteps
-from ncsn_diffusers.score_matching import draw_timesteps, score_matching_loss
+from ncsn_diffusers.score_matching import draw_sigmas, score_matching_loss
 from ncsn_diffusers.training import Trainer, TrainingConfig, train
 from ncsn_diffusers.training import trainer as training
 from ncsn_diffusers.training.config import training_command
@@ -159,8 +160,8 @@ def test_the_network_of_2019_knows_the_levels_that_are_trained(small):
     trainer = Trainer(small(architecture="ncsn"))
     sigmas = np.geomspace(2, 0.02, 10)
     assert trainer.unet.config.sigmas == pytest.approx(sigmas.tolist())
-    timesteps = draw_timesteps(trainer.scheduler, torch.arange(10) / 10, "uniform")
-    assert trainer.unet._ladder.find(timesteps).tolist() == pytest.approx(range(9, -1, -1), abs=1e-4)
+    found = draw_sigmas(trainer.scheduler.ladder, torch.arange(10) / 10, "uniform")
+    assert trainer.unet._ladder.find(found).tolist() == pytest.approx(range(9, -1, -1), abs=1e-4)
 
 
 def test_the_network_of_2020_takes_its_levels_from_the_data(small):
@@ -179,8 +180,8 @@ def test_the_loss_is_the_papers(small, architecture):
     trainer = Trainer(small(architecture=architecture, num_train_timesteps=10, sigma_max=2.0))
     generator = torch.Generator().manual_seed(0)
     x0, z = torch.randn(2, 10, 1, 8, 8, generator=generator)
-    timesteps = draw_timesteps(trainer.scheduler, torch.arange(10) / 10, "uniform")
-    losses = score_matching_loss(trainer.unet, trainer.scheduler, x0, z, timesteps, weighting="sigma_squared")
+    sigmas = draw_sigmas(trainer.scheduler.ladder, torch.arange(10) / 10, "uniform")
+    losses = score_matching_loss(Denoiser.of(trainer.unet, trainer.scheduler), x0, z, sigmas, "sigma_squared")
     sigma = torch.from_numpy(np.geomspace(0.02, 2, 10)).float().reshape(-1, 1, 1, 1)
     score = trainer.unet(x0 + sigma * z, sigma.flatten()).sample
     # -(x - x0)/sigma² = -z/sigma; the sum of x0 and 0.02 z is rounded, of which sigma² D makes 1e-5

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
+from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.hub import collect_files, loading, saving
-from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.settings import load_pipeline
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
@@ -640,7 +640,7 @@ def test_deepinv_reads_a_plainly_saved_folder(tmp_path):
     image, sigma = torch.rand(1, 1, 8, 8), scheduler.t_to_sigma(timestep)
     x = 2 * image - 1
     with torch.no_grad():
-        expected = denoise(pipe.unet, scheduler, x, timestep.expand(1))
+        expected = Denoiser.of(pipe.unet, scheduler)(x, sigma)
         denoised = denoiser(image, sigma=sigma.item() / 2)
     torch.testing.assert_close(denoised, (expected + 1) / 2, rtol=1e-4, atol=1e-4)
 

@@ -1353,9 +1353,9 @@ def test_columns_by_name(small, tmp_path, capsys):
 def test_labels_are_dropped_as_often_as_asked_for(small, monkeypatch):
     loss, seen = training.score_matching_loss, []
 
-    def watched(model, scheduler, clean, noise, timesteps, labels, *rest):
-        seen.append(labels)
-        return loss(model, scheduler, clean, noise, timesteps, labels, *rest)
+    def watched(denoiser, *rest):
+        seen.append(denoiser.labels)
+        return loss(denoiser, *rest)
 
     monkeypatch.setattr(training, "score_matching_loss", watched)
     train(small(class_conditional=True, class_dropout_prob=0.3, num_epochs=20))

@@ -26,6 +26,7 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.hub import collect_files, loading, saving
+from ncsn_diffusers.hub.weights import check_finite
 from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.settings import load_pipeline
 
@@ -305,6 +306,14 @@ def test_foreign_weights_that_are_incomplete(foreign, pickled):
         save_file(kept, foreign / name, metadata={"format": "pt"})
     with pytest.raises(OSError, match=rf"^{name} of .* lacks 2 tensors of the network: `conv_out\.bias`"):
         NCSNPipeline.from_pretrained(foreign)
+
+
+def test_a_tensor_that_diffusers_leaves_on_meta(foreign):
+    unet = small_unet()
+    unet.conv_out.to("meta")
+    with pytest.raises(OSError, match="^The weights of 'ann/ddpm' .* diffusers has found no `conv_out.weight`"):
+        check_finite(unet, str(foreign), "ann/ddpm")
+    check_finite(unet, str(foreign), "ann/ddpm", may_be_offloaded=True)
 
 
 @pytest.mark.parametrize("pickled", [False, True])

@@ -311,7 +311,7 @@ def test_foreign_weights_that_are_incomplete(foreign, pickled):
 def test_a_tensor_that_diffusers_leaves_on_meta(foreign):
     unet = small_unet()
     unet.conv_out.to("meta")
-    with pytest.raises(OSError, match="^The weights of 'ann/ddpm' .* diffusers has found no `conv_out.weight`"):
+    with pytest.raises(OSError, match=r"^The weights of 'ann/ddpm' .* diffusers has found no `conv_out\.weight`"):
         check_finite(unet, str(foreign), "ann/ddpm")
     check_finite(unet, str(foreign), "ann/ddpm", may_be_offloaded=True)
 

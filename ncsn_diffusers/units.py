@@ -17,6 +17,12 @@ from dataclasses import dataclass
 import torch
 
 
+def image_units(black: float) -> dict[str, float]:
+    """`data_mean` and `data_std` of images in [0, 1] that a network sees in [`black`, 1], -1 or 0 as a rule."""
+    scale = 1 / (1 - black)
+    return {"data_mean": 0.0 - black * scale, "data_std": scale / 2}
+
+
 @dataclass(frozen=True)
 class Units:
     """
@@ -24,7 +30,7 @@ class Units:
 
     Args:
         data_mean (`float` or sequence of floats, defaults to 0.5): For all channels, or for each.
-        data_std (`float` or sequence of floats, defaults to 0.25): The standard deviation, for all channels or for each.
+        data_std (`float` or sequence of floats, defaults to 0.25): Standard deviation, for all channels or for each.
         value_range (pair of floats, *optional*):
             The least and the largest value that data can have, (0, 1) for images. Results are clipped to it. Without
             one they are not clipped.
@@ -53,6 +59,18 @@ class Units:
             if not low < high:
                 raise ValueError(f"`value_range` must be two rising numbers, not {self.value_range!r}.")
             object.__setattr__(self, "value_range", (float(low), float(high)))
+
+    def check_channels(self, num: int) -> None:
+        """
+        Raises:
+            ValueError: a mean or standard deviation for each channel is given, but not for `num` channels.
+        """
+        for name in ("data_mean", "data_std"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != num:
+                raise ValueError(
+                    f"`{name}` must be one number, or one for each of the network's {num} channels, not {len(values)}."
+                )
 
     @property
     def is_image(self) -> bool:

@@ -26,6 +26,7 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.hub import collect_files, loading, saving
+from ncsn_diffusers.hub.configs import translate_index
 from ncsn_diffusers.hub.weights import check_finite
 from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.settings import load_pipeline
@@ -207,6 +208,23 @@ def test_push_names_what_is_broken(saved):
     (saved / SCHEDULER).write_bytes(b"\xff\xfe[")
     with pytest.raises(OSError, match=f"^{SCHEDULER} of "):
         collect_files(saved, "ann/digits")
+
+
+@pytest.mark.parametrize(("data_min", "mean", "std"), [(-1, 0.5, 0.25), (0, 0.0, 0.5)])
+def test_black_of_format_1_becomes_units(data_min, mean, std):
+    index = {"_class_name": "NCSNPipeline", "data_min": data_min}
+    index = translate_index({**index, "unet": ["diffusers", "UNet2DModel"]}, "NCSNPipeline")
+    assert (index["data_mean"], index["data_std"]) == (mean, std)
+    assert "data_min" not in index and "null_class" not in index  # ours: the last class embedding
+
+
+def test_foreign_pipelines_have_no_null_class():
+    for name, mean, std in (("DDPMPipeline", 0.5, 0.25), ("ScoreSdeVePipeline", 0.0, 0.5)):
+        index = translate_index({"_class_name": name, "unet": ["diffusers", "UNet2DModel"]}, "NCSNPipeline")
+        assert index["null_class"] is None and (index["data_mean"], index["data_std"]) == (mean, std)
+    own = {"_class_name": "NCSNPipeline", "null_class": None, "class_shares": [0.25, 0.75], "value_range": None}
+    kept = translate_index(own, "NCSNPipeline")
+    assert {key: kept[key] for key in own} == own
 
 
 # --- Weights ---

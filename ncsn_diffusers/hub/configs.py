@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .. import pipeline_ncsn
 from ..networks_ncsn import ACTIVATIONS, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
+from ..units import image_units
 
 OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline")
 # Foreign pipelines that an NCSNPipeline can take over, each with the value of black in its data; white is 1.
@@ -174,12 +175,29 @@ TEXT: Rule = (lambda value: isinstance(value, str), "a string")
 OBJECT: Rule = (lambda value: isinstance(value, dict), "a JSON object")
 _CLASS = _list_of(TEXT, 2, 2)
 
+_ANY = _number(-1e30, 1e30)  # in whatever units
+
 _INDEX_RULES = {
     "_class_name": _either(TEXT, _CLASS),
     "_saved_format": _whole(1, 10**6),
     "data_min": (lambda value: not isinstance(value, bool) and value in (-1, 0), "-1 or 0"),
     "num_inference_steps": _whole(1, 100_000),
+    "data_mean": _either(_ANY, _list_of(_ANY, 1, 1024)),
+    "data_std": _either(_ANY, _list_of(_ANY, 1, 1024)),
+    "value_range": _either(_NULL, _list_of(_ANY, 2, 2)),
+    "data_unit": _either(_NULL, TEXT),
+    "null_class": _one_of(None, -1),
+    "class_shares": _either(_NULL, _list_of(_number(0), 1, 1_000_000)),
 }
+PIPELINE_SETTINGS = (
+    "data_mean",
+    "data_std",
+    "value_range",
+    "data_unit",
+    "num_inference_steps",
+    "null_class",
+    "class_shares",
+)
 # Limits far above what anyone trains: they are there so that a config cannot fill the memory or hang.
 _UNET_RULES = {
     "sample_size": _either(_whole(1, 4096), _list_of(_whole(1, 4096), 2, 2)),
@@ -325,17 +343,21 @@ def translate_index(index: dict, class_name: str) -> dict:
     A model_index.json as it would be if `class_name`, our scheduler and our networks were diffusers' own, where the
     package makes them known: code that is in the repository is not asked for.
     """
-    keys = ("_diffusers_version", "_saved_format", "_name_or_path", "data_min", "num_inference_steps", *CONFIGS)
+    keys = ("_diffusers_version", "_saved_format", "_name_or_path", *PIPELINE_SETTINGS, *CONFIGS)
+    data_min = index.get("data_min")
     found, index = pipeline_class_name(index), {key: index[key] for key in keys if key in index}
     index["_class_name"] = class_name
     for network in OWN_NETWORKS:
         if network in index.get("unet", ()):
             index["unet"] = ["diffusers", network]
     if found in FOREIGN_PIPELINES:
-        index["data_min"] = FOREIGN_PIPELINES[found]
+        data_min = FOREIGN_PIPELINES[found]
+        index["null_class"] = None
         index["scheduler"] = ["diffusers", OWN_SCHEDULER]
     elif OWN_SCHEDULER in index.get("scheduler", ()):
         index["scheduler"] = ["diffusers", OWN_SCHEDULER]
+    if data_min is not None:  # of black for the network, whose white is 1
+        index |= image_units(data_min)
     return index
 
 

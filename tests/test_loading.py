@@ -208,6 +208,23 @@ def test_push_names_what_is_broken(saved):
         collect_files(saved, "ann/digits")
 
 
+@pytest.mark.parametrize(("data_min", "mean", "std"), [(-1, 0.5, 0.25), (0, 0.0, 0.5)])
+def test_black_of_format_1_becomes_units(data_min, mean, std):
+    index = {"_class_name": "NCSNPipeline", "data_min": data_min}
+    index = translate_index({**index, "unet": ["diffusers", "UNet2DModel"]}, "NCSNPipeline")
+    assert (index["data_mean"], index["data_std"]) == (mean, std)
+    assert "data_min" not in index and "null_class" not in index  # ours: the last class embedding
+
+
+def test_foreign_pipelines_have_no_null_class():
+    for name, mean, std in (("DDPMPipeline", 0.5, 0.25), ("ScoreSdeVePipeline", 0.0, 0.5)):
+        index = translate_index({"_class_name": name, "unet": ["diffusers", "UNet2DModel"]}, "NCSNPipeline")
+        assert index["null_class"] is None and (index["data_mean"], index["data_std"]) == (mean, std)
+    own = {"_class_name": "NCSNPipeline", "null_class": None, "class_shares": [0.25, 0.75], "value_range": None}
+    kept = translate_index(own, "NCSNPipeline")
+    assert {key: kept[key] for key in own} == own
+
+
 # --- Weights ---
 
 
@@ -305,6 +322,14 @@ def test_foreign_weights_that_are_incomplete(foreign, pickled):
         save_file(kept, foreign / name, metadata={"format": "pt"})
     with pytest.raises(OSError, match=rf"^{name} of .* lacks 2 tensors of the network: `conv_out\.bias`"):
         NCSNPipeline.from_pretrained(foreign)
+
+
+def test_a_tensor_that_diffusers_leaves_on_meta(foreign):
+    unet = small_unet()
+    unet.conv_out.to("meta")
+    with pytest.raises(OSError, match=r"^The weights of 'ann/ddpm' .* diffusers has found no `conv_out\.weight`"):
+        check_finite(unet, str(foreign), "ann/ddpm")
+    check_finite(unet, str(foreign), "ann/ddpm", may_be_offloaded=True)
 
 
 @pytest.mark.parametrize("pickled", [False, True])

@@ -1,7 +1,6 @@
 """Ranges, 8 bits, one grid, and the one reader of image files: what training, pipelines and evaluation share."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -112,6 +111,7 @@ def make_grid(
     margin: int = 0,
     min_width: int = 0,
     titles: Sequence[str] = (),
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> Image.Image:
     """
     Images side by side, row by row.
@@ -126,6 +126,7 @@ def make_grid(
             The least width of the grid, in pixels. Each pixel of the images becomes a square of as many pixels as that
             takes; images that are large enough stay as they are.
         titles (`Sequence[str]`, *optional*): one above each column, which needs to be wide enough for it.
+        font (`PIL.ImageFont.FreeTypeFont`, *optional*): That of the titles; by default Pillow's, of Latin letters.
 
     Raises:
         ValueError: the images differ in size or mode, there are none, or there is not one title for each column.
@@ -144,10 +145,8 @@ def make_grid(
     size = (num_columns * width + margin, num_rows * height + margin + top)
     grid = Image.new(images[0].mode, size, "white" if margin else 0)
     if titles:
-        import matplotlib  # whose font has Greek letters; the demo's Space does without
-
         grid.paste("white", (0, 0, size[0], top))
-        font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)
+        font = font or ImageFont.load_default(12)
         draw = ImageDraw.Draw(grid)
         for column, title in enumerate(titles):
             middle = margin + column * width + images[0].width / 2

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, ImageFont
 from tqdm.auto import tqdm
 
 from ..hub.loading import NCSNPipeline
@@ -93,9 +93,12 @@ def save(config: SampleConfig, images: list[list[Image.Image]], num_columns: int
         for i, frames in enumerate(images):
             frames[-1].save(folder / f"{i:05d}.png")
     if config.animation == "filmstrip":
+        import matplotlib
+
         frames = [frame for frames in images for frame in frames]
         sheet = SHEET | {"min_width": max(SHEET["min_width"], COLUMN_WIDTH * config.num_frames)}
-        make_grid(frames, config.num_frames, **sheet, titles=titles).save(folder / "filmstrip.png")
+        font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)  # Greek, too
+        make_grid(frames, config.num_frames, **sheet, titles=titles, font=font).save(folder / "filmstrip.png")
     if config.animation == "gif":
         first, *others = [make_grid(list(step), num_columns, **SHEET) for step in zip(*images, strict=True)]
         durations = [100] * len(others) + [2000]  # milliseconds

@@ -114,8 +114,6 @@ def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, 
         OSError: the port is taken.
     """
     gr = import_gradio()
-    from starlette.middleware import Middleware
-
     with _make_folder() as folder:
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -135,7 +133,7 @@ def serve(pipe: NCSNPipeline, host: str | None = None, port: int | None = None, 
                     ssr_mode=False,
                     css=STYLE,
                     theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-                    app_kwargs={"middleware": [Middleware(SmallRequests)]},
+                    app_kwargs={"middleware": [(SmallRequests, (), {})]},
                 )
                 yield url
             finally:

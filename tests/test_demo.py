@@ -40,7 +40,7 @@ from ncsn_diffusers.demo.chains import (
 from ncsn_diffusers.hub import push_to_hub
 from ncsn_diffusers.images import make_grid
 from ncsn_diffusers.operators import LinearOperator
-from ncsn_diffusers.settings import make_generators
+from ncsn_diffusers.sampling import make_generators
 
 SHAPE = (1, 8, 8)
 

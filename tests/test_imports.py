@@ -13,7 +13,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "ncsn_diffusers"
 # Modules and packages, from low to high. A module imports from lower layers and from its own entry, and nothing else.
 LAYERS = (
-    ("scheduling_annealed_langevin", "checked_files", "networks_ncsn", "operators", "precision", "pretrained"),
+    (
+        "scheduling_annealed_langevin",
+        "atomic_files",
+        "checked_files",
+        "networks_ncsn",
+        "operators",
+        "precision",
+        "pretrained",
+    ),
     ("pipeline_ncsn",),
     ("images", "score_matching"),
     ("data", "dataset_settings", "likelihood", "noise_levels"),
@@ -21,7 +29,9 @@ LAYERS = (
     ("pipeline_ncsn_inpaint", "pipeline_ncsn_posterior", "denoiser", "convert"),
     ("",),  # the public names, in the package's own __init__.py
     ("settings",),
-    ("demo", "evaluation", "training"),
+    ("sampling",),
+    ("kept_batches",),
+    ("demo", "evaluation", "sample_images", "training"),
     ("commands",),
 )
 UPLOADED = ("networks_ncsn", "pipeline_ncsn", "scheduling_annealed_langevin")

@@ -28,7 +28,7 @@ from ..images import make_gaussian_blur, make_grid, read_image, to_model_range
 from ..pipeline_ncsn import SCHEDULERS
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
-from ..settings import make_generators
+from ..sampling import make_generators
 
 ANY_CLASS = "any"
 IN_TURN = "in turn"  # the image of seed s is of class s modulo their number

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..hub.loading import NCSNPipeline
 from ..pretrained import pretrained
-from ..settings import cast, load_pipeline
+from ..sampling import cast, load_pipeline
 from .chains import (
     ANY_CLASS,
     DAMAGES,

@@ -24,8 +24,8 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.hub import collect_files, loading
-from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.sampling import load_pipeline
+from ncsn_diffusers.score_matching import denoise
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -23,6 +23,7 @@ from ncsn_diffusers.sampling import Sampler
 from ncsn_diffusers.settings import SampleConfig, parse_settings
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, cwd, launcher=(sys.executable,), **environment):
@@ -354,9 +355,17 @@ def test_an_interrupted_run_goes_on(tmp_path, pipeline, monkeypatch):
     assert drawn == [range(3), range(3, 6), range(6, 7)]
     assert files_of(tmp_path / "parts") == whole
     assert not (tmp_path / "parts" / "unfinished").exists()
+
+    # unless they are to replace what is there
+    sample(SampleConfig(str(pipeline), output_dir=str(tmp_path / "other"), **arguments, seed=1))
+    drawn.clear()
+    monkeypatch.setattr(module, "sample_frames", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(config)
     other.overwrite_output_dir = True
+    monkeypatch.setattr(module, "sample_frames", counted)
     sample(other)
-    assert files_of(tmp_path / "parts")["00000.png"] == whole["00001.png"]
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +384,7 @@ def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, 
     process = subprocess.Popen(
         [str(part) for part in (*command, "--num_inference_steps", 20)],
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ENVIRONMENT},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -122,12 +122,12 @@ def test_the_floor_is_at_zero_and_faults_are_above_it(shape):
         "held out": held_out,
         "warmer": held_out + 1,
         "permuted": held_out.flatten(2)[..., torch.randperm(math.prod(shape))].reshape(held_out.shape),
-        "channels apart": torch.stack([held_out[:, 0], -held_out.roll(1, 0)[:, 0] + 560], 1),
     }.items():
         found[name] = {metric.key: metric for metric in compare_fields(reference, fields, unit="K").metrics}
     floor = found["held out"]
     assert abs(floor["kernel_distance"].value) < 4 * floor["kernel_distance"].standard_error
-    assert found["warmer"]["wasserstein_0"].value == pytest.approx(1, abs=0.2)
+    warmer = found["warmer"]["wasserstein_0"]
+    assert warmer.value == pytest.approx(1, abs=4 * warmer.standard_error)
     assert floor["wasserstein_0"].title == "Wasserstein-1 distance of the values of channel 0 (K)"
     # the same values in other places: only the spectrum and the kernel see it
     assert found["permuted"]["wasserstein_0"].value == pytest.approx(floor["wasserstein_0"].value, abs=1e-6)

@@ -40,6 +40,7 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
+from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.kept_batches import KeptBatches, fingerprint
 from ncsn_diffusers.sampling import cast, describe_scheduler, make_generators, open_processes
 from ncsn_diffusers.settings import DType
@@ -518,7 +519,7 @@ def training(
         )
         batches = trainer.images.batches(train_batch_size, seed=0)
         constant = itertools.repeat(next(batches))
-        digits = 2 * decode_images(load_training_data()) / 255 - 1  # of each other row, so that none decodes images
+        digits = to_model_range(decode_images(load_training_data()))  # so that no other row decodes images
         loops = {
             "training step": lambda: trainer.training_step(batches),
             "a constant batch": lambda: trainer.training_step(constant),

@@ -575,8 +575,9 @@ def test_the_runs_own_data_and_features_that_fit_are_the_default(tmp_path, colou
     report = (tmp_path / "out" / "report.md").read_text()
     assert "**129 samples differ from real images" in report
     # settings on the command line come before what was recorded
-    metrics = run(folder, tmp_path / "other", reference_split="test", **quick | {"num_images": 130})
-    assert (metrics["data"]["reference_split"], metrics["data"]["held_out_split"]) == ("test", None)
+    config = evaluate.EvaluateConfig(reference_split="test", resolution=8)
+    source = evaluate.find_real_source(config, str(folder), (3, 8, 8))
+    assert (source.reference_split, source.held_out_split, source.settings.resolution) == ("test", None, 8)
 
 
 def test_what_bfloat16_would_save_is_said_before_a_long_run(tmp_path, pipeline, monkeypatch, capsys):

@@ -121,10 +121,10 @@ def terminated_as_interrupted() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):  # while the program is ending
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the program is ending
+        before = signal.SIG_DFL
         raise
-    else:
+    finally:
         signal.signal(signal.SIGTERM, before)
 
 

@@ -80,7 +80,8 @@ def _columns(reliability: list[dict[str, float]]) -> list[np.ndarray]:
 def make_verdict(record: EvaluationRecord) -> str:
     """
     What the distances say, in one sentence. Whether samples and held-out images differ is judged by the kernel
-    distance, whose mean does not depend on the number of images, and by precision and recall.
+    distance, whose mean does not depend on the number of images, by precision and recall, and, where there are as many
+    images of both, by the Fréchet distance.
     """
     samples, floor = ({metric.key: metric for metric in metrics} for metrics in (record.samples, record.floor))
     frechet = f"Fréchet distance {samples['frechet_distance']}, floor {floor['frechet_distance']}"
@@ -91,9 +92,10 @@ def make_verdict(record: EvaluationRecord) -> str:
     is_outside = any(  # by more than three of the errors that counting has
         floor[key].value - samples[key].value > 3 / math.sqrt(2 * least) for key in ("precision", "recall")
     )
-    if kernel.value - kernel_floor.value > 2 * error or is_outside:
-        ratio = samples["frechet_distance"].value / floor["frechet_distance"].value
-        times = f", {ratio:.2g} times" if floor["frechet_distance"].value > 0 and ratio >= 1.05 else ""
+    ratio = samples["frechet_distance"].value / max(floor["frechet_distance"].value, 1e-12)
+    is_far = ratio > 1.5 and record.data.num_held_out > 0.8 * record.sampling.num_images  # of as many images
+    if kernel.value - kernel_floor.value > 2 * error or is_outside or is_far:
+        times = f", {ratio:.2g} times" if 1.05 <= ratio < 1e6 else ""
         return f"**{number} differ from real images ({frechet}{times}).**"
     if kernel_floor.value - kernel.value > 2 * error:
         return f"**{number} are nearer to the reference than held-out real images are ({frechet}), see below.**"

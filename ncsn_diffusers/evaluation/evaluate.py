@@ -399,7 +399,7 @@ class Evaluation:
             compiled = "" if config.compile else " `--compile` saves time in a run this long, too."
             print(
                 f"The network's evaluations will take about {whole / 60:.0f} minutes; --dtype bfloat16 would save "
-                f"about {saving / 60:.0f} of them, and moves the metrics by less than their errors.{compiled}"
+                f"about {saving / 60:.0f} of them.{compiled}"
             )
 
     def describe(self, sets: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -2,11 +2,12 @@
 The console command `ncsn-diffusers`.
 
 It stands beside the package, not in it: importing the package imports torch and diffusers, which takes seconds, and
-`--help`, `--version` and a misspelt command should answer at once.
+`--help`, `--version`, a misspelt command and a misspelt flag should answer at once.
 """
 
 import difflib
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import version
 
@@ -32,9 +33,21 @@ commands:
 On several GPUs: accelerate launch -m ncsn_diffusers.commands.COMMAND [SETTINGS]"""
 
 
+def import_without_init(*packages: str) -> None:
+    """
+    Import packages without running their `__init__`, so that modules in them that need little can be imported. When the
+    command line has been read, `ncsn_diffusers.commands.cli` runs what was left out.
+    """
+    for name in packages:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+
+
 def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
+        import_without_init("ncsn_diffusers", "ncsn_diffusers.evaluation", "ncsn_diffusers.training")
         importlib.import_module(f"ncsn_diffusers.commands.{command}").main(arguments, f"ncsn-diffusers {command}")
     elif command in ("--help", "-h"):
         print(USAGE)

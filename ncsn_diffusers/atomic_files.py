@@ -6,20 +6,30 @@ to the disk, too, since the new name is an entry of the folder. What a killed pr
 begins with `INCOMPLETE`: the next write of the same file replaces it, and [`remove_incomplete`] deletes it.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 INCOMPLETE = "incomplete-"
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # a full disk, as Python, torch and safetensors report it
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, way_out: str | None = None) -> Iterator[Path]:
     """
     A path beside `path`, with the same suffix, to write the new content of `path` to. It takes the name `path` when the
     block ends. If the block raises, `path` stays as it was. A path has one writer at a time.
+
+    Args:
+        path (`str` or `Path`): The file.
+        way_out (`str`, *optional*):
+            A sentence on how to go on, for the end of the error. With it, all that a full disk makes torch and
+            safetensors raise is an `OSError` as well.
 
     Raises:
         OSError: the file cannot be written; the error names `path`.
@@ -33,6 +43,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             aside.unlink(missing_ok=True)
+        if way_out is not None and isinstance(error, CANNOT_WRITE):
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            if f"os error {errno.ENOSPC}" in reason:  # safetensors' words
+                reason = os.strerror(errno.ENOSPC)
+            raise OSError(f"{path} could not be written: {reason}. {way_out}") from error
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(aside), aside):
             error.filename = str(path)
         raise

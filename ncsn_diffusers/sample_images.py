@@ -1,80 +1,150 @@
 """
-One picture of many samples, whatever they are: a grid of images; lines for signals; maps with a color bar; the middle
-slices of volumes.
+What `ncsn-diffusers sample` does. Each batch is kept in the output folder as soon as it is drawn, and removed when all
+that was asked for has been made of it: a run that was cut short goes on where it stopped.
 """
 
-import io
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
-from .images import make_grid, to_pil, to_uint8
+from .atomic_files import replacing
+from .images import class_columns, make_grid, to_pil, to_uint8
+from .kept_batches import KeptBatches, fingerprint
+from .sampling import Sampler
+from .settings import SampleConfig
+from .sheets import SHEET, sample_sheet
 from .units import Units
 
-SHEET_WIDTH = 640  # pixels at least: small images are hard to judge by eye
-_MOST_FIELDS = 24  # of which axes with their labels can be read
-_MOST_CHANNELS = 8
+_KEPT = "unfinished"  # folder of the batches of a run that is not done
+_COLUMN_WIDTH = 64  # pixels at least, of a filmstrip, for the noise level above it
+_GO_ON = "Make room and start the same command again: it goes on where it stopped."
 
 
-def sample_sheet(samples: torch.Tensor, units: Units, num_columns: int | None = None) -> Image.Image:
+def sample_images(config: SampleConfig) -> None:
     """
-    A picture of samples.
+    Draw images and save what the config asks for. Under `accelerate launch` the processes share the work, and each of
+    them makes this call.
 
-    Args:
-        samples (`torch.Tensor` of shape `(n, channels, ...)`): In the units of the data, as "pt" has them.
-        units ([`Units`]): Those of the pipeline.
-        num_columns (`int`, *optional*): Of a grid of images.
-
-    Returns:
-        `PIL.Image.Image`: images in a grid, with whole pixels enlarged; of other data the first samples as plots.
+    Raises:
+        ValueError: the pipeline cannot be loaded or given what the config asks for, or `output_dir` holds images of an
+            unfinished run with other settings.
+        OSError: a file cannot be written.
+        FloatingPointError: an image is not finite.
     """
-    if units.is_image and samples.ndim == 4 and samples.shape[1] in (1, 3, 4):
-        return make_grid(to_pil(to_uint8(samples)), num_columns, margin=2, min_width=SHEET_WIDTH)
-    return plot_fields(samples[:_MOST_FIELDS].numpy(force=True), units.name)
+    sampler = Sampler(config)
+    accelerator, pipe, folder = sampler.accelerator, sampler.pipe, Path(config.output_dir)
+    num_columns, num_images = None, config.num_images
+    if sampler.class_labels is None and pipe.num_classes is not None:
+        sampler.class_labels, num_columns = tuple(range(pipe.num_classes)), class_columns(pipe.num_classes)
+    if num_images is None:
+        in_turn = len(sampler.class_labels or [None])
+        num_images = 64 // in_turn * in_turn or 64
+    folder.mkdir(parents=True, exist_ok=True)
+
+    if config.animation is not None and not pipe.draws_images:
+        raise ValueError(f"`animation`={config.animation!r} is for images, and this pipeline draws other data.")
+
+    def sample_batch(indices: range) -> dict[str, torch.Tensor]:
+        batch = sample_frames(sampler, config, indices)
+        if config.save_images:
+            for i, sample in zip(indices, batch["frames"][:, -1], strict=True):
+                save_one(sample, folder / f"{i:05d}")
+        return batch
+
+    kept = KeptBatches(accelerator, folder)
+    depends_on = {"pipeline": fingerprint(*pipe.unet.state_dict().values()), **sampler.describe()}
+    if config.animation is not None:
+        depends_on |= {name: getattr(config, name) for name in ("animation_shows", "num_frames")}
+    depends_on |= {"animation": config.animation is not None, "save_images": config.save_images}
+    batches = kept.compute(
+        _KEPT,
+        depends_on,
+        num_images,
+        config.batch_size,
+        sample_batch,
+        may_replace=config.overwrite_output_dir,
+        title="samples",
+    )
+    if accelerator.is_main_process:
+        save_together(config, batches, pipe.units, num_columns, folder)
+        print(f"Saved {num_images} {'images' if pipe.draws_images else 'samples'} in {folder.resolve()}.")
+    kept.remove(_KEPT)
+    accelerator.end_training()
 
 
-def plot_fields(samples: np.ndarray, unit: str | None = None) -> Image.Image:
+def sample_frames(sampler: Sampler, config: SampleConfig, indices: range) -> dict[str, torch.Tensor]:
     """
-    Plots: signals `(n, channels, length)` as lines, a panel each; maps `(n, channels, height, width)`, and the slice
-    through the middle of volumes `(n, channels, depth, height, width)`, in colors, a row and a color bar for each
-    channel.
+    "frames" `(n, num_frames, channels, ...)` of each sample, the last of which is the sample itself: uint8 for images,
+    float32 in their units for other data; and "sigmas" `(n, num_frames - 1)`, the noise levels of the others.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    steps, levels, arguments = [], [], {}
+    if config.animation is not None:
+        name = {"denoised": "denoised", "noisy": "latents"}[config.animation_shows]
 
-    if samples.ndim == 5:
-        samples = samples[:, :, samples.shape[2] // 2]
-    samples = samples[:, :_MOST_CHANNELS]
-    num, channels = samples.shape[:2]
-    if samples.ndim == 3:
-        columns = min(num, 4)
-        rows = -(-num // columns)
-        figure = Figure((10, 1 + 1.8 * rows), dpi=80, layout="constrained")
-        for i, axes in enumerate(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat):
-            axes.set_visible(i < num)
-            if i < num:
-                axes.plot(samples[i].T, linewidth=1)
-        figure.supylabel(unit or "")
+        def keep_step(pipe, step, timestep, tensors):
+            steps.append(tensors[name].cpu())
+            levels.append(tensors["sigma"].item())
+
+        arguments = {"callback_on_step_end": keep_step, "callback_on_step_end_tensor_inputs": [name, "sigma"]}
+    samples = sampler.sample(indices, output_type="pt", **arguments).cpu()
+    if not sampler.pipe.draws_images:
+        return {"frames": samples[:, None], "sigmas": torch.zeros(len(indices), 0)}
+    chosen = np.linspace(0, len(steps) - 1, config.num_frames)[:-1].round().astype(int) if steps else []
+    frames = [to_uint8(frame) for frame in (*(sampler.pipe.units.to_data(steps[k]) for k in chosen), samples)]
+    sigmas = torch.tensor([levels[k] for k in chosen], dtype=torch.float32)
+    return {"frames": torch.stack(frames, 1), "sigmas": sigmas.expand(len(indices), -1).contiguous()}
+
+
+def save(image: Image.Image, path: Path, **options) -> None:
+    """
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path, _GO_ON) as aside:
+        image.save(aside, **options)
+
+
+def save_array(array: torch.Tensor, path: Path) -> None:
+    """
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path, _GO_ON) as aside, open(aside, "wb") as file:
+        np.save(file, array.numpy())
+
+
+def save_one(sample: torch.Tensor, path: Path) -> None:
+    """Save a sample in a file of its own, whose suffix is added to `path`."""
+    if sample.dtype == torch.uint8:
+        save(to_pil(sample[None])[0], path.with_suffix(".png"))
     else:
-        columns = min(num, 8) if channels == 1 else min(num, 6)
-        rows = -(-num // columns) if channels == 1 else channels
-        figure = Figure(
-            (10, 1 + 10 / columns * rows * samples.shape[2] / samples.shape[3]), dpi=80, layout="constrained"
-        )
-        grid = figure.subplots(rows, columns, squeeze=False)
-        panels = [(i // columns, i % columns, i, 0) for i in range(num)]
-        if channels > 1:
-            panels = [(c, i, i, c) for c in range(channels) for i in range(columns)]
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for channel in range(channels):  # channels may have ranges of their own
-            low, high = np.quantile(samples[:, channel], [0.005, 0.995])
-            for row, column, i, c in panels:
-                if c == channel:
-                    image = grid[row, column].imshow(samples[i, c], vmin=low, vmax=high, interpolation="nearest")
-            where = grid if channels == 1 else grid[channel]
-            figure.colorbar(image, ax=where, label=unit or "", shrink=0.8)
-    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.print_png(buffer)
-    return Image.open(buffer).convert("RGB")
+        save_array(sample, path.with_suffix(".npy"))
+
+
+def save_together(
+    config: SampleConfig, batches: dict[str, torch.Tensor], units: Units, num_columns: int | None, folder: Path
+) -> None:
+    """Save what shows all samples, of what [`sample_frames`] returns."""
+    frames = batches["frames"]
+    if frames.dtype != torch.uint8:
+        save_array(frames[:, -1], folder / "samples.npy")
+        if config.save_grid:
+            save(sample_sheet(frames[:, -1], units), folder / "samples.png")
+        return
+    if config.save_grid:
+        save(make_grid(to_pil(frames[:, -1]), num_columns, **SHEET), folder / "samples.png")
+    if config.animation == "filmstrip":
+        import matplotlib
+
+        titles = [*(f"σ = {sigma:.3g}" for sigma in batches["sigmas"][0].tolist()), "image"]
+        font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)  # Greek, too
+        sheet = SHEET | {"min_width": max(SHEET["min_width"], _COLUMN_WIDTH * len(titles))}
+        strip = make_grid(to_pil(frames.flatten(0, 1)), len(titles), **sheet, titles=titles, font=font)
+        save(strip, folder / "filmstrip.png")
+    if config.animation == "gif":
+        first, *others = [make_grid(to_pil(step), num_columns, **SHEET) for step in frames.unbind(1)]
+        durations = [100] * len(others) + [2000]  # milliseconds
+        options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+        save(first, folder / "samples.gif", **options)

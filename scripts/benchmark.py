@@ -1,5 +1,6 @@
 """
-Measurements behind the numbers in README.md and docs/results.md: `python scripts/benchmark.py --help`.
+Measurements behind the numbers in README.md and docs/results.md: `python scripts/benchmark.py --help`. Those beside
+deepinv, which only they need, are in `benchmark_posterior.py`.
 
 One file, because it is one command: each function below is a subcommand, and they share how they load and save.
 """
@@ -10,17 +11,16 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
-import numpy as np
 import torch
 import tyro
 from datasets import load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
 from torch.nn import functional as F  # noqa: N812
@@ -28,14 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ncsn_diffusers import (
-    AnnealedLangevinScheduler,
-    NCSNDenoiser,
-    NCSNInpaintPipeline,
-    NCSNPipeline,
-    NCSNPosteriorPipeline,
-    pretrained,
-)
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import (
     class_entropy,
@@ -47,10 +40,10 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
-from ncsn_diffusers.evaluation.calibration import coverage, misfit, nominal_coverage, psnr, variance_ratio
-from ncsn_diffusers.evaluation.kept_batches import KeptBatches, fingerprint
-from ncsn_diffusers.evaluation.metrics import mean_and_error
-from ncsn_diffusers.settings import NOISE_SEED, DType, cast, describe_scheduler, make_generators, open_processes
+from ncsn_diffusers.images import to_model_range
+from ncsn_diffusers.kept_batches import KeptBatches, fingerprint
+from ncsn_diffusers.sampling import cast, describe_scheduler, make_generators, open_processes
+from ncsn_diffusers.settings import DType
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet
 
 STOCK_SCHEDULERS = {
@@ -141,7 +134,7 @@ def save_json(output: str, rows: list[dict], **settings) -> None:
 
 def bare_call(pipe: NCSNPipeline, x: torch.Tensor) -> Callable[[torch.Tensor], None]:
     """The network alone at a timestep, with "no label" where it has classes, as the pipeline calls it."""
-    labels = pipe.embedding_indices(None, len(x), x.device)
+    labels = pipe.make_denoiser(batch_size=len(x)).labels
     arguments = {} if labels is None else {"class_labels": labels}
     return lambda t: pipe.unet(x, t, **arguments)
 
@@ -379,7 +372,7 @@ def samplers(
         save_json(output, rows, **settings, dtype=dtype)
         tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>32}" for v in rows[-1].values()))
 
-    def draw(indices):
+    def describe_samples(indices):
         generators = make_generators(seed, indices)
         arguments = {"generator": generators, "output_type": "pt", **classes_in_turn(pipe, indices)}
         images = to_uint8(pipe(len(indices), num_levels, **arguments).images).cpu()
@@ -402,7 +395,12 @@ def samplers(
         depends_on |= describe_scheduler(pipe.scheduler)
         try:
             drawn = kept.compute(
-                f"{name}, {evaluations}", depends_on, num_images, batch_size, draw, may_replace=overwrite_output_dir
+                f"{name}, {evaluations}",
+                depends_on,
+                num_images,
+                batch_size,
+                describe_samples,
+                may_replace=overwrite_output_dir,
             )
         except (ValueError, FloatingPointError) as error:
             raise SystemExit(f"benchmark.py: {error}") from error
@@ -487,14 +485,19 @@ def training(
     output: str = "training",
 ) -> None:
     """
-    Throughput of the training step on the embedded digits, compared with a plain loop (eager, float32, as in diffusers'
-    own script) and with the same step on one constant batch, measured in turn.
+    Throughput of the training step on the embedded digits, beside others on the same network in the same precision with
+    the data in memory, measured in turn.
+
+    The others are a plain loop (eager, decoded images in memory), the step of diffusers' own script for unconditional
+    training (examples/unconditional_image_generation, written out here: an accelerator, DDPM's noise, the average in a
+    model of its own, decoded images in memory), the training step on one constant batch, and the network alone, forward
+    and backward.
 
     Args:
         train_batch_size: Images per step.
         block_out_channels: The network's channels.
         layers_per_block: The network's layers per level.
-        mixed_precision: Of the training step: no, fp16 or bf16; by default what training chooses.
+        mixed_precision: Of all rows: no, fp16 or bf16; by default what training chooses.
         compile: Compile the network of the training step; by default what training chooses for a long run.
         num_steps: Steps per round.
         rounds: Rounds, after one to warm up, whose median ratio counts.
@@ -516,11 +519,13 @@ def training(
         )
         batches = trainer.images.batches(train_batch_size, seed=0)
         constant = itertools.repeat(next(batches))
-        plain = plain_training_step(trainer)
+        digits = to_model_range(decode_images(load_training_data()))  # so that no other row decodes images
         loops = {
             "training step": lambda: trainer.training_step(batches),
             "a constant batch": lambda: trainer.training_step(constant),
-            "plain loop": plain,
+            "plain loop": make_plain_step(trainer, digits),
+            "diffusers' script": make_diffusers_step(trainer, digits),
+            "network alone": make_network_step(trainer, digits),
         }
         seconds, memory = {name: [] for name in loops}, {}
         for _ in tqdm(range(rounds + 1), unit="round"):
@@ -536,11 +541,12 @@ def training(
                     memory[name] = torch.cuda.max_memory_allocated() / 1e9
                 seconds[name].append(time.perf_counter() - start)
 
-    images = num_steps * train_batch_size
+    images, mixed_precision = num_steps * train_batch_size, trainer.accelerator.mixed_precision
+    print(f"every row in {precision.DESCRIPTIONS[mixed_precision]}")
     for name, times in seconds.items():
         peak = f"   peak memory {memory[name]:.2f} GB" if memory else ""
         print(f"{name:20} {images / statistics.median(times[1:]):9.1f} images a second{peak}")
-    for name in ("plain loop", "a constant batch"):
+    for name in [name for name in loops if name != "training step"]:
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["training step"][1:], strict=True)]
         print(f"throughput over {name:20} {statistics.median(ratios):6.3f}   ({min(ratios):.3f} to {max(ratios):.3f})")
     rows = [
@@ -548,34 +554,44 @@ def training(
         for name, times in seconds.items()
     ]
     settings = {"train_batch_size": train_batch_size, "block_out_channels": block_out_channels}
-    settings |= {"layers_per_block": layers_per_block, "mixed_precision": trainer.accelerator.mixed_precision}
+    settings |= {"layers_per_block": layers_per_block, "mixed_precision": mixed_precision}
     save_json(output, rows, **settings, compile=trainer.compiled)
 
 
-def plain_training_step(trainer: Trainer) -> Callable[[], None]:
-    """One step of a plain loop on the trainer's network and images: PIL, a DataLoader, float32, no fusing."""
+def make_autocast(trainer: Trainer) -> Callable[[], Any]:
+    """The precision that the trainer computes in, as a context."""
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[trainer.accelerator.mixed_precision]
+    return lambda: torch.autocast(trainer.device.type, dtype, enabled=dtype is not None)
+
+
+def shuffled_batches(digits: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """Batches of decoded images by a DataLoader, again and again."""
+    loader = DataLoader(digits, batch_size, shuffle=True, drop_last=True)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def make_plain_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None]:
+    """One step of a plain loop on the trainer's network: no accelerator and no fusing."""
     config, device = trainer.config, trainer.device
     unet = make_unet(config, *trainer.images.shape).to(device)
     scheduler = DDPMScheduler.from_config(trainer.scheduler.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True)
-
-    def collate(rows):
-        arrays = [np.asarray(row["image"], dtype=np.float32) / 127.5 - 1 for row in rows]
-        return torch.from_numpy(np.stack(arrays))[:, None]
-
-    loader = DataLoader(load_training_data(), config.train_batch_size, shuffle=True, collate_fn=collate, drop_last=True)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    batches, autocast = shuffled_batches(digits, config.train_batch_size), make_autocast(trainer)
+    scaler = torch.amp.GradScaler(device.type, enabled=trainer.accelerator.mixed_precision == "fp16")
 
     def step():
         clean = next(batches).to(device)
         noise = torch.randn_like(clean)
         timesteps = torch.randint(0, len(scheduler), (len(clean),), device=device)
-        output = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        loss = F.mse_loss(output, noise)
-        loss.backward()
+        with autocast():
+            output = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        loss = F.mse_loss(output.float(), noise)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         ema.step(unet.parameters())
         loss.item()  # for the progress bar, each step
@@ -583,363 +599,60 @@ def plain_training_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-# Posterior samples beside those of deepinv's samplers. Its import takes seconds, so that it waits until it is needed.
-
-
-@dataclass
-class Problem:
-    """
-    Measurements y = A x + n of images in [0, 1], as each method is given them.
-
-    Args:
-        pipe (`NCSNPipeline`): the network.
-        make_physics (function): A as an object of `deepinv.physics`, for a noise of the given standard deviation.
-        y (`torch.Tensor` of shape `(n, 1, height, width)`): the measurements, 0 where nothing was measured.
-        noise_std (`float`): of n, in units of [0, 1].
-        evaluations (`int`): how many network evaluations a sample may take.
-    """
-
-    pipe: NCSNPipeline
-    make_physics: Callable[[float], Any]
-    y: torch.Tensor
-    noise_std: float
-    evaluations: int
-
-    @property
-    def physics(self):
-        return self.make_physics(self.noise_std)
-
-    @property
-    def device(self) -> torch.device:
-        return self.y.device
-
-    def to_unit_range(self, x: torch.Tensor) -> torch.Tensor:
-        """From units of the data to those of [0, 1], without clipping."""
-        black = self.pipe.config.data_min
-        return (x - black) / (1 - black)
-
-    @property
-    def largest_level(self) -> float:
-        """Of the network, in units of [0, 1]."""
-        scheduler = AnnealedLangevinScheduler.from_config(self.pipe.scheduler.config)
-        return scheduler.ladder.sigma_at(torch.tensor([len(scheduler) - 1.0])).item() / (1 - self.pipe.config.data_min)
-
-
-def make_masking(kept: torch.Tensor) -> Callable[[float], Any]:
-    """The measurement of the pixels where `kept`, `(height, width)`, is 1."""
-    from deepinv.physics import DecomposablePhysics, GaussianNoise
-
-    return lambda noise_std: DecomposablePhysics(
-        mask=kept[None, None], noise_model=GaussianNoise(noise_std), device=kept.device
+def make_diffusers_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None]:
+    """One step of diffusers' train_unconditional.py with its defaults and `--use_ema`, on the trainer's network."""
+    accelerator, config = trainer.accelerator, trainer.config
+    unet = make_unet(config, *trainer.images.shape)
+    ema = EMAModel(
+        unet.parameters(),
+        decay=0.9999,
+        use_ema_warmup=True,
+        inv_gamma=1.0,
+        power=0.75,
+        model_cls=type(unet),
+        model_config=unet.config,
     )
+    ema.to(accelerator.device)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    schedule = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10_000)
+    unet, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
+    batches = shuffled_batches(digits, config.train_batch_size)
+
+    def step():
+        clean = next(batches).to(accelerator.device)
+        noise = torch.randn(clean.shape, device=clean.device)
+        timesteps = torch.randint(0, len(scheduler), (len(clean),), device=clean.device).long()
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        with accelerator.accumulate(unet):
+            loss = F.mse_loss(unet(noisy, timesteps).sample.float(), noise.float())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            ema.step(unet.parameters())
+        loss.detach().item()
+
+    return step
 
 
-def make_separable(matrix: torch.Tensor) -> Callable[[float], Any]:
-    """The measurement M x Mᵀ for M `(m, height)`, whose singular vectors are products of those of M."""
-    from deepinv.physics import DecomposablePhysics, GaussianNoise
+def make_network_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None]:
+    """The trainer's network alone, forward and backward, on one batch: what no loop can be faster than, uncompiled."""
+    config, device = trainer.config, trainer.device
+    unet = make_unet(config, *trainer.images.shape).to(device)
+    clean, autocast = digits[: config.train_batch_size].to(device), make_autocast(trainer)
+    timesteps = torch.arange(len(clean), device=device)
 
-    u, s, vh = torch.linalg.svd(matrix)
-    m, n = matrix.shape
-    rest = (0, n - m, 0, n - m)
-    return lambda noise_std: DecomposablePhysics(
-        U=lambda c: u @ c[..., :m, :m] @ u.mT,
-        U_adjoint=lambda y: F.pad(u.mT @ y @ u, rest),
-        V=lambda c: vh.mT @ c @ vh,
-        V_adjoint=lambda x: vh @ x @ vh.mT,
-        mask=F.pad(torch.outer(s, s), rest)[None, None],
-        noise_model=GaussianNoise(noise_std),
-        device=matrix.device,
-    )
+    def step():
+        with autocast():
+            output = unet(clean, timesteps).sample
+        F.mse_loss(output.float(), clean).backward()
+        unet.zero_grad()
 
-
-def make_task(name: str, seed: int, device: torch.device) -> Callable[[float], Any]:
-    """The measurement of 28×28 digits that a row of [`posterior`] is about."""
-    if name.startswith("missing pixels"):
-        kept = torch.rand(28, 28, generator=torch.Generator().manual_seed(seed)) < 0.3
-        return make_masking(kept.float().to(device))
-    if name == "4x smaller":
-        return make_separable(torch.eye(7, device=device).repeat_interleave(4, 1) / 4)
-    axis = torch.arange(28.0, device=device)
-    weights = torch.exp(-0.5 * ((axis[:, None] - axis) / 1.5) ** 2)  # a Gaussian of 1.5 pixels
-    return make_separable(weights / weights.sum(1, keepdim=True))
-
-
-def draw_ours(problem: Problem) -> torch.Tensor:
-    pipe = NCSNPosteriorPipeline(problem.pipe.unet, problem.pipe.scheduler, problem.pipe.config.data_min)
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": problem.evaluations // 2, "units": "image", "output_type": "latent"}
-    return problem.to_unit_range(pipe(problem.y, problem.physics, problem.noise_std, **arguments).images)
-
-
-def draw_inpainting(problem: Problem) -> torch.Tensor:
-    pipe = NCSNInpaintPipeline(problem.pipe.unet, problem.pipe.scheduler, problem.pipe.config.data_min)
-    pipe.set_progress_bar_config(disable=True)
-    mask = 1 - problem.physics.mask
-    # four evaluations at each level
-    images = pipe(problem.y, mask, num_inference_steps=problem.evaluations // 4 + 1, output_type="latent").images
-    return problem.to_unit_range(images)
-
-
-def draw_ddrm(problem: Problem, eta: float, noise: str) -> torch.Tensor:
-    from deepinv.sampling import DDRM
-
-    # deepinv 0.5 divides the noise of each level by √2, which is right where the singular vectors are complex. Ours are
-    # real, and "scaled" makes up for it: then x has the noise that the denoiser is told, as the paper has it.
-    root = 2**0.5 if noise == "scaled" else 1.0
-    sigmas = (root * torch.linspace(1, 0, problem.evaluations)).tolist()  # its default
-    denoiser = NCSNDenoiser(problem.pipe)
-    sampler = DDRM(lambda x, sigma: denoiser(x, sigma / root), sigmas=sigmas, eta=eta)
-    return sampler(problem.y, problem.make_physics(root * problem.noise_std))
-
-
-def make_solver(problem: Problem):
-    """deepinv's DDPM steps at even times, from where its diffusion of [-1, 1] has the network's largest level."""
-    from deepinv.sampling import DDPMSolver
-
-    last = (math.sqrt(0.1**2 + 39.8 * math.log1p((2 * problem.largest_level) ** 2)) - 0.1) / 19.9
-    return DDPMSolver(torch.linspace(last, 0, problem.evaluations + 1).double())  # log(1 + sigma²) = 0.1 t + 9.95 t²
-
-
-def draw_dps(problem: Problem, guidance: str, weight: float) -> torch.Tensor:
-    from deepinv.sampling import DPS
-
-    settings = {"guidance": guidance, "weight": weight, "device": problem.device}
-    sampler = DPS(NCSNDenoiser(problem.pipe), solver=make_solver(problem), **settings)
-    return sampler(problem.y, problem.physics).float()
-
-
-def draw_moment_matching(problem: Problem, cg_max_iter: int) -> torch.Tensor:
-    from deepinv.sampling import MomentMatchingDataFidelity, PosteriorDiffusion, VariancePreservingDiffusion
-
-    fidelity = MomentMatchingDataFidelity(cg_max_iter=cg_max_iter)
-    diffusion = VariancePreservingDiffusion(alpha=1.0, device=problem.device)
-    denoiser, solver = NCSNDenoiser(problem.pipe), make_solver(problem)
-    sampler = PosteriorDiffusion(fidelity, denoiser, diffusion, solver, device=problem.device)
-    return sampler(problem.y, problem.physics).float()
-
-
-def draw_diffpir(problem: Problem, lambda_: float, zeta: float) -> torch.Tensor:
-    from deepinv.optim import L2
-    from deepinv.sampling import DiffPIR
-
-    denoiser, largest = NCSNDenoiser(problem.pipe), problem.largest_level
-
-    def denoise(x, sigma):
-        # The first of its levels is above the network's: there x is noise, whatever the image, and is shrunk to it.
-        share = min(1.0, largest / sigma.item())
-        return denoiser(0.5 + share * (x - 0.5), share * sigma)
-
-    settings = {"max_iter": problem.evaluations, "lambda_": lambda_, "zeta": zeta, "device": problem.device}
-    return DiffPIR(denoise, L2(), sigma=problem.noise_std, **settings)(problem.y, problem.physics)
-
-
-def combine(**values: tuple) -> list[dict[str, Any]]:
-    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
-
-
-# Each method with the settings that the search is among.
-POSTERIOR_METHODS: dict[str, tuple[Callable[..., torch.Tensor], list[dict[str, Any]]]] = {
-    "ours": (draw_ours, [{}]),
-    "DDRM": (draw_ddrm, combine(eta=(0.85, 1.0), noise=("as it is", "scaled"))),
-    "DiffPIR": (draw_diffpir, combine(lambda_=(1.0, 3.0, 10.0, 30.0), zeta=(0.3, 1.0))),
-    "DPS": (
-        draw_dps,
-        combine(guidance=("norm",), weight=(30.0, 100.0, 300.0, 1000.0))
-        + combine(guidance=("annealed",), weight=(3.0, 10.0, 30.0)),
-    ),
-    # three backward passes at each level, or five
-    "moment matching": (draw_moment_matching, combine(cg_max_iter=(1, 3))),
-}
-NOISELESS = "missing pixels, noiseless"
-# Without noise ours stands beside inpainting alone: deepinv's samplers divide by the noise.
-NOISELESS_METHODS = {"ours": (draw_ours, [{}]), "NCSNInpaintPipeline": (draw_inpainting, [{}])}
-POSTERIOR_TASKS = ("missing pixels", "4x smaller", "blur", NOISELESS)
-
-
-def crps(samples: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
-    """
-    The continuous ranked probability score, E|X - x0| - E|X - X'|/2, of each of n images, averaged over pixels, without
-    the bias of few samples. It is least on average for samples of the right distribution: being too sure does not win.
-
-    Args:
-        samples (`torch.Tensor` of shape `(n, k, ...)`): k samples, at least 2, for each of n images.
-        truths (`torch.Tensor` of shape `(n, ...)`): the images.
-    """
-    k = samples.shape[1]
-    distances = sum((samples[:, i, None] - samples).abs().sum(1) for i in range(k)) / (k * (k - 1))
-    return ((samples - truths[:, None]).abs().mean(1) - distances / 2).flatten(1).mean(1)
-
-
-def draw_counted(draw: Callable, problem: Problem, batch_size: int, seed: int, settings: dict) -> tuple:
-    """Samples for all measurements, in batches, with the evaluations and backward passes of each, and the seconds."""
-    calls = {"evaluations": 0, "backward_passes": 0}
-
-    def count(_, __, output):
-        calls["evaluations"] += 1
-        output = output[0] if isinstance(output, tuple) else output.sample
-        if output.requires_grad:
-            output.register_hook(count_backward)
-
-    def count_backward(_):
-        calls["backward_passes"] += 1
-
-    handle = problem.pipe.unet.register_forward_hook(count)
-    torch.manual_seed(seed)  # deepinv's samplers take no generator
-    start = time.perf_counter()
-    batches = problem.y.split(batch_size)
-    try:
-        samples = torch.cat([draw(replace(problem, y=y), **settings).detach() for y in batches]).cpu()
-    finally:
-        handle.remove()
-    seconds = time.perf_counter() - start
-    samples = samples.nan_to_num(0.0, 0.0, 0.0)  # one that has diverged is black
-    return samples, {name: number / len(batches) for name, number in calls.items()}, seconds / len(problem.y)
-
-
-def posterior(
-    pipeline: PipelineName = None,
-    dataset_name: str = "ylecun/mnist",
-    tasks: tuple[str, ...] = POSTERIOR_TASKS,
-    names: tuple[str, ...] = tuple(POSTERIOR_METHODS),
-    num_images: int = 16,
-    num_samples: int = 8,
-    num_search_images: int = 4,
-    num_search_samples: int = 2,
-    evaluations: int = 50,
-    noise_std: float = 0.05,
-    batch_size: int = 64,
-    seed: int = 0,
-    output: str = "posterior",
-) -> None:
-    """
-    Digits given a measurement: the posterior pipeline beside the samplers of deepinv, at equal network evaluations.
-
-    Each method has the settings with the least continuous ranked probability score on other digits of the `test` split.
-    The table has the PSNR of a sample and of the samples' mean, the misfit (right: 1), the share of the samples that
-    the digit classifier names rightly, how often a pixel lies between the least and the largest sample, the samples'
-    variance over their mean's squared error (right: 1), network evaluations, backward passes and seconds a sample, the
-    score, and by how much it is above the task's first row, with the standard error of that over the images. It is
-    written to OUTPUT.json row by row, with what the search has tried.
-
-    Args:
-        pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
-        dataset_name: The real digits, on the Hub or in a folder, with the split `test`.
-        tasks: Which measurements.
-        names: Which methods; inpainting joins the measurement without noise, where deepinv's cannot.
-        num_images: Digits of the table.
-        num_samples: Samples for each of them.
-        num_search_images: Digits, apart from those, for the search of the settings.
-        num_search_samples: Samples for each of them.
-        evaluations: Network evaluations for a sample; even.
-        noise_std: The noise's standard deviation, in units of the data.
-        batch_size: Samples drawn at a time.
-        seed: Seed of the choice of digits, of the missing pixels and of all noise.
-        output: Path of the table, without its ending .json.
-    """
-    check_output(output)
-    for option, given, known in (("tasks", tasks, POSTERIOR_TASKS), ("names", names, POSTERIOR_METHODS)):
-        unknown = set(given) - set(known)
-        if unknown:
-            raise SystemExit(f"--{option} must be among {', '.join(known)}, not {', '.join(sorted(unknown))}.")
-    for option, given, least in (
-        ("num_images", num_images, 2),
-        ("num_samples", num_samples, 2),
-        ("num_search_images", num_search_images, 1),
-        ("num_search_samples", num_search_samples, 2),
-        ("batch_size", batch_size, 1),
-    ):
-        if given < least:
-            raise SystemExit(f"--{option} must be at least {least}, not {given}.")
-    if evaluations < 4 or evaluations % 2:
-        raise SystemExit(f"--evaluations must be even and at least 4, not {evaluations}: ours takes two at each level.")
-    if not 0 < noise_std < math.inf:
-        raise SystemExit(f"--noise_std must be above 0, not {noise_std}: {NOISELESS!r} is the task without noise.")
-    try:
-        import deepinv
-    except ImportError as error:
-        raise SystemExit(
-            f'benchmark.py: posterior needs deepinv, which `pip install -e ".[inverse]"` brings ({error}).'
-        ) from error
-    pipe = load(pipeline)
-    if pipe.sample_shape != (1, 28, 28):
-        raise SystemExit(f"benchmark.py: posterior is for 28×28 grayscale digits, not images of {pipe.sample_shape}.")
-    dataset = load_dataset(dataset_name, split="test").shuffle(seed=seed)
-    if len(dataset) < num_search_images + num_images:
-        raise SystemExit(f"--num_images and --num_search_images must be {len(dataset)} at most, taken together.")
-    dataset = dataset.select(range(num_search_images + num_images))
-    digits, labels = decode_images(dataset) / 255, torch.tensor(dataset["label"])
-    cast(pipe, "float32")
-    searched, shown = digits[:num_search_images], digits[num_search_images:]
-    labels, classifier = labels[num_search_images:], load_digit_classifier()
-    rows, trials = [], []
-    settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images}
-    settings |= {"num_samples": num_samples, "num_search_images": num_search_images}
-    settings |= {"num_search_samples": num_search_samples, "noise_std": noise_std, "seed": seed}
-    settings |= {"coverage_that_is_right": nominal_coverage(num_samples), "deepinv": deepinv.__version__}
-
-    def measure(task, images, count, noise_seed):
-        """The measurements, `count` times each, of digits."""
-        std = 0.0 if task == NOISELESS else noise_std / (1 - pipe.config.data_min)
-        make_physics = make_task(task, seed, pipe.device)
-        y = make_physics(std).A(images.to(pipe.device))
-        generator = torch.Generator().manual_seed(NOISE_SEED + noise_seed)
-        noise = std * torch.randn(y.shape, generator=generator).to(y.device)
-        y = torch.where(find_measured(make_physics), y + noise, 0.0)
-        return Problem(pipe, make_physics, y.repeat_interleave(count, 0), std, evaluations)
-
-    def find_measured(make_physics):
-        return make_physics(0.0).A(torch.ones(1, 1, 28, 28, device=pipe.device)) != 0
-
-    widths = (26, 20, 7, 7, 8, 8, 7, 9, 9, 12, 9, 9, 9, 11, 9)
-    titles = ("measurement", "method", "PSNR", "of mean", "misfit", "worst", "named", "coverage", "variance")
-    titles += ("evaluations", "backward", "seconds", "CRPS", "above first", "± error")
-    print(" ".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True)))
-    for task in tasks:
-        methods = NOISELESS_METHODS if task == NOISELESS else {name: POSTERIOR_METHODS[name] for name in names}
-        problem, trial = measure(task, shown, num_samples, seed), measure(task, searched, num_search_samples, seed + 1)
-        measured, first_scores = find_measured(problem.make_physics)[0].cpu(), None
-        for name, (draw, candidates) in methods.items():
-            best = []
-            for candidate in candidates if len(candidates) > 1 else ():
-                samples, _, _ = draw_counted(draw, trial, batch_size, seed + 1, candidate)
-                score = crps(samples.clamp(0, 1).unflatten(0, (-1, num_search_samples)), searched).mean().item()
-                best.append((score, candidate))
-                trials.append({"task": task, "method": name, "settings": candidate, "crps": score})
-            chosen = min(best, key=lambda pair: pair[0])[1] if best else candidates[0]
-            samples, calls, seconds = draw_counted(draw, problem, batch_size, seed, chosen)
-            samples = samples.unflatten(0, (-1, num_samples))
-            y, physics = problem.y[::num_samples].cpu()[:, measured], problem.physics
-            std = problem.noise_std or 1 / 255  # without noise, in units of a grey level
-            fits = misfit(samples, y, lambda x: physics.A(x.to(pipe.device)).cpu()[:, measured], std)  # noqa: B023
-            clipped = samples.clamp(0, 1)
-            classes = extract_features(clipped.flatten(0, 1), classifier).argmax(1).reshape(-1, num_samples)
-            scores = crps(clipped, shown)
-            first_scores = scores if first_scores is None else first_scores
-            above, above_error = mean_and_error(scores - first_scores)
-            rows.append(
-                {
-                    "task": task,
-                    "method": name,
-                    "psnr_of_a_sample": psnr(clipped, shown[:, None]).mean().item(),
-                    "psnr_of_the_mean": psnr(clipped.mean(1), shown).mean().item(),
-                    "misfit": fits.mean().item(),
-                    "misfit_worst": fits.max().item(),
-                    "named_rightly": (classes == labels[:, None]).double().mean().item(),
-                    "coverage": coverage(clipped, shown)[0],
-                    "variance_ratio": variance_ratio(clipped, shown)[0],
-                    **calls,
-                    "seconds": seconds,
-                    "crps": scores.mean().item(),
-                    "crps_above_first": above,
-                    "crps_above_first_standard_error": above_error,
-                    "settings": chosen,
-                }
-            )
-            save_json(output, rows, **settings, search=trials)
-            values = list(rows[-1].values())[: len(widths)]
-            texts = [value if isinstance(value, str) else f"{value:.4g}" for value in values]
-            tqdm.write(" ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True)))
-    print(f"Saved {Path(output).resolve()}.json.")
+    return step
 
 
 if __name__ == "__main__":
@@ -949,7 +662,6 @@ if __name__ == "__main__":
         "schedulers": schedulers,
         "samplers": samplers,
         "convergence": convergence,
-        "posterior": posterior,
         "training": training,
     }
     tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True)

@@ -28,11 +28,21 @@ needs_statistics = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts/benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scripts():
+    """The folder of the scripts, where they find each other, as it is when Python runs one of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def benchmark(scripts):
+    return scripts("benchmark")
+
+
+@pytest.fixture(scope="module")
+def posterior_benchmark(scripts):
+    return scripts("benchmark_posterior")
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +344,8 @@ def test_convergence(tmp_path, benchmark, capsys):
 def test_training(tmp_path, benchmark, capsys, monkeypatch):
     # a clock on which a step of each loop takes a known time: 1/2, 1/4 and 2 s, and twice that in the second round
     now = [0.0]
-    seconds = {"training step": 0.5, "a constant batch": 0.25, "plain loop": 2.0}
+    seconds = {"training step": 0.5, "a constant batch": 0.25, "plain loop": 2.0, "diffusers' script": 1.0}
+    seconds |= {"network alone": 0.125}
     calls = {name: 0 for name in seconds}
     constant = []
 
@@ -353,18 +364,24 @@ def test_training(tmp_path, benchmark, capsys, monkeypatch):
 
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(benchmark.Trainer, "training_step", training_step)
-    plain_training_step = benchmark.plain_training_step
+    for name, function in (
+        ("plain loop", "make_plain_step"),
+        ("diffusers' script", "make_diffusers_step"),
+        ("network alone", "make_network_step"),
+    ):
+        make_step = getattr(benchmark, function)
 
-    def plain(trainer):
-        step = plain_training_step(trainer)
+        def make(trainer, digits, name=name, make_step=make_step):
+            assert digits.shape == (10_000, 1, 28, 28) and (digits.min(), digits.max()) == (-1, 1)
+            step = make_step(trainer, digits)
 
-        def counted():
-            step()
-            tick("plain loop")
+            def counted():
+                step()
+                tick(name)
 
-        return counted
+            return counted
 
-    monkeypatch.setattr(benchmark, "plain_training_step", plain)
+        monkeypatch.setattr(benchmark, function, make)
     path = tmp_path / "training"
     benchmark.training(train_batch_size=4, block_out_channels=(8, 8), num_steps=2, rounds=2, output=str(path))
     assert calls == dict.fromkeys(seconds, 6)
@@ -374,14 +391,19 @@ def test_training(tmp_path, benchmark, capsys, monkeypatch):
         "training step": [8, 4],
         "a constant batch": [16, 8],
         "plain loop": [2, 1],
+        "diffusers' script": [4, 2],
+        "network alone": [32, 16],
     }
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     medians = {" ".join(words[:-4]): float(words[-4]) for words in lines if words[-3:] == ["images", "a", "second"]}
-    assert medians == pytest.approx({"training step": 5.3, "a constant batch": 10.7, "plain loop": 1.3})
+    right = {"training step": 5.3, "a constant batch": 10.7, "plain loop": 1.3, "diffusers' script": 2.7}
+    assert medians == pytest.approx(right | {"network alone": 21.3})
     ratios = {" ".join(words[2:-4]): words[-4:] for words in lines if words[:2] == ["throughput", "over"]}
     assert ratios == {
         "plain loop": ["4.000", "(4.000", "to", "4.000)"],
         "a constant batch": ["0.500", "(0.500", "to", "0.500)"],
+        "diffusers' script": ["2.000", "(2.000", "to", "2.000)"],
+        "network alone": ["0.250", "(0.250", "to", "0.250)"],
     }
 
 
@@ -396,26 +418,18 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("deviation", "expected"), [(1.0, 0.5642), (0.0, 0.7979), (3.0, 0.8307)])
-def test_crps_of_gaussians(benchmark, deviation, expected):
-    # E|X - x0| - E|X - X'|/2 = √(2 (1 + s²)/π) - s/√π for x0 of deviation 1 and samples of deviation s: least at s = 1
-    truths = torch.randn(40_000, 1, generator=seeded())
-    samples = deviation * torch.randn(40_000, 4, 1, generator=seeded(1))
-    assert benchmark.crps(samples, truths).mean().item() == pytest.approx(expected, abs=0.02)
-
-
 @needs_deepinv
-def test_measurements_of_digits(benchmark):
+def test_measurements_of_digits(posterior_benchmark):
     x = torch.randn(2, 1, 28, 28, generator=seeded())
-    smaller = benchmark.make_task("4x smaller", 0, "cpu")(0.1)
+    smaller = posterior_benchmark.make_task("4x smaller", 0, "cpu")(0.1)
     torch.testing.assert_close(smaller.A(x), F.avg_pool2d(x, 4))
-    blur = benchmark.make_task("blur", 0, "cpu")(0.1)
+    blur = posterior_benchmark.make_task("blur", 0, "cpu")(0.1)
     axis = torch.arange(-14.0, 14)
     weights = torch.exp(-axis.square() / 4.5)
     kernel = torch.outer(weights, weights) / weights.sum() ** 2
     inner = F.conv2d(x, kernel[None, None], padding=14)[..., :28, :28]
     torch.testing.assert_close(blur.A(x)[..., 8:20, 8:20], inner[..., 8:20, 8:20], rtol=1e-3, atol=1e-4)
-    missing = benchmark.make_task("missing pixels", 0, "cpu")(0.1)
+    missing = posterior_benchmark.make_task("missing pixels", 0, "cpu")(0.1)
     assert missing.A(x).count_nonzero().item() / x.numel() == pytest.approx(0.3, abs=0.05)
     for physics in (smaller, blur, missing):
         y = torch.randn(physics.A(x).shape, generator=seeded(1))
@@ -425,7 +439,7 @@ def test_measurements_of_digits(benchmark):
         assert physics.noise_model.sigma == pytest.approx(0.1)
 
 
-def make_problem(benchmark, prior, num_samples, evaluations, noise_std):
+def make_problem(posterior_benchmark, prior, num_samples, evaluations, noise_std):
     """Half of 4 × 4 Gaussian pixels measured, and the posterior in units of the data."""
     kept = (torch.arange(16) % 2 == 0).double()
     generator = seeded(4)
@@ -436,8 +450,8 @@ def make_problem(benchmark, prior, num_samples, evaluations, noise_std):
     posterior = Gaussian(prior.mean + gain @ (a @ y - a @ prior.mean), prior.covariance - gain @ a @ prior.covariance)
     pipe = quiet_pipeline(GaussianUNet(prior, 4, 4, train_sigmas(AnnealedLangevinScheduler()).tolist()))
     y = (kept * (y + 1) / 2).float().reshape(1, 1, 4, 4).expand(num_samples, -1, -1, -1)
-    physics = benchmark.make_masking(kept.float().reshape(4, 4))
-    return benchmark.Problem(pipe, physics, y, noise_std / 2, evaluations), posterior, kept > 0
+    physics = posterior_benchmark.make_masking(kept.float().reshape(4, 4))
+    return posterior_benchmark.Problem(pipe, physics, y, noise_std / 2, evaluations), posterior, kept > 0
 
 
 def smooth_prior():
@@ -463,11 +477,11 @@ def ddpm_moments(mean, variances, num_steps, y=0.0, weight=0.0, noise_std=1.0):
 
 @needs_deepinv
 @pytest.mark.parametrize("name", ["ours", "moment matching"])
-def test_methods_that_are_right_for_gaussians(benchmark, name):
+def test_methods_that_are_right_for_gaussians(posterior_benchmark, name):
     # in the units of [0, 1], with the factors of the wrappers, and counted
-    problem, expected, _ = make_problem(benchmark, smooth_prior(), 1000, 50, 0.2)
-    draw, settings = benchmark.POSTERIOR_METHODS[name][0], {} if name == "ours" else {"cg_max_iter": 8}
-    samples, calls, _ = benchmark.draw_counted(draw, problem, 1000, 0, settings)
+    problem, expected, _ = make_problem(posterior_benchmark, smooth_prior(), 1000, 50, 0.2)
+    draw, settings = posterior_benchmark.POSTERIOR_METHODS[name][0], {} if name == "ours" else {"cg_max_iter": 8}
+    samples, calls, _ = posterior_benchmark.sample_counted(draw, problem, 1000, 0, settings)
     shares = torch.ones(16) if name == "ours" else ddpm_moments(0.0, expected.variances, 50)[1] / expected.variances
     w = (2 * samples.flatten(1).double() - 1 - expected.mean) @ expected.eigenvectors / expected.variances.sqrt()
     assert w.mean(0).abs().max() < 0.02 + 3.5 / 1000**0.5
@@ -480,26 +494,26 @@ def test_methods_that_are_right_for_gaussians(benchmark, name):
 
 @needs_deepinv
 @pytest.mark.parametrize(("noise", "share"), [("scaled", 0.74), ("as it is", 0.37)])
-def test_ddrm_of_independent_pixels(benchmark, noise, share):
+def test_ddrm_of_independent_pixels(posterior_benchmark, noise, share):
     """
     Measured pixels are theirs up to the noise, which is small here. The others have the prior's mean, and less than its
     variance: in small steps (1 + √(1 - eta²))/2 = 0.76 of it by the paper's rule, half of that by deepinv's.
     """
     prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.25 * torch.eye(16))
-    problem, expected, measured = make_problem(benchmark, prior, 2000, 200, 0.02)
+    problem, expected, measured = make_problem(posterior_benchmark, prior, 2000, 200, 0.02)
     torch.manual_seed(0)
-    samples = 2 * benchmark.draw_ddrm(problem, eta=0.85, noise=noise).flatten(1).double() - 1
+    samples = 2 * posterior_benchmark.sample_ddrm(problem, eta=0.85, noise=noise).flatten(1).double() - 1
     assert (samples.mean(0) - expected.mean)[measured].abs().max() < 0.02
     assert (samples.mean(0) - expected.mean)[~measured].abs().max() < 3.5 * 0.5 / 2000**0.5
     assert samples.var(0)[~measured].mean().item() == pytest.approx(0.25 * share, rel=0.05)
 
 
 @needs_deepinv
-def test_dps_of_independent_pixels(benchmark):
+def test_dps_of_independent_pixels(posterior_benchmark):
     prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.04 * torch.eye(16))
-    problem, _, measured = make_problem(benchmark, prior, 2000, 50, 0.1)
-    samples, calls, _ = benchmark.draw_counted(
-        benchmark.draw_dps, problem, 2000, 0, {"guidance": "annealed", "weight": 1.0}
+    problem, _, measured = make_problem(posterior_benchmark, prior, 2000, 50, 0.1)
+    samples, calls, _ = posterior_benchmark.sample_counted(
+        posterior_benchmark.sample_dps, problem, 2000, 0, {"guidance": "annealed", "weight": 1.0}
     )
     samples = 2 * samples.flatten(1).double() - 1
     y = 2 * problem.y[0].flatten().double() - 1
@@ -510,11 +524,13 @@ def test_dps_of_independent_pixels(benchmark):
 
 
 @needs_deepinv
-def test_diffpir_of_independent_pixels(benchmark):
+def test_diffpir_of_independent_pixels(posterior_benchmark):
     # measured pixels are theirs up to the noise, which is small here, and the others have the prior's mean
     prior = Gaussian(torch.linspace(-0.3, 0.3, 16), 0.04 * torch.eye(16))
-    problem, expected, measured = make_problem(benchmark, prior, 2000, 50, 0.02)
-    samples, calls, _ = benchmark.draw_counted(benchmark.draw_diffpir, problem, 2000, 0, {"lambda_": 2.0, "zeta": 1.0})
+    problem, expected, measured = make_problem(posterior_benchmark, prior, 2000, 50, 0.02)
+    samples, calls, _ = posterior_benchmark.sample_counted(
+        posterior_benchmark.sample_diffpir, problem, 2000, 0, {"lambda_": 2.0, "zeta": 1.0}
+    )
     error = (2 * samples.flatten(1).double() - 1).mean(0) - expected.mean
     assert error[measured].abs().max() < 0.01
     assert error[~measured].abs().max() < 0.005 + 3.5 * 0.2 / 2000**0.5
@@ -522,26 +538,28 @@ def test_diffpir_of_independent_pixels(benchmark):
 
 
 @needs_deepinv
-def test_posterior(tmp_path, benchmark, folders, capsys):
+def test_posterior(tmp_path, posterior_benchmark, folders, capsys):
     pipeline, digits = folders
     tasks = ("4x smaller", "missing pixels, noiseless")
     arguments = {"num_images": 3, "num_samples": 3, "num_search_images": 2, "evaluations": 4, "batch_size": 5}
     output = tmp_path / "posterior"
-    benchmark.posterior(str(pipeline), str(digits), tasks, **arguments, output=str(output))
+    posterior_benchmark.posterior(str(pipeline), str(digits), tasks, **arguments, output=str(output))
     saved = json.loads((tmp_path / "posterior.json").read_text())
     assert saved["coverage_that_is_right"] == 0.5
     rows = {(row["task"], row["method"]): row for row in saved["rows"]}
-    names = list(benchmark.POSTERIOR_METHODS)
-    assert list(rows) == [(tasks[0], name) for name in names] + [(tasks[1], n) for n in benchmark.NOISELESS_METHODS]
+    names = list(posterior_benchmark.POSTERIOR_METHODS)
+    assert list(rows) == [(tasks[0], name) for name in names] + [
+        (tasks[1], n) for n in posterior_benchmark.NOISELESS_METHODS
+    ]
     assert {name: rows[tasks[0], name]["evaluations"] for name in names} == dict.fromkeys(names, 4)
     backward = {name: rows[tasks[0], name]["backward_passes"] for name in names}
     iterations = rows[tasks[0], "moment matching"]["settings"]["cg_max_iter"]
     assert backward == {"ours": 0, "DDRM": 0, "DiffPIR": 0, "DPS": 4, "moment matching": 4 * (2 + iterations)}
     # known pixels are kept exactly, up to the rounding of float32
-    assert all(rows[tasks[1], name]["misfit_worst"] < 1e-6 for name in benchmark.NOISELESS_METHODS)
+    assert all(rows[tasks[1], name]["misfit_worst"] < 1e-6 for name in posterior_benchmark.NOISELESS_METHODS)
     for name in names[1:]:
         tried = [trial for trial in saved["search"] if trial["method"] == name]
-        assert [trial["settings"] for trial in tried] == benchmark.POSTERIOR_METHODS[name][1]
+        assert [trial["settings"] for trial in tried] == posterior_benchmark.POSTERIOR_METHODS[name][1]
         assert rows[tasks[0], name]["settings"] == min(tried, key=lambda trial: trial["crps"])["settings"]
     for task, name in rows:
         first = rows[task, "ours"]["crps"]
@@ -550,14 +568,14 @@ def test_posterior(tmp_path, benchmark, folders, capsys):
     printed = capsys.readouterr().out
     assert all(f"{row['psnr_of_a_sample']:.4g}" in printed for row in saved["rows"])
     # the same again, and no other row changes one
-    benchmark.posterior(str(pipeline), str(digits), tasks[:1], ("DDRM",), **arguments, output=str(output))
+    posterior_benchmark.posterior(str(pipeline), str(digits), tasks[:1], ("DDRM",), **arguments, output=str(output))
     (again,) = rows_of(output)
     change = {"seconds": 0.0, "crps_above_first": 0.0, "crps_above_first_standard_error": 0.0}
     assert again | change == rows[tasks[0], "DDRM"] | change
 
 
 @needs_deepinv
-def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, benchmark, folders, monkeypatch):
+def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, posterior_benchmark, folders, monkeypatch):
     # a CPU's generator reads 32 bits of a seed, and y must not hold the numbers that a sampler then draws
     measurements, drawn = [], []
 
@@ -566,10 +584,10 @@ def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, benchmark
         drawn.append(torch.randn(problem.y.shape))
         return drawn[-1]
 
-    monkeypatch.setitem(benchmark.POSTERIOR_METHODS, "ours", (draw, [{}]))
+    monkeypatch.setitem(posterior_benchmark.POSTERIOR_METHODS, "ours", (draw, [{}]))
     for noise_std in (0.2, 0.4):
         settings = {"num_images": 8, "num_search_images": 1, "noise_std": noise_std, "output": str(tmp_path / "all")}
-        benchmark.posterior(str(folders[0]), str(folders[1]), ("blur",), ("ours",), num_samples=2, **settings)
+        posterior_benchmark.posterior(str(folders[0]), str(folders[1]), ("blur",), ("ours",), num_samples=2, **settings)
     noise = measurements[1] - measurements[0]  # of deviation 0.1 in units of [0, 1]
     assert noise[::2].std().item() == pytest.approx(0.1, rel=0.05)
     torch.testing.assert_close(noise[::2], noise[1::2])  # the samples of a digit share its measurement
@@ -592,15 +610,15 @@ def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, benchmark
         ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
     ],
 )
-def test_posterior_refuses_bad_flags(benchmark, arguments, message):
+def test_posterior_refuses_bad_flags(posterior_benchmark, arguments, message):
     with pytest.raises(SystemExit, match=message):
-        benchmark.posterior("nowhere", "nowhere", **arguments)
+        posterior_benchmark.posterior("nowhere", "nowhere", **arguments)
 
 
-def test_posterior_asks_for_deepinv_first(tmp_path, benchmark, monkeypatch):
+def test_posterior_asks_for_deepinv_first(tmp_path, posterior_benchmark, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepinv", None)
-    with pytest.raises(SystemExit, match=r"^benchmark\.py: posterior needs deepinv, .*\[inverse\]"):
-        benchmark.posterior("nowhere", "nowhere", output=str(tmp_path / "all"))
+    with pytest.raises(SystemExit, match=r"^benchmark_posterior\.py: this needs deepinv, .*\[inverse\]"):
+        posterior_benchmark.posterior("nowhere", "nowhere", output=str(tmp_path / "all"))
 
 
 @needs_deepinv
@@ -608,8 +626,10 @@ def test_posterior_asks_for_deepinv_first(tmp_path, benchmark, monkeypatch):
     ("size", "num_images", "message"),
     [(8, 3, "for 28×28 grayscale digits, not images of"), (28, 99, "must be 100 at most, taken together")],
 )
-def test_posterior_refuses_what_does_not_fit(tmp_path, benchmark, folders, size, num_images, message):
+def test_posterior_refuses_what_does_not_fit(tmp_path, posterior_benchmark, folders, size, num_images, message):
     pipeline = tmp_path / "pipeline"
     NCSNPipeline(small_unet(sample_size=size), AnnealedLangevinScheduler()).save_pretrained(pipeline)
     with pytest.raises(SystemExit, match=message):
-        benchmark.posterior(str(pipeline), str(folders[1]), num_images=num_images, output=str(tmp_path / "all"))
+        posterior_benchmark.posterior(
+            str(pipeline), str(folders[1]), num_images=num_images, output=str(tmp_path / "all")
+        )

@@ -17,7 +17,6 @@ from ncsn_diffusers.training.checkpoints import (
     lock,
     read_manifest,
     remove_all,
-    replace_files,
 )
 
 
@@ -143,27 +142,6 @@ def test_remove_all_leaves_the_rest(tmp_path):
     (tmp_path / "checkpoint-notes").mkdir()
     remove_all(tmp_path)
     assert names(tmp_path) == ["checkpoint-notes"]
-
-
-def test_files_are_replaced_together_or_not_at_all(tmp_path):
-    def write(content, failure=None):
-        def fill(folder):
-            (folder / "unet").mkdir(parents=True)
-            (folder / "unet" / "weights").write_text(content)
-            if failure is not None:
-                raise failure
-            (folder / "index").write_text(content)
-
-        replace_files(tmp_path, fill, "diffusion_pytorch_model")
-
-    (tmp_path / "other").touch()
-    write("old")
-    with pytest.raises(OSError, match="No space left"):
-        write("new", OSError(errno.ENOSPC, "No space left on device"))
-    assert (tmp_path / "unet" / "weights").read_text() == (tmp_path / "index").read_text() == "old"
-    write("new")
-    assert (tmp_path / "unet" / "weights").read_text() == (tmp_path / "index").read_text() == "new"
-    assert names(tmp_path) == ["index", "other", "unet"]
 
 
 def lock_in_a_child(folder, function=lock):

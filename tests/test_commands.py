@@ -4,12 +4,15 @@ import dataclasses
 import importlib
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from PIL import Image
 
@@ -98,13 +101,13 @@ def test_every_setting_is_in_one_group_and_has_a_text(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_argument_gives_the_defaults(command):
     required = REQUIRED.get(command, [])
-    assert cli.parse(CONFIGS[command], required, "name", "example") == CONFIGS[command](*required)
+    assert CONFIGS[command](**cli.parse(CONFIGS[command], required, "name", "example")) == CONFIGS[command](*required)
 
 
 def test_arguments_give_what_the_config_itself_is_given():
     words = "nowhere --num_images 3 --sigmas 3 0.5 --scheduler DDIMScheduler --scheduler_config a=1 --class_labels 1 2"
     words = words.replace("a=1", "clip_sample=false") + " --no_save_grid --animation gif --dtype bfloat16"
-    assert cli.parse(SampleConfig, words.split(), "name", "example") == SampleConfig(
+    assert SampleConfig(**cli.parse(SampleConfig, words.split(), "name", "example")) == SampleConfig(
         pipeline="nowhere",
         num_images=3,
         sigmas=(3.0, 0.5),
@@ -116,7 +119,7 @@ def test_arguments_give_what_the_config_itself_is_given():
         dtype="bfloat16",
     )
     words = ["--block_out_channels", "16", "32", "--sigma_max", "auto", "--compile", "True", "--no_use_ema"]
-    assert cli.parse(TrainingConfig, words, "name", "example") == TrainingConfig(
+    assert TrainingConfig(**cli.parse(TrainingConfig, words, "name", "example")) == TrainingConfig(
         block_out_channels=(16, 32), sigma_max="auto", compile=True, use_ema=False
     )
 
@@ -141,7 +144,7 @@ def test_a_field_declared_again_stays_in_its_group_with_the_new_default_and_text
         """Own."""
 
     assert cli.group_fields(Derived) == {Base: ["number", "other"], Derived: ["own"]}
-    assert cli.parse(Derived, ["--own", "b"], "name", "example") == Derived(number=5, other=2, own="b")
+    assert cli.parse(Derived, ["--own", "b"], "name", "example") == {"number": 5, "other": 2, "own": "b"}
 
 
 @pytest.mark.parametrize(("word", "flag"), [("--num_images x", "--num_images"), ("--num_image 3", "--num_images")])
@@ -178,14 +181,13 @@ def test_the_dispatcher_answers_without_importing_torch(tmp_path):
     ("start", "name"),
     [
         (["-m", "ncsn_diffusers.commands.sample"], "python -m ncsn_diffusers.commands.sample"),
-        ([ROOT / "scripts/sample.py"], "sample.py"),
         ([ROOT / "ncsn_diffusers_cli.py", "sample"], "ncsn-diffusers sample"),
     ],
 )
 def test_errors_name_the_command_as_typed(start, name, tmp_path):
     result = run(*start, "--num_images", 0, cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == f"{name}: `num_images` must be at least 1, not 0."
+    assert result.stderr.splitlines()[-1] == f"{name}: --num_images must be at least 1, not 0."
 
 
 def test_a_module_draws_in_an_empty_folder(tmp_path):
@@ -194,3 +196,92 @@ def test_a_module_draws_in_an_empty_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"samples.png", "00000.png", "00001.png"}
     assert Image.open(tmp_path / "samples/00001.png").size == (28, 28)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_flag", "1"]])
+def test_help_and_typos_are_answered_without_importing_torch(command, arguments, tmp_path):
+    program = (
+        "import sys; sys.argv[1:] = sys.argv[1].split(); import ncsn_diffusers_cli\n"
+        "try: ncsn_diffusers_cli.main()\n"
+        "finally: assert not {'torch', 'diffusers', 'numpy', 'datasets', 'accelerate'} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run("-c", program, " ".join([command, *arguments]), cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    assert result.returncode == (0 if arguments == ["--help"] else 2), result.stderr
+    assert f"ncsn-diffusers {command}" in result.stdout + result.stderr
+
+
+def test_what_was_left_out_is_imported_before_the_command_runs(tmp_path):
+    program = """
+import sys, ncsn_diffusers_cli
+sys.argv[1:] = ["sample", "nowhere"]
+try: ncsn_diffusers_cli.main()
+except SystemExit as end: assert "there is no such folder" in str(end), end
+import diffusers, ncsn_diffusers
+from ncsn_diffusers.training import train
+assert diffusers.NCSNPipeline is ncsn_diffusers.NCSNPipeline
+"""
+    result = run("-c", program, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+class Case:
+    """A command line whose function raises."""
+
+    @dataclasses.dataclass
+    class Config:
+        """A command."""
+
+        folder: cli.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = "a"
+        """Where."""
+        train_batch_size: int = 32
+        """How many."""
+
+    @classmethod
+    def run(cls, error, **arguments):
+        def fail(config):
+            raise error
+
+        cli.run(cls.Config, fail, "example", [], "program", **arguments)
+
+
+def test_settings_in_messages_are_as_they_are_typed():
+    with pytest.raises(SystemExit, match=r"^program: --train_batch_size must be 1, FOLDER='x', `other` not\.$"):
+        Case.run(ValueError("`train_batch_size` must be 1, `folder`='x', `other` not."))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error"),
+        MemoryError("Unable to allocate 3 GiB. x"),
+    ],
+)
+def test_out_of_memory_names_a_way_out(error):
+    said = ". ".join(str(error).split(". ")[:2])
+    with pytest.raises(SystemExit) as end:
+        Case.run(error)
+    assert str(end.value).startswith(f"program: there is not enough memory: {said}")
+    assert str(end.value).endswith(". A smaller --train_batch_size (now 32) needs less.")
+
+
+def test_errors_of_the_program_itself_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a fault"):
+        Case.run(RuntimeError("a fault"))
+
+
+@pytest.mark.parametrize(("resumes", "text"), [(True, " The same command goes on where it stopped."), (False, "")])
+def test_ctrl_c_says_how_to_go_on(resumes, text, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            Case.run(KeyboardInterrupt(), resumes=resumes)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == f"\nprogram: interrupted.{text}\n"

@@ -45,7 +45,7 @@ from ncsn_diffusers.demo.chains import (
 )
 from ncsn_diffusers.hub import push_to_hub
 from ncsn_diffusers.operators import LinearOperator
-from ncsn_diffusers.settings import make_generators
+from ncsn_diffusers.sampling import make_generators
 
 SHAPE = (1, 8, 8)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ncsn_diffusers import NCSNPipeline, pretrained
 from ncsn_diffusers.demo import serve
-from ncsn_diffusers.settings import make_generators
+from ncsn_diffusers.sampling import make_generators
 
 pytest.importorskip("selenium")
 pytest.importorskip("gradio")

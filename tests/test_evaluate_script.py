@@ -1,12 +1,15 @@
 """A whole evaluation: what it writes and returns, how it goes on, and what it refuses."""
 
 import importlib
+import itertools
 import json
+import math
 import os
-import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,11 +18,14 @@ from diffusers import DDIMScheduler
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from networks import small_unet
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, NCSNPosteriorPipeline, precision
+from ncsn_diffusers.commands.evaluate import main
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import (
+    RandomFeatures,
     class_shares,
     extract_features,
     frechet_distance,
@@ -29,14 +35,18 @@ from ncsn_diffusers.evaluation import (
     precision_recall,
     to_uint8,
 )
-from ncsn_diffusers.evaluation.calibration import calibrate, make_operator
+from ncsn_diffusers.evaluation.branches import log_class_ratio
+from ncsn_diffusers.evaluation.calibration import OPERATORS, calibrate, make_operator
+from ncsn_diffusers.evaluation.config import OperatorName
 from ncsn_diffusers.images import to_model_range
 from ncsn_diffusers.likelihood import bits_per_dim, loss_per_level
-from ncsn_diffusers.settings import NOISE_SEED
+from ncsn_diffusers.sampling import NOISE_SEED, Sampler
 
 pytest.importorskip("torch_fidelity")
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+MODULE = ("-m", "ncsn_diffusers.commands.evaluate")
 
 evaluate = importlib.import_module("ncsn_diffusers.evaluation.evaluate")
 
@@ -76,12 +86,17 @@ def pipeline(tmp_path_factory):
 def evaluation(tmp_path_factory, pipeline):
     """The output folder of a whole run, in one process."""
     folder = tmp_path_factory.mktemp("evaluation")
-    assert run(pipeline, folder, **ARGUMENTS) == read(folder)
+    assert without_run(run(pipeline, folder, **ARGUMENTS)) == read(folder)
     return folder
 
 
+def without_run(metrics):
+    """What does not depend on when and by which command it was computed."""
+    return {key: value for key, value in metrics.items() if key not in ("date", "command")}
+
+
 def read(folder):
-    return json.loads((folder / "metrics.json").read_text())
+    return without_run(json.loads((folder / "metrics.json").read_text()))
 
 
 # --- What it writes ---
@@ -186,14 +201,15 @@ def test_calibration_is_the_librarys(pipeline, evaluation):
             for rows in (range(20), range(20, 27))
         ]
         samples = torch.cat(samples).unflatten(0, (9, 3))
-        values, reliability = calibrate(samples, truths, y, operator, 0.2)
-        for value in values:
+        right = calibrate(samples, truths, y, operator, 0.2)
+        for value in right.metrics:
             assert found[value.key] == pytest.approx(value.value, rel=1e-3)
+        assert found["ranks"] == pytest.approx(right.ranks, abs=1e-3)
         assert found["reliability"][0]["nominal"] == 0.5
-        assert found["reliability"][0]["actual"] == pytest.approx(reliability[0]["actual"], abs=1e-3)
+        assert found["reliability"][0]["actual"] == pytest.approx(right.reliability[0]["actual"], abs=1e-3)
         # an untrained network's samples are far off, and exact ones are not
         exact = found["exact"]
-        assert found["variance_ratio"] < 0.9 or found["misfit"] > 1.5
+        assert found["spread_over_error"] < 0.95 or found["misfit"] > 1.5
         assert abs(exact["coverage"] - 0.5) < 3 * exact["coverage_standard_error"]
         assert abs(exact["misfit"] - 1) < 3 * exact["misfit_standard_error"]
     assert "posterior" not in metrics["sampling"]
@@ -212,18 +228,22 @@ def test_dtype_is_that_of_the_samples_and_not_of_the_likelihood(tmp_path, pipeli
 
 def test_dtype_does_not_depend_on_the_machine(pipeline, monkeypatch):
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
-    config = evaluate.EvaluateConfig(str(pipeline))
-    assert config.open()[1].unet.dtype == torch.float32
-    assert config.dtype == "float32"
+    sampler = Sampler(evaluate.EvaluateConfig(str(pipeline)))
+    assert sampler.pipe.unet.dtype == torch.float32
+    assert sampler.dtype == "float32"
 
 
-def test_the_report_states_what_the_metrics_depend_on(evaluation):
-    metrics, report = read(evaluation), (evaluation / "report.md").read_text()
+def test_the_report_states_what_the_metrics_depend_on(pipeline, evaluation):
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    report = (evaluation / "report.md").read_text()
     samples, floor, bits = metrics["samples"], metrics["floor"], metrics["bits_per_dim"]
 
     def row(title, text):
         return f"| {title} | {text(samples)} | {text(floor)} |"
 
+    assert report.startswith(f"# {pipeline.name}\n\n**66 samples differ from real images (Fréchet distance ")
+    assert f"{metrics['date']}, `{metrics['command']}`" in report
+    assert metrics["pipeline"] == pipeline.name
     for fact in (
         "66 samples, 2 network evaluations each: AnnealedLangevinScheduler, num_inference_steps=2, seed 0, float32",
         "Reference: 134 images of `train` of MNIST (the embedded 10,000 digits); held out: 66 others of the same",
@@ -245,18 +265,19 @@ def test_the_report_states_what_the_metrics_depend_on(evaluation):
     calibration = metrics["posterior"]
     psnr = "{0[psnr]:.2f} ± {0[psnr_standard_error]:.2g} | {0[psnr_of_mean]:.2f} ± {0[psnr_of_mean_standard_error]:.2g}"
     rest = (
-        "{0[misfit]:.2f} ± {0[misfit_standard_error]:.2g} | {0[largest_misfit]:.2f}{1} | "
+        "{0[misfit]:.2f} ± {0[misfit_standard_error]:.2g} | {0[largest_misfit]:.2f}{1} | {2} | "
         "{0[coverage]:.3f} ± {0[coverage_standard_error]:.2g} | "
-        "{0[variance_ratio]:.2f} ± {0[variance_ratio_standard_error]:.2g}"
+        "{0[spread_over_error]:.2f} ± {0[spread_over_error_standard_error]:.2g}"
     )
     for name, found in calibration["operators"].items():
-        assert f"| {name} | {psnr.format(found)} | {rest.format(found, '')} |" in report
+        score = f"{found['crps']:.4g} ± {found['crps_standard_error']:.2g}"
+        assert f"| {name} | {psnr.format(found)} | {rest.format(found, '', score)} |" in report
         spread = f" ± {found['exact']['largest_misfit_standard_error']:.2g}"
-        assert f"| {name}, exact |  |  | {rest.format(found['exact'], spread)} |" in report
+        assert f"| {name}, exact |  |  | {rest.format(found['exact'], spread, '')} |" in report
     for fact in (
         "9 held-out images, 3 samples each given A x + noise of standard deviation 0.2 in units of the data, 4 network",
-        "| operator | PSNR of a sample | PSNR of the mean of 3 | misfit (right: 1) | largest misfit | coverage (right: "
-        "0.500) | variance over squared error (right: 1) |",
+        "| operator | PSNR of a sample | PSNR of the mean of 3 | misfit (right: 1) | largest misfit | CRPS | coverage "
+        "(right: 0.500) | spread over error (right: 1) |",
     ):
         assert fact in report
     assert metrics["sampling"]["scheduler_config"]["sigma_max"] == 50
@@ -271,13 +292,20 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline, evaluation)
     # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = subprocess.run(
-        [*torchrun, ROOT / "scripts/evaluate.py", pipeline, "--output_dir", tmp_path, *flags(ARGUMENTS)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        [*torchrun, *MODULE, pipeline, "--output_dir", tmp_path, *flags(ARGUMENTS)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Fréchet distance") == 1
+    assert result.stdout.count("66 samples differ from real images (Fréchet distance ") == 1
     assert "samples:" in result.stderr  # the progress bar
     assert read(tmp_path) == read(evaluation)
     assert (tmp_path / "neighbours.png").read_bytes() == (evaluation / "neighbours.png").read_bytes()
@@ -287,37 +315,37 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline, evaluation)
 
 
 def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation):
-    drawn, draw = [], evaluate.draw
+    drawn, sample_images = [], evaluate.sample_images
 
-    def interrupted(pipe, config, indices):
+    def interrupted(sampler, indices):
         if len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(indices)
-        return draw(pipe, config, indices)
+        return sample_images(sampler, indices)
 
-    monkeypatch.setattr(evaluate, "draw", interrupted)
+    monkeypatch.setattr(evaluate, "sample_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, tmp_path, **ARGUMENTS)
     # the disk cut a batch short
     damaged = tmp_path / "samples" / "00000000-00000020.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
 
-    def counted(pipe, config, indices):
+    def counted(sampler, indices):
         drawn.append(indices)
-        return draw(pipe, config, indices)
+        return sample_images(sampler, indices)
 
-    monkeypatch.setattr(evaluate, "draw", counted)
-    assert run(pipeline, tmp_path, **ARGUMENTS) == read(evaluation)
+    monkeypatch.setattr(evaluate, "sample_images", counted)
+    assert without_run(run(pipeline, tmp_path, **ARGUMENTS)) == read(evaluation)
     assert drawn == [range(20), range(20, 40), range(20), range(40, 60), range(60, 66)]
 
     # the same again draws nothing, more images only those that are missing
-    measured, draw_posterior = [], evaluate.draw_posterior
+    measured, sample_posterior = [], evaluate.sample_posterior
 
     def counted_posterior(*arguments):
         measured.append(arguments[-1])
-        return draw_posterior(*arguments)
+        return sample_posterior(*arguments)
 
-    monkeypatch.setattr(evaluate, "draw_posterior", counted_posterior)
+    monkeypatch.setattr(evaluate, "sample_posterior", counted_posterior)
     drawn.clear()
     run(pipeline, tmp_path, **ARGUMENTS)
     assert measured == []
@@ -329,7 +357,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
 
     # other settings are refused, and nothing is lost
     other = {**ARGUMENTS, "num_inference_steps": 1, "seed": 1, "posterior_noise_std": 0.1}
-    with pytest.raises(ValueError, match=r"holds samples that were made with another `num_inference_steps`, `seed`"):
+    with pytest.raises(ValueError, match=r"holds samples that were made with another `seed`, `num_inference_steps`"):
         run(pipeline, tmp_path, **other)
     assert len(list((tmp_path / "samples").glob("*.safetensors"))) == 5
     drawn.clear()
@@ -430,7 +458,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         assert written.metric_name.startswith(f"{title} (40 samples, 6 evaluations each, features: 2,048 of the Incep")
     for kind, key, title in (
         ("posterior-coverage", "coverage", "Coverage of the posterior's intervals"),
-        ("posterior-variance-ratio", "variance_ratio", "Posterior variance over squared error"),
+        ("posterior-spread-over-error", "spread_over_error", "Posterior spread over error"),
     ):
         written = results["data", kind]
         assert written.metric_value == round(metrics["posterior"]["operators"]["blurred"][key], 4)
@@ -458,8 +486,9 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         ({"posterior_noise_std": float("nan")}, "`posterior_noise_std` must be above 0, not nan"),
         ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
         ({"class_labels": ()}, "`class_labels` needs at least one class"),
-        ({"scheduler": "DDIM"}, "`scheduler`='DDIM' is no scheduler of diffusers"),
-        ({"scheduler": "DDIMScheduler", "scheduler_config": ("x=1",)}, "DDIMScheduler has no setting x"),
+        ({"scheduler_config": ("x",)}, "must be name=value pairs"),
+        ({"features": "dino"}, "`features` must be one of digits, random, inception, not 'dino'"),
+        ({"branch_images": 1}, "`branch_images` must be 0 or at least 2, for a standard error, not 1"),
         ({"update_model_card": True}, r"`update_model_card` needs a model card, nowhere.README\.md"),
     ],
 )
@@ -472,9 +501,8 @@ def test_the_statistics_library_is_asked_for_before_anything_is_loaded(monkeypat
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     for name in [name for name in sys.modules if name.startswith("torch_fidelity.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere"])
-    with pytest.raises(SystemExit, match=r"^evaluate\.py: .*`pip install torch-fidelity`"):
-        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    with pytest.raises(ImportError, match="`pip install torch-fidelity`"):
+        evaluate.evaluate(evaluate.EvaluateConfig("nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -499,10 +527,126 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path, pipelin
     assert not list(tmp_path.glob("samples/*.safetensors"))
 
 
+def test_the_runs_own_data_and_features_that_fit_are_the_default(tmp_path, coloured, capsys):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(coloured / "pipeline", folder)
+    quick = {"num_images": 129, "num_inference_steps": 2, "loss_images": 0, "branch_images": 0}
+    # nothing says what it was trained on
+    message = (
+        r"^The pipeline draws images of 8×8 pixels and 3 channels, and its folder does not record what it was trained "
+        r"on: name images like these with `train_data_dir` or `dataset_name`\. Features that fit: random, inception\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "out", **quick)
+    # a folder that has been moved
+    recorded = {"train_data_dir": "elsewhere", "train_split": "train", "validation_split": None, "output_dir": "x"}
+    (folder / "training_config.json").write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match="trained on 'elsewhere', which is not a folder here: name it with `train_da"):
+        run(folder, tmp_path / "out", **quick)
+    recorded |= {"train_data_dir": str(coloured / "all"), "validation_split": "test"}
+    for split in ("train", "test"):  # enough for 128 features
+        for source in (coloured / "data" / split).iterdir():
+            for i, path in enumerate(source.iterdir()):
+                for flipped in (False, True):
+                    target = coloured / "all" / split / source.name / f"{i}-{flipped}.png"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    image = Image.open(path)
+                    (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image).save(target)
+    (folder / "training_config.json").write_text(json.dumps(recorded))
+    capsys.readouterr()
+    metrics = run(folder, tmp_path / "out", **quick)
+    said = capsys.readouterr().out
+    assert "Compared with what the pipeline was trained on: 'train' of all." in said
+    assert "Features: 128 of random convolutions, of mean variance 1 over the reference; others: random, incep" in said
+    data = metrics["data"]
+    assert (data["name"], data["reference_split"], data["held_out_split"]) == ("all", "train", "test")
+    assert (data["num_reference"], data["num_held_out"]) == (240, 129)
+    # right values: those of the library, and far from an untrained network's noise
+    dataset = load_training_data(train_data_dir=recorded["train_data_dir"], split="train")
+    order = torch.randperm(240, generator=torch.Generator().manual_seed(0))
+    features = RandomFeatures(3, 8)(decode_images(dataset.select(order.tolist()))).double()
+    samples = load_file(tmp_path / "out" / "samples" / "00000000-00000100.safetensors")["images"]
+    rest = load_file(tmp_path / "out" / "samples" / "00000100-00000129.safetensors")["images"]
+    described = RandomFeatures(3, 8)(torch.cat([samples, rest])).double()
+    mean, scale = features.mean(0), features.var(0).mean().sqrt()
+    distance = frechet_distance((features - mean) / scale, (described - mean) / scale)
+    assert metrics["samples"]["frechet_distance"] == pytest.approx(distance, rel=1e-3)
+    assert metrics["samples"]["frechet_distance"] > 10 * metrics["floor"]["frechet_distance"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "**129 samples differ from real images" in report
+    # settings on the command line come before what was recorded
+    config = evaluate.EvaluateConfig(reference_split="test", resolution=8)
+    source = evaluate.find_real_source(config, str(folder), (3, 8, 8))
+    assert (source.reference_split, source.held_out_split, source.settings.resolution) == ("test", None, 8)
+
+
+def test_what_bfloat16_would_save_is_said_before_a_long_run(tmp_path, pipeline, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    times = itertools.cycle(range(0, 10**6, 30))  # seconds: each evaluation takes 30 s
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(times))
+    evaluation = evaluate.Evaluation(evaluate.EvaluateConfig(str(pipeline), num_images=600, output_dir=str(tmp_path)))
+    capsys.readouterr()
+    evaluation.suggest_bfloat16()
+    assert capsys.readouterr().out == ""  # nothing would be saved
+    steps = iter([0, 30, 30, 60, 60, 90, 0, 15, 15, 30, 30, 45])
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(steps))
+    evaluation.suggest_bfloat16()
+    # 50 steps of 6 batches
+    text = "The network's evaluations will take about 150 minutes; --dtype bfloat16 would save about 75 of them"
+    assert text in capsys.readouterr().out
+    assert evaluation.pipe.unet.dtype == torch.float32
+
+
+def test_a_full_disk_keeps_the_batches_and_says_how_to_go_on(tmp_path, pipeline, monkeypatch):
+    kept = importlib.import_module("ncsn_diffusers.kept_batches")
+    save_file, number = kept.save_file, []
+
+    def fail_third(tensors, path):
+        number.append(path)
+        if len(number) == 3:
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(kept, "save_file", fail_third)
+    message = (
+        r"samples.00000040-00000060\.safetensors could not be written: No space left on device\. Make room and start "
+        r"the same command again: it goes on where it stopped\.$"
+    )
+    with pytest.raises(OSError, match=message):
+        run(pipeline, tmp_path, **ARGUMENTS)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "00000000-00000020.safetensors",
+        "00000020-00000040.safetensors",
+        "settings.json",
+    ]
+
+
+def test_the_two_branches_of_a_class_conditional_network_are_compared(tmp_path):
+    unet = small_unet(sample_size=28, num_class_embeds=11)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    arguments = ARGUMENTS | {"bits_per_dim": 0, "loss_images": 0, "posterior": ()}
+    metrics = run(tmp_path / "pipeline", tmp_path / "out", branch_images=3, **arguments)
+    found = metrics["branches"]
+    assert (found["number"], found["most"]) == (3, pytest.approx(math.log(10)))
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    images = pipe(class_labels=[0, 1, 2], num_inference_steps=2, generator=generators, output_type="pt").images
+    x, sigmas = to_model_range(to_uint8(images)), np.geomspace(0.01, 50, 40)
+    generators = [torch.Generator().manual_seed(NOISE_SEED + i) for i in range(3)]
+    noise = torch.stack([torch.randn(40, 1, 28, 28, generator=g) for g in generators], 1)
+    ratios = log_class_ratio(pipe.denoise, x, torch.arange(3), sigmas, noise)
+    assert found["mean_log_class_ratio"] == pytest.approx(ratios.mean().item(), rel=1e-3, abs=1e-3)
+    assert "## With and without a class" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_digit_features_of_other_images(tmp_path, coloured):
     arguments = {"train_data_dir": str(coloured / "data"), "num_images": 40}
-    with pytest.raises(ValueError, match=r"`features`='digits' do not fit the images: .* not \(1, 3, 8, 8\)"):
-        run(coloured / "pipeline", tmp_path, **arguments)
+    message = (
+        r"`features`='digits' do not fit images of shape \(3, 8, 8\) \(channels, height, width\), but random, incep"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(coloured / "pipeline", tmp_path, features="digits", **arguments)
 
 
 def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(monkeypatch, tmp_path, coloured):
@@ -515,12 +659,15 @@ def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(mon
     assert not (tmp_path / "samples").exists()
 
 
+def test_the_settings_name_every_operator():
+    assert get_args(OperatorName) == tuple(OPERATORS)
+
+
 def test_errors_on_the_command_line(monkeypatch, tmp_path, pipeline):
     (tmp_path / "empty").mkdir()
     arguments = [str(pipeline), "--train_data_dir", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit, match=r"^evaluate\.py: .*empty"):
-        runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match=r"^ncsn-diffusers evaluate: .*empty"):
+        main(arguments, "ncsn-diffusers evaluate")
 
 
 def test_the_noise_of_measurements_is_not_that_of_a_chain():

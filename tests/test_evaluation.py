@@ -1,7 +1,9 @@
 """The statistics against closed forms, and the digit classifier against the embedded digits."""
 
+import dataclasses
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,13 @@ import pytest
 import torch
 from datasets import load_dataset
 
+from ncsn_diffusers.commands.cli import parse
 from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images
 from ncsn_diffusers.evaluation import (
     DIGIT_CLASSIFIER,
+    EvaluateConfig,
     InceptionFeatures,
+    RandomFeatures,
     class_entropy,
     class_shares,
     extract_features,
@@ -26,7 +31,11 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
+from ncsn_diffusers.evaluation.branches import log_class_ratio
+from ncsn_diffusers.evaluation.config import evaluation_command
 from ncsn_diffusers.evaluation.metrics import Metric, compare, mean_and_error
+from ncsn_diffusers.evaluation.record import DataRecord, EvaluationRecord, SamplingRecord
+from ncsn_diffusers.evaluation.report import explain_below_floor, make_verdict
 from ncsn_diffusers.images import to_model_range
 
 feature_extractor_inceptionv3 = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -384,3 +393,145 @@ def test_a_metric_in_a_file_and_for_people():
 
 def test_mean_and_its_standard_error():
     assert mean_and_error(torch.tensor([1.0, 3.0, 5.0, 7.0])) == pytest.approx((4, math.sqrt(20 / 3) / 2))
+
+
+# --- Random features ---
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 5), (3, 16), (4, 9), (3, 64)])
+def test_random_features_of_any_images_are_always_the_same(channels, size):
+    images = torch.randint(0, 256, (4, channels, size, size + 3), dtype=torch.uint8)
+    before = torch.random.get_rng_state()
+    features = RandomFeatures(channels, size)(images)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert features.shape == (4, 128)
+    assert torch.equal(features, RandomFeatures(channels, size)(images))
+    assert torch.allclose(features[:1], RandomFeatures(channels, size)(images[:1]))
+    with pytest.raises(ValueError, match=f"`images` must have {channels} channels, not 2"):
+        RandomFeatures(channels, size)(images[:, [0, 0]])
+
+
+def test_random_features_tell_damaged_images_from_real_ones():
+    # squares of two colors and places: what goes with what is all that is wrong with the torn ones
+    def make(num, seed):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 40, (num, 3, 16, 16), generator=generator, dtype=torch.uint8)
+        colors = torch.randint(0, 200, (num, 3, 1, 1), generator=generator, dtype=torch.uint8)
+        images[:, :, 3:13, 3:13] += colors
+        return images
+
+    reference, held_out = make(600, 0), make(300, 1)
+    torn = torch.cat([held_out[..., :8], held_out.roll(1, 0)[..., 8:]], -1)
+    blurred = torch.nn.functional.avg_pool2d(held_out.float(), 3, 1, 1).to(torch.uint8)
+    features = RandomFeatures(3, 16)
+    center, scale = features(reference).mean(0), features(reference).var(0).mean().sqrt()
+    real, *sets = (
+        ((features(images) - center) / scale).double()
+        for images in (reference, held_out, torn, blurred, 255 - held_out)
+    )
+    floor, *distances = (frechet_distance(real, found) for found in sets)
+    assert min(distances) > 3 * floor
+
+
+# --- The two branches of a class-conditional network ---
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_log_class_ratio_of_two_gaussians(share):
+    # classes N(-1, s²) and N(1, s²) in each of 2 dimensions, of which the first has the share
+    s, means = 0.7, torch.tensor([-1.0, 1.0])
+    weights = torch.tensor([share, 1 - share])
+
+    def denoise(x, sigma, labels):
+        given = [mean + s**2 / (s**2 + sigma**2) * (x - mean) for mean in means]
+        if labels is not None:
+            return torch.where(labels[:, None] == 0, given[0], given[1])
+        log = (
+            torch.stack([-(x - mean).square().sum(1) / (2 * (s**2 + sigma**2)) for mean in means])
+            + weights.log()[:, None]
+        )
+        posterior = log.softmax(0)
+        return posterior[0][:, None] * given[0] + posterior[1][:, None] * given[1]
+
+    x = torch.tensor([[0.5, 0.1], [-1.0, -2.0], [0.0, 0.0], [2.0, 1.0]]).repeat(500, 1)
+    labels = torch.tensor([1, 0, 0, 1]).repeat(500)
+    sigmas = torch.logspace(-2, 2, 60, dtype=torch.float64).tolist()
+    noise = torch.randn(60, *x.shape, generator=torch.Generator().manual_seed(0))
+    ratios = log_class_ratio(denoise, x, labels, sigmas, noise).reshape(500, 4)
+    log = torch.stack([-(x[:4] - mean).square().sum(1) / (2 * s**2) for mean in means], 1)
+    right = log[torch.arange(4), labels[:4]] - (log.exp() * weights).sum(1).log()
+    assert torch.allclose(ratios.mean(0), right.double(), atol=0.05)
+    with pytest.raises(ValueError, match="`sigmas` must be at least two rising numbers above 0"):
+        log_class_ratio(denoise, x, labels, sigmas[::-1], noise)
+    with pytest.raises(ValueError, match="`noise` must have the shape"):
+        log_class_ratio(denoise, x, labels, sigmas, noise[0])
+
+
+# --- The report's first sentence ---
+
+
+def make_record(samples, floor, num=1000, num_held_out=1000):
+    def metrics(frechet, kernel, error, precision, nearest):
+        return [
+            Metric("frechet_distance", "", frechet),
+            Metric("kernel_distance", "", kernel, standard_error=error),
+            Metric("precision", "", precision),
+            Metric("recall", "", 0.9),
+            Metric("median_distance_to_nearest_reference", "", nearest),
+        ]
+
+    sampling = SamplingRecord("S", {}, 50, None, None, None, 1.0, 0, "float32", 100, num, 50)
+    data = DataRecord("d", "d", "train", 5000, "test", num_held_out)
+    return EvaluationRecord("p", "today", "command", "f", {}, sampling, data, metrics(*samples), metrics(*floor))
+
+
+@pytest.mark.parametrize(
+    ("samples", "verdict"),
+    [
+        (
+            (1.2, 0.5, 0.1, 0.9, 4.0),
+            "1,000 samples differ from real images (Fréchet distance 1.2, floor 0.6, 2 times)",
+        ),
+        (
+            (0.8, 0.01, 0.1, 0.9, 4.0),
+            "No difference between 1,000 samples and held-out real images was found in these ",
+        ),
+        (
+            (0.9, 0.01, 0.1, 0.6, 4.0),
+            "1,000 samples differ from real images (Fréchet distance 0.9, floor 0.6, 1.5 times)",
+        ),
+        (
+            (0.3, -0.5, 0.1, 0.9, 4.0),
+            "1,000 samples are nearer to the reference than held-out real images are (Fréchet ",
+        ),
+        (
+            (1.8, 0.01, 0.1, 0.9, 4.0),
+            "1,000 samples differ from real images (Fréchet distance 1.8, floor 0.6, 3 times)",
+        ),
+    ],
+)
+def test_the_verdict(samples, verdict):
+    record = make_record(samples, (0.6, 0.0, 0.02, 0.9, 4.0))
+    assert make_verdict(record).startswith(f"**{verdict}")
+
+
+def test_distances_below_their_floor_are_explained():
+    floor = (0.6, 0.0, 0.02, 0.9, 4.0)
+    assert explain_below_floor(make_record((0.7, 0.1, 0.1, 0.9, 3.9), floor)) == []
+    text = " ".join(explain_below_floor(make_record((0.5, 0.1, 0.1, 0.9, 2.0), floor, num_held_out=500)))
+    assert "The Fréchet distance of the samples lies below the floor." in text
+    assert "few images (500 held-out images beside 1,000 samples)" in text
+    assert "The samples are 50% nearer to their nearest reference images than held-out images are" in text
+    text = " ".join(explain_below_floor(make_record((0.5, -0.1, 0.1, 0.9, 4.0), floor)))
+    assert "The Fréchet distance and the kernel distance of the samples lie below" in text and "few images" not in text
+
+
+def test_the_command_repeats_the_evaluation_without_the_users_folders(tmp_path):
+    config = EvaluateConfig(
+        str(tmp_path), num_images=100, sigmas=(3.0, 0.5), posterior=("blurred",), train_data_dir="/data/my images"
+    )
+    words = shlex.split(evaluation_command(config))
+    assert words[:3] == ["ncsn-diffusers", "evaluate", tmp_path.name]
+    assert parse(EvaluateConfig, words[2:], "name", "example") == vars(
+        dataclasses.replace(config, pipeline=tmp_path.name, train_data_dir="my images")
+    )

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import runpy
 import subprocess
 import sys
 import textwrap
@@ -39,6 +38,7 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
+from ncsn_diffusers.commands import push
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
 from ncsn_diffusers.hub.files import MODULES
 from ncsn_diffusers.hub.modules import collect_module, is_module
@@ -945,17 +945,16 @@ def test_other_pipelines_are_refused(hub, tmp_path):
             NCSNPipeline.from_pretrained(source)
 
 
-# --- The script ---
+# --- The command ---
 
 
-def run_script(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "scripts" / "push_to_hub.py"), run_name="__main__")
+def run_push(*arguments):
+    push.main([*map(str, arguments)], "ncsn-diffusers push")
 
 
-def test_script(hub, folder, monkeypatch, capfd):
+def test_push(hub, folder, capfd):
     arguments = ["--private", "--tag", "v1", "--revision", "release", "--variants", "fp16", "--license", "mit"]
-    run_script(monkeypatch, folder, "lab/digits", *arguments)
+    run_push(folder, "lab/digits", *arguments)
     repository = hub.repositories["lab/digits"]
     assert repository.private and repository.tags["v1"] == repository.branches["release"]
     files = hub.files("lab/digits", "release")
@@ -964,14 +963,14 @@ def test_script(hub, folder, monkeypatch, capfd):
     assert f"{hub.url}/lab/digits" in out
     assert "100%" in err  # the progress bar
     assert TOKEN not in out + err
-    run_script(monkeypatch, folder, "lab/digits", "--space")
+    run_push(folder, "lab/digits", "--space")
     assert f"The page: {hub.url}/spaces/lab/digits\n" in capfd.readouterr().out
     assert "app.py" in hub.files("spaces/lab/digits")
 
 
-def test_script_fails_before_any_upload(hub, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^push_to_hub\.py: .*model_index\.json is missing"):
-        run_script(monkeypatch, tmp_path, "ann/digits")
+def test_push_fails_before_any_upload(hub, tmp_path):
+    with pytest.raises(SystemExit, match=r"^ncsn-diffusers push: .*model_index\.json is missing"):
+        run_push(tmp_path, "ann/digits")
     assert not hub.repositories
 
 

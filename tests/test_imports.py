@@ -24,7 +24,9 @@ LAYERS = (
     ("pipeline_ncsn_inpaint", "pipeline_ncsn_posterior", "denoiser", "convert"),
     ("",),  # the public names, in the package's own __init__.py
     ("settings",),
-    ("demo", "evaluation", "training"),
+    ("sampling",),
+    ("kept_batches",),
+    ("demo", "evaluation", "sample_images", "training"),
     ("commands",),
 )
 UPLOADED = ("networks_ncsn", "pipeline_ncsn", "scheduling_annealed_langevin")

@@ -27,7 +27,9 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.hub import collect_files, loading, saving
-from ncsn_diffusers.settings import load_pipeline
+from ncsn_diffusers.hub.configs import translate_index
+from ncsn_diffusers.hub.weights import check_finite
+from ncsn_diffusers.sampling import load_pipeline
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ncsn_diffusers import NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.data import decode_images, load_training_data
-from ncsn_diffusers.evaluation.evaluate import EvaluateConfig, load_real_images
+from ncsn_diffusers.evaluation import EvaluateConfig
+from ncsn_diffusers.evaluation.evaluate import find_real_source, load_real_images
 from ncsn_diffusers.image_files import find_white, read_image
 
 SIDE = 4  # of the images, whose rows are all alike unless they are turned
@@ -140,7 +141,9 @@ def four_readings(path, channels, monkeypatch, side=SIDE):
 
     config = EvaluateConfig("", train_data_dir=folder, channels=channels, held_out_split="train", num_images=1)
     shape = (channels, side, side)
-    readings["evaluation"] = load_real_images(config, Accelerator(cpu=True), shape).reference[0]
+    readings["evaluation"] = load_real_images(
+        config, find_real_source(config, "", shape), Accelerator(cpu=True), shape
+    ).reference[0]
 
     pipe, seen = pipeline(NCSNPipeline, channels, side), []
     prepare = pipe._prepare_latents

@@ -1,8 +1,12 @@
-"""scripts/sample.py, from the command line where that matters."""
+"""`ncsn-diffusers sample`, from the command line where that matters."""
 
+import errno
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +16,29 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from networks import small_unet
 from PIL import Image
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, commands, precision, pretrained
-from ncsn_diffusers.commands.sample import SampleConfig, sample
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
+from ncsn_diffusers import sample_images as module
+from ncsn_diffusers.commands.sample import sample
 from ncsn_diffusers.images import make_grid
-from ncsn_diffusers.settings import parse_settings
+from ncsn_diffusers.sampling import Sampler
+from ncsn_diffusers.settings import SampleConfig, parse_settings
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, cwd, launcher=(sys.executable,), **environment):
     return subprocess.run(
-        [str(part) for part in (*launcher, ROOT / "scripts/sample.py", *arguments)],
+        [str(part) for part in (*launcher, "-m", "ncsn_diffusers.commands.sample", *arguments)],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
         capture_output=True,
         text=True,
     )
@@ -105,7 +119,7 @@ def test_a_cpu_with_bfloat16_draws_in_it(tmp_path, pipeline, monkeypatch, capsys
     def drawn(name, **arguments):
         config = SampleConfig(str(pipeline), output_dir=str(tmp_path / name), num_inference_steps=2, **arguments)
         sample(config)
-        return pixels(tmp_path / name / "samples.png"), config.dtype
+        return pixels(tmp_path / name / "samples.png"), Sampler(config).dtype
 
     plain, dtype = drawn("plain", num_images=2)
     asked, _ = drawn("asked", num_images=2, dtype="bfloat16")
@@ -123,7 +137,7 @@ def test_a_cpu_with_bfloat16_draws_in_it(tmp_path, pipeline, monkeypatch, capsys
 
 @pytest.mark.parametrize(("dtype", "last"), [("float32", True), ("bfloat16", False)])
 def test_the_layout_is_the_fast_one(pipeline, dtype, last):
-    _, pipe = SampleConfig(str(pipeline), dtype=dtype).open()
+    pipe = Sampler(SampleConfig(str(pipeline), dtype=dtype)).pipe
     layouts = [
         module.weight.is_contiguous(memory_format=torch.channels_last)
         for module in pipe.unet.modules()
@@ -155,7 +169,8 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline, monke
     frames = []
 
     def callback(pipe, step, timestep, tensors):
-        frames.append(pipe.image_processor.postprocess(tensors["denoised"])[1])
+        shown = pipe.units.to_data(tensors["denoised"])
+        frames.append(pipe.image_processor.postprocess(shown, do_denormalize=[False] * 2)[1])
 
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     names = ["denoised"]
@@ -167,7 +182,7 @@ def test_filmstrip_a_scheduler_with_settings_and_dtype(tmp_path, pipeline, monke
         callback_on_step_end_tensor_inputs=names,
     ).images
     titles = []
-    monkeypatch.setattr(commands.sample, "make_grid", lambda *a, **k: titles.extend(k["titles"]) or make_grid(*a, **k))
+    monkeypatch.setattr(module, "make_grid", lambda *a, **k: titles.extend(k["titles"]) or make_grid(*a, **k))
     sample(config)
     sigmas = pipe.scheduler.sigmas[[0, 2, 3]].tolist()
     # the network is told the level of the nearest timestep
@@ -214,7 +229,6 @@ def test_classes_in_turn_a_column_for_each(tmp_path):
     arguments = {"num_inference_steps": 2, "output_dir": str(tmp_path / "out"), "guidance_scale": 1.5}
     config = SampleConfig(str(tmp_path / "pipeline"), **arguments)
     sample(config)
-    assert config.num_images == 60  # whole rounds of five classes
     grid = read_sheet(Image.open(tmp_path / "out" / "samples.png"), 5, 8)
     assert grid.shape == (12 * 8, 5 * 8)
     pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
@@ -238,12 +252,31 @@ def test_the_default_number_of_images(tmp_path, num_classes, num_images):
     NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
     config = SampleConfig(str(tmp_path / "pipeline"), sigmas=(1.0,), output_dir=str(tmp_path / "out"))
     sample(config)
-    assert config.num_images == num_images
+    side = math.isqrt(num_images) if num_classes != 10 else None
+    size = (8 * side, 8 * side) if side else (80, 48)  # ten columns of six rows
+    assert Image.open(tmp_path / "out" / "samples.png").size == size
+    assert config == SampleConfig(str(tmp_path / "pipeline"), sigmas=(1.0,), output_dir=str(tmp_path / "out"))
 
 
 def test_settings():
     items = ("a=1", "b=0.5", "c=true", "d=None", "e=dpmsolver++", "f=[1, 2]", '{"g": {"h": 1}, "a": 2}')
     assert parse_settings(items) == dict(a=2, b=0.5, c=True, d=None, e="dpmsolver++", f=[1, 2], g={"h": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheduler_config": ("clip_sample",)}, "must be name=value pairs or a JSON object, not 'clip_sample'"),
+        ({"scheduler_config": ("{clip_sample: 1}",)}, "is not a JSON object"),
+        ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
+        ({"batch_size": -1}, "`batch_size` must be at least 1, not -1"),
+        ({"class_labels": ()}, "`class_labels` needs at least one class"),
+        ({"save_grid": False}, "Nothing would be saved"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig("nowhere", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -259,17 +292,11 @@ def test_settings():
             {"scheduler": "DDIMScheduler", "scheduler_config": ("step_size=1",)},
             "DDIMScheduler has no setting step_size, but beta_end",
         ),
-        ({"scheduler_config": ("clip_sample",)}, "must be name=value pairs or a JSON object, not 'clip_sample'"),
-        ({"scheduler_config": ("{clip_sample: 1}",)}, "is not a JSON object"),
-        ({"num_images": 0}, "`num_images` must be at least 1, not 0"),
-        ({"batch_size": -1}, "`batch_size` must be at least 1, not -1"),
-        ({"class_labels": ()}, "`class_labels` needs at least one class"),
-        ({"save_grid": False}, "Nothing would be saved"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, message):
+def test_schedulers_are_refused_before_the_pipeline_is_loaded(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SampleConfig("nowhere", **arguments)
+        Sampler(SampleConfig("nowhere", **arguments))
 
 
 @pytest.mark.parametrize(
@@ -297,15 +324,15 @@ def test_black_images_are_an_error(tmp_path, pipeline):
     arguments = ["--num_images", 2, "--num_inference_steps", 2, "--scheduler", "KDPM2AncestralDiscreteScheduler"]
     result = run(pipeline, *arguments, cwd=tmp_path)
     assert result.returncode == 1
-    assert "sample.py: The sample of KDPM2AncestralDiscreteScheduler is not finite after step" in result.stderr
+    assert "commands.sample: The sample of KDPM2AncestralDiscreteScheduler is not finite after step" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not any((tmp_path / "samples").iterdir())
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["unfinished"]
 
 
 def test_errors_on_the_command_line(tmp_path):
     result = run("nowhere", cwd=tmp_path)
     assert result.returncode == 1
-    assert "sample.py: `pipeline`='nowhere' cannot be loaded, as a folder or from the Hub" in result.stderr
+    assert "PIPELINE='nowhere': there is no such folder, and the Hub cannot be asked" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -313,8 +340,143 @@ def test_the_pipelines_own_number_of_levels_is_the_default(tmp_path):
     NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), num_inference_steps=3).save_pretrained(tmp_path / "own")
     config = SampleConfig(str(tmp_path / "own"), num_images=2, output_dir=str(tmp_path / "out"), save_images=True)
     sample(config)
-    assert config.num_inference_steps == 3
+    assert config.num_inference_steps is None  # settings are left as they are
     pipe = NCSNPipeline.from_pretrained(tmp_path / "own")
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     for i, image in enumerate(pipe(batch_size=2, num_inference_steps=3, generator=generators).images):
         assert np.array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), np.asarray(image))
+
+
+# --- How it goes on ---
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_interrupted_run_goes_on(tmp_path, pipeline, monkeypatch):
+    arguments = {"num_images": 7, "batch_size": 3, "num_inference_steps": 2, "save_images": True, "animation": "gif"}
+    sample(SampleConfig(str(pipeline), output_dir=str(tmp_path / "whole"), **arguments))
+    whole, drawn, sample_frames = files_of(tmp_path / "whole"), [], module.sample_frames
+
+    def interrupted(sampler, config, indices):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(indices)
+        return sample_frames(sampler, config, indices)
+
+    def counted(sampler, config, indices):
+        drawn.append(indices)
+        return sample_frames(sampler, config, indices)
+
+    config = SampleConfig(str(pipeline), output_dir=str(tmp_path / "parts"), **arguments)
+    monkeypatch.setattr(module, "sample_frames", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(config)
+    # what was drawn lies there, as it will in the end
+    assert files_of(tmp_path / "parts") == {name: whole[name] for name in (f"{i:05d}.png" for i in range(6))}
+
+    # other settings are refused, and nothing is lost
+    monkeypatch.setattr(module, "sample_frames", counted)
+    other = SampleConfig(str(pipeline), output_dir=str(tmp_path / "parts"), **arguments, seed=1)
+    with pytest.raises(
+        ValueError, match=r"that were made with another `seed`: use another folder, or .*`overwrite_out"
+    ):
+        sample(other)
+    sample(config)
+    assert drawn == [range(3), range(3, 6), range(6, 7)]
+    assert files_of(tmp_path / "parts") == whole
+    assert not (tmp_path / "parts" / "unfinished").exists()
+
+    # unless they are to replace what is there
+    sample(SampleConfig(str(pipeline), output_dir=str(tmp_path / "other"), **arguments, seed=1))
+    drawn.clear()
+    monkeypatch.setattr(module, "sample_frames", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(config)
+    other.overwrite_output_dir = True
+    monkeypatch.setattr(module, "sample_frames", counted)
+    sample(other)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, number, word, code):
+    command = [
+        sys.executable,
+        "-m",
+        "ncsn_diffusers.commands.sample",
+        pipeline,
+        "--num_images",
+        100000,
+        "--save_images",
+    ]
+    process = subprocess.Popen(
+        [str(part) for part in (*command, "--num_inference_steps", 20)],
+        cwd=tmp_path,
+        env={**os.environ, **ENVIRONMENT},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("samples/unfinished/*.safetensors")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        start = time.monotonic()
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 10  # 1 s on an idle machine
+    assert process.returncode == code
+    last = errors.splitlines()[-1]
+    assert last.endswith(f"commands.sample: {word}. The same command goes on where it stopped.")
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("samples/**/.incomplete*"))
+
+
+def test_a_full_disk(tmp_path, pipeline, monkeypatch):
+    config = SampleConfig(str(pipeline), output_dir=str(tmp_path), num_images=4, batch_size=2, num_inference_steps=2)
+
+    def fail(image, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    message = r"samples\.png could not be written: No space left on device\. Make room and start the same command again"
+    with pytest.raises(OSError, match=message):
+        sample(config)
+    # half a file is not left in its place, and what was drawn is kept
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
+    assert len(list((tmp_path / "unfinished").glob("*.safetensors"))) == 2
+
+
+def test_compile_compiles_the_network_once_and_draws_the_same(tmp_path, pipeline, monkeypatch):
+    calls = []
+
+    def compile_network(function, **settings):
+        assert settings == {"dynamic": False}
+
+        def compiled(*arguments, **keywords):
+            calls.append(len(arguments[0]))
+            return function(*arguments, **keywords)
+
+        return compiled
+
+    arguments = {"num_images": 4, "batch_size": 2, "num_inference_steps": 2}
+    sample(SampleConfig(str(pipeline), output_dir=str(tmp_path / "plain"), **arguments))
+    monkeypatch.setattr(torch, "compile", compile_network)
+    sample(SampleConfig(str(pipeline), output_dir=str(tmp_path / "compiled"), compile=True, **arguments))
+    assert calls == [2] * 4
+    assert np.array_equal(pixels(tmp_path / "plain/samples.png"), pixels(tmp_path / "compiled/samples.png"))
+
+
+def test_no_such_folder_names_the_near_one(tmp_path, pipeline, monkeypatch):
+    NCSNPipeline(small_unet(), AnnealedLangevinScheduler()).save_pretrained(tmp_path / "my-ncsn")
+    (tmp_path / "my-ncnss").mkdir()  # no pipeline
+    result = run("my-ncns", cwd=tmp_path)
+    message = "PIPELINE='my-ncns': there is no such folder, and the Hub cannot be asked for a repository of that name. "
+    assert result.stderr.splitlines()[-1].endswith(message + "Did you mean my-ncsn?")

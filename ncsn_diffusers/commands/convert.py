@@ -7,8 +7,6 @@ from typing import Annotated
 
 import tyro
 
-from ..convert import convert
-from ..hub import save_as_new
 from .cli import run
 
 EXAMPLE = "ncsn-diffusers convert checkpoint.pth my-ncsn"
@@ -62,6 +60,9 @@ def convert_checkpoint(config: ConvertConfig) -> None:
     checkpoint, output_dir = settings.pop("checkpoint"), Path(settings.pop("output_dir"))
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"`output_dir`={str(output_dir)!r} exists: give a new folder, or an empty one.")
+    from ..convert import convert  # these import torch and diffusers, which takes seconds
+    from ..hub import save_as_new
+
     pipe = convert(checkpoint, **settings)
     save_as_new(pipe, output_dir)
     number = sum(parameter.numel() for parameter in pipe.unet.parameters())

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import tyro
 
-from ..demo import launch
 from .cli import run
 
 EXAMPLE = "ncsn-diffusers demo my-ncsn --open_browser"
@@ -42,8 +41,14 @@ class DemoConfig:
     """Runs at a time; further ones wait in a queue."""
 
 
+def demo(config: DemoConfig) -> None:
+    from ..demo import launch  # it imports torch and diffusers, which takes seconds
+
+    launch(**asdict(config))
+
+
 def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
-    run(DemoConfig, lambda config: launch(**asdict(config)), EXAMPLE, arguments, name)
+    run(DemoConfig, demo, EXAMPLE, arguments, name)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import tyro
 
-from ..hub import push_to_hub
 from .cli import run
 
 EXAMPLE = "ncsn-diffusers push my-ncsn user/my-ncsn --variants fp16"
@@ -53,6 +52,8 @@ class PushConfig:
 
 
 def push(config: PushConfig) -> None:
+    from ..hub import push_to_hub  # it imports torch and diffusers, which takes seconds
+
     info = push_to_hub(
         config.folder,
         config.repo_id,

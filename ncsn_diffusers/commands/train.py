@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 
-from ..training import TrainingConfig, train
+from ..training.config import TrainingConfig
 from .cli import run
 
 EXAMPLE = "accelerate launch -m ncsn_diffusers.commands.train --train_data_dir my_images --resolution 32"
+
+
+def train(config: TrainingConfig) -> None:
+    """See [`ncsn_diffusers.training.train`]."""
+    from ..training import train  # it imports torch and diffusers, which takes seconds
+
+    train(config)
 
 
 def main(arguments: Sequence[str] | None = None, name: str | None = None) -> None:

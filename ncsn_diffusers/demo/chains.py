@@ -29,7 +29,7 @@ from ..hub.loading import NCSNPipeline
 from ..images import make_gaussian_blur, read_image
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
-from ..settings import make_generators
+from ..sampling import make_generators
 
 ANY_CLASS = "any"
 IN_TURN = "in turn"  # the image of seed s is of class s modulo their number

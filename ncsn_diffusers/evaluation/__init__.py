@@ -1,10 +1,12 @@
 """How far generated images are from real ones: features, statistics, and a whole evaluation with its report."""
 
-from .evaluate import EvaluateConfig, evaluate
+from .config import EvaluateConfig
+from .evaluate import evaluate
 from .features import (
     DIGIT_CLASSIFIER,
     DigitClassifier,
     InceptionFeatures,
+    RandomFeatures,
     extract_features,
     load_digit_classifier,
     to_uint8,
@@ -24,6 +26,7 @@ __all__ = [
     "DigitClassifier",
     "EvaluateConfig",
     "InceptionFeatures",
+    "RandomFeatures",
     "class_entropy",
     "class_shares",
     "evaluate",

@@ -1,5 +1,5 @@
 """
-Whether samples of a posterior are spread as they should be: coverage, variance over squared error, misfit and PSNR.
+Whether samples of a posterior are spread as they should be: ranks, coverage, CRPS, spread over error, misfit and PSNR.
 
 n images x0 are measured, y = A x0 + noise, and k samples are drawn of each posterior p(x0 | y). If the sampler is
 right, the truth and the k samples of one image are k + 1 independent draws of one distribution, and nothing but their
@@ -8,14 +8,21 @@ names tells them apart. What follows from that holds for any distribution, and n
 * The number of samples below the truth, its rank, is each of 0, ..., k with the same probability, pixel by pixel. So
   the truth lies between the least and the largest of the k samples with probability (k - 1)/(k + 1), and between the
   (j + 1)-th from below and the (j + 1)-th from above with probability (k - 1 - 2 j)/(k + 1): [`nominal_coverage`].
+* The shares of the ranks are the rank histogram, flat if the samples are right: [`rank_histogram`]. A hump in the
+  middle means that samples are too wide, high ends that they are too narrow, a slope that they are off to one side.
 * With v the posterior's variance, the samples' own variance (divided by k - 1) has the mean v, and the squared error of
   their mean the mean v (1 + 1/k): the truth's own scatter, and that of a mean of k. So (1 + 1/k) times the one, over
-  the other, is 1: [`variance_ratio`]. Below 1 the samples are too sure of themselves.
+  the other, is 1: [`variance_ratio`], and its root is the [`spread_over_error`]. Below 1 the samples are too sure of
+  themselves.
 * The sample fits the measurement as well as the truth does: ‖y - A x‖²/(m noise_std²), for m numbers in y, is 1 on
   average: [`misfit`].
 
-Images have the shape `(n, channels, height, width)` and samples `(n, k, channels, height, width)`, in [0, 1] unless
-another range is named. Pixels of one image depend on each other: standard errors are those of n independent images.
+How good samples are, and not only how honest, is the continuous ranked probability score: [`crps`], in the units of the
+data, least on average for samples of the right distribution.
+
+Images have the shape `(n, channels, height, width)` and samples `(n, k, channels, height, width)`. Fields of one or
+three dimensions have the shapes that go with them, and any units. Pixels of one image depend on each other: standard
+errors are those of n independent images.
 
 Pixels that hardly vary
 -----------------------
@@ -24,8 +31,9 @@ noise, a few of 255 grey levels; who lies above whom says nothing of the posteri
 the spread of the samples alone: that keeps wide intervals and drops narrow ones, and makes a bad sampler look good.
 Two rules treat the truth and the samples alike, so that what is right stays exactly what it was:
 
-* All values are rounded to multiples of `tolerance` first. Where the truth then equals some of the samples, its rank is
-  each of those that it could have, with the same weight.
+* All values are rounded to multiples of `tolerance` first, 0.05 for images in [0, 1]. Where the truth then equals some
+  of the samples, its rank is each of those that it could have, with the same weight. Fields have no such background,
+  and their values are compared as they are.
 * A pixel counts where the k + 1 values are not all equal.
 
 The variance ratio sums variances and errors before it divides, so that such pixels add nothing to either.
@@ -47,15 +55,17 @@ The system has N rows, however large the images are.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
 from ..images import make_gaussian_blur
-from .metrics import Metric, mean_and_error
+from .metrics import Metric, mean_and_error, to_dict
 
-TOLERANCE = 0.05  # of images in [0, 1]
+IMAGE_TOLERANCE = 0.05  # of images in [0, 1]
 MISSING = 0.7  # of the pixels
 BLOCK = 4  # pixels, along each axis
 BLUR_STD, BLUR_RADIUS = 1.5, 4  # pixels
@@ -129,40 +139,97 @@ def nominal_coverage(num_samples: int, trim: int = 0) -> float:
     return (num_samples - 1 - 2 * trim) / (num_samples + 1)
 
 
-def coverage(
-    samples: torch.Tensor, truths: torch.Tensor, trim: int = 0, tolerance: float = TOLERANCE
-) -> tuple[float, float]:
+def rank_histogram(
+    samples: torch.Tensor, truths: torch.Tensor, tolerance: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How often the truth has each rank among the samples, pixel by pixel: 0 below all of them, k above all.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, ...)`): k samples for each of n images or fields, k >= 2.
+        truths (`torch.Tensor` of shape `(n, channels, ...)`): the images or fields.
+        tolerance (`float`, defaults to 0):
+            Values are compared as multiples of it, in units of the data; 0 compares them as they are. Pixels where
+            all are equal do not count.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the shares, right where each is 1/(k + 1), and their standard errors, each
+        of shape `(k + 1,)` and float64. NaN where no pixel varies; the errors are NaN for one image.
+
+    Raises:
+        ValueError: shapes do not fit, values are not finite, or `tolerance` is below 0 or not finite.
+    """
+    below, equal, counts = _find_ranks(samples, truths, tolerance)
+    number = counts.flatten(1).sum(1)
+    shares = []
+    for rank in range(samples.shape[1] + 1):
+        could_be = (below <= rank) & (rank <= below + equal) & counts
+        shares.append(ratio_and_error((could_be / (equal + 1.0)).flatten(1).sum(1), number))
+    shares, errors = torch.tensor(shares, dtype=torch.float64).T
+    return shares, errors
+
+
+def coverage(samples: torch.Tensor, truths: torch.Tensor, trim: int = 0, tolerance: float = 0.0) -> tuple[float, float]:
     """
     How often the truth lies between the least and the largest sample, pixel by pixel.
 
     Args:
-        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): k samples for each of n images.
-        truths (`torch.Tensor` of shape `(n, channels, height, width)`): the images.
+        samples, truths, tolerance: as of [`rank_histogram`].
         trim (`int`, defaults to 0): how many of the least and of the largest samples are dropped first.
-        tolerance (`float`, defaults to 0.05):
-            Values are compared as multiples of it, and pixels where all are equal do not count; above 0, in units of
-            the images.
 
     Returns:
         `tuple[float, float]`: the share of the pixels of all images, right where it is
         `nominal_coverage(k, trim)`, and its standard error. NaN where no pixel varies; the error is NaN for one image.
 
     Raises:
-        ValueError: shapes do not fit, values are not finite, `tolerance` is not above 0, or `trim` leaves fewer than 2.
+        ValueError: as of [`rank_histogram`], or `trim` leaves fewer than 2 samples.
     """
-    _check(samples, truths)
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"`tolerance` must be above 0, not {tolerance}.")
+    below, equal, counts = _find_ranks(samples, truths, tolerance)
     k = samples.shape[1]
     nominal_coverage(k, trim)
-    samples, truths = ((images.double() / tolerance).round() for images in (samples, truths))
-    truths = truths[:, None]
-    below, equal = (samples < truths).sum(1), (samples == truths).sum(1)
     # of the ranks below, ..., below + equal, those from trim + 1 to k - 1 - trim
     inside = ((below + equal).clamp(max=k - 1 - trim) - below.clamp(min=trim + 1) + 1).clamp(min=0)
     covered = inside / (equal + 1.0)
-    counts = equal < k
     return ratio_and_error((covered * counts).flatten(1).sum(1), counts.flatten(1).sum(1))
+
+
+def _find_ranks(
+    samples: torch.Tensor, truths: torch.Tensor, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each pixel, how many samples lie below the truth, how many equal it, and whether it counts."""
+    _check(samples, truths)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"`tolerance` must be at least 0, not {tolerance}.")
+    if tolerance:
+        samples, truths = ((values.double() / tolerance).round() for values in (samples, truths))
+    truths = truths[:, None]
+    below, equal = (samples < truths).sum(1), (samples == truths).sum(1)
+    return below, equal, equal < samples.shape[1]
+
+
+def crps(samples: torch.Tensor, truths: torch.Tensor) -> torch.Tensor:
+    """
+    The continuous ranked probability score E|X - x0| - E|X - X'|/2, averaged over the pixels, in units of the data,
+    without the bias of few samples (the fair score of Ferro 2014, doi:10.1002/qj.2270). It is least on average for
+    samples of the right distribution: being too sure does not win.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, ...)`): k samples for each of n images or fields, k >= 2.
+        truths (`torch.Tensor` of shape `(n, channels, ...)`): the images or fields.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: float64.
+
+    Raises:
+        ValueError: shapes do not fit, or values are not finite.
+    """
+    _check(samples, truths)
+    samples, truths, k = samples.double(), truths.double(), samples.shape[1]
+    errors = (samples - truths[:, None]).abs().mean(1)
+    # of sorted values, Σ_ij |x_i - x_j| = 2 Σ_i (2 i - k - 1) x_i with i from 1
+    weights = 2 * torch.arange(1, k + 1, dtype=torch.float64, device=samples.device) - k - 1
+    spreads = (samples.sort(1).values * weights.reshape(-1, *[1] * (truths.ndim - 1))).sum(1) / (k * (k - 1))
+    return (errors - spreads).flatten(1).mean(1)
 
 
 def variance_ratio(samples: torch.Tensor, truths: torch.Tensor) -> tuple[float, float]:
@@ -170,8 +237,8 @@ def variance_ratio(samples: torch.Tensor, truths: torch.Tensor) -> tuple[float, 
     The samples' variance over the squared error of their mean, times 1 + 1/k, summed over the pixels of all images.
 
     Args:
-        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): k samples for each of n images, k >= 2.
-        truths (`torch.Tensor` of shape `(n, channels, height, width)`): the images.
+        samples (`torch.Tensor` of shape `(n, k, channels, ...)`): k samples for each of n images or fields, k >= 2.
+        truths (`torch.Tensor` of shape `(n, channels, ...)`): the images or fields.
 
     Returns:
         `tuple[float, float]`: the ratio, right where it is 1 and below 1 where the samples are too sure, and its
@@ -187,6 +254,12 @@ def variance_ratio(samples: torch.Tensor, truths: torch.Tensor) -> tuple[float, 
     return ratio_and_error(variances, errors)
 
 
+def spread_over_error(samples: torch.Tensor, truths: torch.Tensor) -> tuple[float, float]:
+    """The root of [`variance_ratio`], of the same arguments, right where it is 1, and its standard error."""
+    ratio, error = variance_ratio(samples, truths)
+    return math.sqrt(ratio), error / (2 * math.sqrt(ratio)) if ratio else math.nan
+
+
 def misfit(
     samples: torch.Tensor,
     measurements: torch.Tensor,
@@ -197,9 +270,9 @@ def misfit(
     ‖y - A x‖²/(m noise_std²) of each sample x, for m numbers in y (the real and the imaginary part of complex ones).
 
     Args:
-        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): k samples for each of n images.
+        samples (`torch.Tensor` of shape `(n, k, channels, ...)`): k samples for each of n images or fields.
         measurements (`torch.Tensor` of shape `(n, ...)`): y, in the units that A gives for `samples`.
-        operator (function): A, of `(batch_size, channels, height, width)`.
+        operator (function): A, of `(batch_size, channels, ...)`.
         noise_std (`float`): the standard deviation of the measurements' noise, above 0, in the same units.
 
     Returns:
@@ -208,9 +281,9 @@ def misfit(
     Raises:
         ValueError: shapes do not fit, or `noise_std` is not above 0.
     """
-    if samples.ndim != 5 or len(samples) != len(measurements):
+    if samples.ndim < 4 or len(samples) != len(measurements):
         raise ValueError(
-            f"`samples` of shape (n, k, channels, height, width) and `measurements` of shape (n, ...) must be for the "
+            f"`samples` of shape (n, k, channels, ...) and `measurements` of shape (n, ...) must be for the "
             f"same n images, not of shape {tuple(samples.shape)} and {tuple(measurements.shape)}."
         )
     if not 0 < noise_std < math.inf:
@@ -260,10 +333,10 @@ def ratio_and_error(numerators: torch.Tensor, denominators: torch.Tensor) -> tup
 
 
 def _check(samples: torch.Tensor, truths: torch.Tensor) -> None:
-    if samples.ndim != 5 or samples.shape[1] < 2 or truths.shape != samples[:, 0].shape or not samples.numel():
+    if samples.ndim < 4 or samples.shape[1] < 2 or truths.shape != samples[:, 0].shape or not samples.numel():
         raise ValueError(
-            "`samples` must have the shape (n, k, channels, height, width), with k of at least 2, and `truths` "
-            f"(n, channels, height, width), not {tuple(samples.shape)} and {tuple(truths.shape)}."
+            "`samples` must have the shape (n, k, channels, ...), with k of at least 2 and one to three more axes, and "
+            f"`truths` (n, channels, ...), not {tuple(samples.shape)} and {tuple(truths.shape)}."
         )
     for name, values in (("samples", samples), ("truths", truths)):
         if not values.isfinite().all():
@@ -306,15 +379,15 @@ def simulate_exact(
     gain = torch.linalg.solve(system, measured_rows.double()).float()
     rows = rows.flatten(1)
 
-    def draw(*sizes):
+    def simulate(*sizes):
         """g and Bᵀ g + noise_std e."""
         g = torch.randn(*sizes, num, generator=generator)
         noise = torch.randn(*sizes, measured_rows.shape[1], generator=generator)
         return g, g @ measured_rows + noise_std * noise
 
     while True:
-        g, y = draw(num_images)
-        other, measured = draw(num_images, num_samples)
+        g, y = simulate(num_images)
+        other, measured = simulate(num_images, num_samples)
         given_y = other + (y[:, None] - measured) @ gain.T
         samples, truths = (mean + (g @ rows).reshape(*g.shape[:-1], *shape) for g in (given_y, g))
         yield samples, truths, measured_mean + y.reshape(-1, *measured_mean.shape[1:])
@@ -323,47 +396,47 @@ def simulate_exact(
 # What is reported of an operator
 
 
-def calibrate(
-    samples: torch.Tensor,
-    truths: torch.Tensor,
-    measurements: torch.Tensor,
-    operator: Callable[[torch.Tensor], torch.Tensor],
-    noise_std: float,
-    data_min: float = -1.0,
-) -> tuple[list[Metric], list[dict[str, float]]]:
+@dataclass
+class Calibration:
     """
-    All that is reported of the posterior samples of one operator.
+    All that is reported of posterior samples.
 
     Args:
-        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): in [0, 1].
-        truths (`torch.Tensor` of shape `(n, channels, height, width)`): in [0, 1].
-        measurements (`torch.Tensor` of shape `(n, ...)`): in units of the data.
-        operator (function): A.
-        noise_std (`float`): the standard deviation of the measurements' noise, above 0, in units of the data.
-        data_min (`float`, defaults to -1): black in the data.
+        metrics (`list[Metric]`): in the order of the report.
+        reliability (`list[dict]`):
+            For each central interval its `"nominal"` and `"actual"` coverage and the latter's `"standard_error"`, the
+            widest first.
+        ranks (`list[float]`): the share of each rank of the truth among k samples, right where it is 1/(k + 1).
+    """
 
-    Returns:
-        `tuple`: the metrics in the order of the report, and for each central interval its `"nominal"` and `"actual"`
-        coverage and the latter's `"standard_error"`, the widest first.
+    metrics: list[Metric]
+    reliability: list[dict[str, float]]
+    ranks: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As metrics.json has it."""
+        return to_dict(self.metrics) | {"reliability": self.reliability, "ranks": self.ranks}
+
+
+def calibrate_values(
+    samples: torch.Tensor, truths: torch.Tensor, tolerance: float = 0.0, unit: str | None = None
+) -> Calibration:
+    """
+    What holds for any data: the score, and whether the samples are spread as they should be.
+
+    Args:
+        samples, truths, tolerance: as of [`rank_histogram`].
+        unit (`str`, *optional*): what the values are in, such as `"K"`, for the report.
     """
     k = samples.shape[1]
-    of_samples, of_mean = psnr(samples, truths[:, None]).mean(1), psnr(samples.mean(1), truths)
-    misfits = misfit(samples * (1 - data_min) + data_min, measurements, operator, noise_std)
-    ratio, ratio_error = variance_ratio(samples, truths)
     reliability = []
     for trim in range(k // 2):
-        actual, error = coverage(samples, truths, trim)
+        actual, error = coverage(samples, truths, trim, tolerance)
         reliability.append({"nominal": nominal_coverage(k, trim), "actual": actual, "standard_error": error})
-    metrics = []
-    for key, title, values in (
-        ("psnr", "PSNR of a sample", of_samples),
-        ("psnr_of_mean", f"PSNR of the mean of {k}", of_mean),
-        ("misfit", "misfit (right: 1)", misfits.mean(1)),
-    ):
-        value, error = mean_and_error(values)
-        metrics.append(Metric(key, title, value, "{:.2f}", standard_error=error))
-    metrics += [
-        Metric("largest_misfit", "largest misfit", misfits.max().item(), "{:.2f}"),
+    score, score_error = mean_and_error(crps(samples, truths))
+    spread, spread_error = spread_over_error(samples, truths)
+    metrics = [
+        Metric("crps", "CRPS" if unit is None else f"CRPS ({unit})", score, "{:.4g}", standard_error=score_error),
         Metric(
             "coverage",
             f"coverage (right: {nominal_coverage(k):.3f})",
@@ -374,16 +447,49 @@ def calibrate(
             card_title="Coverage of the posterior's intervals",
         ),
         Metric(
-            "variance_ratio",
-            "variance over squared error (right: 1)",
-            ratio,
+            "spread_over_error",
+            "spread over error (right: 1)",
+            spread,
             "{:.2f}",
-            standard_error=ratio_error,
-            card_type="posterior-variance-ratio",
-            card_title="Posterior variance over squared error",
+            standard_error=spread_error,
+            card_type="posterior-spread-over-error",
+            card_title="Posterior spread over error",
         ),
     ]
-    return metrics, reliability
+    return Calibration(metrics, reliability, rank_histogram(samples, truths, tolerance)[0].tolist())
+
+
+def calibrate(
+    samples: torch.Tensor,
+    truths: torch.Tensor,
+    measurements: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+) -> Calibration:
+    """
+    All that is reported of the posterior samples of one operator, for images.
+
+    Args:
+        samples (`torch.Tensor` of shape `(n, k, channels, height, width)`): in [0, 1].
+        truths (`torch.Tensor` of shape `(n, channels, height, width)`): in [0, 1].
+        measurements (`torch.Tensor` of shape `(n, ...)`): of images in [0, 1].
+        operator (function): A.
+        noise_std (`float`): the standard deviation of the measurements' noise, above 0.
+    """
+    k = samples.shape[1]
+    of_samples, of_mean = psnr(samples, truths[:, None]).mean(1), psnr(samples.mean(1), truths)
+    misfits = misfit(samples, measurements, operator, noise_std)
+    metrics = []
+    for key, title, values in (
+        ("psnr", "PSNR of a sample", of_samples),
+        ("psnr_of_mean", f"PSNR of the mean of {k}", of_mean),
+        ("misfit", "misfit (right: 1)", misfits.mean(1)),
+    ):
+        value, error = mean_and_error(values)
+        metrics.append(Metric(key, title, value, "{:.2f}", standard_error=error))
+    metrics.append(Metric("largest_misfit", "largest misfit", misfits.max().item(), "{:.2f}"))
+    spread = calibrate_values(samples, truths, IMAGE_TOLERANCE)
+    return Calibration(metrics + spread.metrics, spread.reliability, spread.ranks)
 
 
 def calibrate_exact(
@@ -392,36 +498,34 @@ def calibrate_exact(
     noise_std: float,
     num_images: int,
     num_samples: int,
-    data_min: float = -1.0,
-) -> tuple[list[Metric], list[dict[str, float]]]:
+) -> Calibration:
     """
     What [`calibrate`] says of exact samples: the floor.
 
     Args:
-        images, operator, noise_std, num_images, num_samples: as of [`simulate_exact`], in units of the data.
-        data_min (`float`, defaults to -1): black in the data.
+        images, operator, noise_std, num_images, num_samples: as of [`simulate_exact`].
 
     Returns:
-        `tuple`: as of [`calibrate`]. Values are means of 20 simulations, and each standard error the standard deviation
-        of one of them. There is no PSNR: it depends on the images, and these are a Gaussian's.
+        [`Calibration`]: means of 20 simulations; each standard error is the standard deviation of one of them. There is
+        no PSNR and no CRPS: these depend on the images, and here they are a Gaussian's.
     """
     runs = []
     simulations = simulate_exact(images, operator, noise_std, num_images, num_samples)
     for samples, truths, measurements in islice(simulations, NUM_SIMULATIONS):
-        samples, truths = ((x - data_min) / (1 - data_min) for x in (samples, truths))
-        runs.append(calibrate(samples, truths, measurements, operator, noise_std, data_min))
+        runs.append(calibrate(samples, truths, measurements, operator, noise_std))
 
     def mean_and_deviation(values):
         values = torch.tensor(values, dtype=torch.float64)
         return values.mean().item(), values.std().item()
 
     metrics = []
-    for same in zip(*(metrics for metrics, _ in runs), strict=True):
-        if not same[0].key.startswith("psnr"):
+    for same in zip(*(run.metrics for run in runs), strict=True):
+        if not same[0].key.startswith(("psnr", "crps")):
             value, deviation = mean_and_deviation([metric.value for metric in same])
             metrics.append(Metric(same[0].key, same[0].title, value, same[0].form, standard_error=deviation))
     reliability = []
-    for same in zip(*(reliability for _, reliability in runs), strict=True):
+    for same in zip(*(run.reliability for run in runs), strict=True):
         actual, deviation = mean_and_deviation([interval["actual"] for interval in same])
         reliability.append({"nominal": same[0]["nominal"], "actual": actual, "standard_error": deviation})
-    return metrics, reliability
+    ranks = torch.tensor([run.ranks for run in runs], dtype=torch.float64).mean(0).tolist()
+    return Calibration(metrics, reliability, ranks)

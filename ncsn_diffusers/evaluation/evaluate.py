@@ -6,32 +6,42 @@ kept in the output folder: a run that was cut short goes on where it stopped, an
 computes only what is missing. The batches do not depend on the number of processes, so neither does any metric.
 """
 
+import copy
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel
 
+from .. import precision
+from ..atomic_files import replacing
 from ..data import ImageReader, encode_labels, find_class_names, find_columns, load_training_data, open_images
 from ..dataset_settings import DatasetSettings
-from ..images import to_model_range, to_uint8
+from ..denoiser import Denoiser
+from ..images import to_uint8
+from ..kept_batches import KeptBatches, fingerprint
+from ..ladder import Ladder
 from ..likelihood import bits_per_dim, loss_per_level
 from ..pipeline_ncsn import NCSNPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
+from ..pretrained import pretrained
+from ..sampling import NOISE_SEED, Sampler, describe_scheduler, make_generators
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
-from ..settings import NOISE_SEED, SamplingConfig, describe_scheduler, make_generators
-from .calibration import OPERATORS, calibrate, calibrate_exact, make_operator
-from .features import InceptionFeatures, extract_features, load_digit_classifier
-from .kept_batches import KeptBatches, fingerprint
+from .branches import log_class_ratio
+from .calibration import calibrate, calibrate_exact, make_operator
+from .config import EvaluateConfig, evaluation_command, without_parents
+from .features import InceptionFeatures, RandomFeatures, extract_features, load_digit_classifier
 from .metrics import (
     NUM_BLOCKS,
     Metric,
@@ -40,116 +50,36 @@ from .metrics import (
     mean_and_error,
     nearest_neighbours,
     require_torch_fidelity,
-    to_dict,
 )
-from .report import make_image, make_report, plot_classes, plot_losses, plot_reliability, update_model_card
+from .record import (
+    BranchRecord,
+    ClassRecord,
+    DataRecord,
+    EvaluationRecord,
+    LevelLoss,
+    LikelihoodRecord,
+    LossRecord,
+    PosteriorRecord,
+    SamplingRecord,
+)
+from .report import (
+    make_image,
+    make_report,
+    make_verdict,
+    plot_classes,
+    plot_losses,
+    plot_reliability,
+    update_model_card,
+)
 
 _FEATURE_BATCH = 100  # images
 _NUM_LEVELS = 12  # of the loss
+_BRANCH_LEVELS = 40  # of the integral over noise levels
 _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
 _MAX_GAUSSIAN = 500  # images that the floor's Gaussian has its mean and covariance from
-
-
-@dataclass
-class OutputSettings:
-    """Output"""
-
-    output_dir: str = "evaluation"
-    """Folder for the report, the plots and the kept batches; every process must see it."""
-
-    overwrite_output_dir: bool = False
-    """Replace samples in `output_dir` that were drawn with other settings."""
-
-    update_model_card: bool = False
-    """Write the metrics into the metadata of the README.md in the pipeline's folder."""
-
-
-@dataclass
-class ReferenceSettings:
-    """Reference images"""
-
-    reference_split: str = "train"
-    """Split, or slice of one, that the samples are compared with: the training images."""
-
-    held_out_split: str | None = None
-    """Split whose distance from the reference is the floor; by default `num_images` of the reference, at most half."""
-
-    max_reference_images: int | None = None
-    """Use this many images of the reference, drawn at random; all by default."""
-
-
-@dataclass
-class MetricSettings:
-    """Metrics"""
-
-    features: Literal["digits", "inception"] = "digits"
-    """Features to compare images by: a classifier of 28×28 digits, or the FID's Inception network."""
-
-    loss_images: int = 500
-    """Held-out images that the network's loss at each noise level is averaged over; 0 for none."""
-
-    bits_per_dim: int = 0
-    """Held-out images whose likelihood is estimated, with 4 evaluations and backward passes per step; 0 for none."""
-
-    likelihood_steps: int = 25
-    """Integration steps of the likelihood."""
-
-
-@dataclass
-class PosteriorSettings:
-    """Images given a measurement"""
-
-    posterior: tuple[Literal["missing-pixels", "pixelated", "blurred"], ...] = ()
-    """Measurements of held-out images, given which images are drawn and judged; none by default."""
-
-    posterior_images: int = 16
-    """Held-out images that are measured."""
-
-    posterior_samples: int = 8
-    """Samples for each measurement."""
-
-    posterior_noise_std: float = 0.05
-    """Standard deviation of the measurements' noise, in units of the data."""
-
-    posterior_steps: int = 25
-    """Noise levels of these samples, each of which takes two network evaluations."""
-
-
-# Fields come in the reverse order of the bases: `pipeline`, of SamplingConfig, is the first.
-@dataclass
-class EvaluateConfig(
-    PosteriorSettings, MetricSettings, ReferenceSettings, DatasetSettings, OutputSettings, SamplingConfig
-):
-    """
-    Evaluate a trained pipeline: its samples against real images, and its network on held-out ones.
-
-    Writes metrics.json and report.md, and keeps the samples and their features, so that a run that was cut short goes
-    on where it stopped. With no data set named, samples are compared with the embedded digits.
-    """
-
-    num_images: int = 5000
-    """Number of samples."""
-
-    batch_size: int = 100
-    """Samples per batch on each device."""
-
-    def __post_init__(self):
-        self.check_least(max_reference_images=1, resolution=1, likelihood_steps=1)
-        self.check_least(posterior_images=2, posterior_samples=2, posterior_steps=1)
-        for name in self.posterior:
-            if name not in OPERATORS or self.posterior.count(name) > 1:
-                raise ValueError(f"`posterior` must be different ones of {', '.join(OPERATORS)}, not {self.posterior}.")
-        if not 0 < self.posterior_noise_std < math.inf:
-            raise ValueError(f"`posterior_noise_std` must be above 0, not {self.posterior_noise_std}.")
-        for name in ("loss_images", "bits_per_dim"):
-            if getattr(self, name) < 0 or getattr(self, name) == 1:
-                raise ValueError(f"`{name}` must be 0 or at least 2, for a standard error, not {getattr(self, name)}.")
-        if self.channels not in (None, 1, 3, 4):
-            raise ValueError(f"`channels` must be 1, 3 or 4, not {self.channels}.")
-        super().__post_init__()
-        if self.update_model_card and not (Path(self.pipeline) / "README.md").is_file():
-            raise ValueError(f"`update_model_card` needs a model card, {Path(self.pipeline) / 'README.md'}.")
-        require_torch_fidelity()
+_LONG_RUN = 600  # seconds of network evaluations, from which on a way to save some is worth a line
+_GO_ON = "Make room and start the same command again: it goes on where it stopped."
+_DIGITS = (1, 28, 28)
 
 
 # Images and features
@@ -165,27 +95,93 @@ class RealImages:
     class_names: list[str]
 
 
-def load_real_images(config: EvaluateConfig, accelerator: Accelerator, shape: tuple[int, int, int]) -> RealImages:
+@dataclass(frozen=True)
+class RealSource:
+    """Where the real images come from: the settings of the data set, its splits, and whose choice that is."""
+
+    settings: DatasetSettings
+    reference_split: str
+    held_out_split: str | None
+    is_recorded: bool = False
+
+    @property
+    def name(self) -> str | None:
+        """The data set's name or its folder, without the folders around it; `None` for the embedded digits."""
+        name = self.settings.dataset_name or self.settings.train_data_dir
+        return None if name is None else without_parents(name)
+
+
+def find_real_source(config: EvaluateConfig, pipeline: str, shape: tuple[int, int, int]) -> RealSource:
+    """
+    The data set that the config names; else the one that the pipeline was trained on, as training_config.json in its
+    folder records it, with the config's own settings before the recorded ones; else the embedded digits.
+
+    Raises:
+        ValueError: there is none that fits images of this shape, or the recorded folder is not there.
+    """
+    names = [field.name for field in fields(DatasetSettings)]
+    settings = DatasetSettings(**{name: getattr(config, name) for name in names})
+    splits = {"reference_split": config.reference_split or "train", "held_out_split": config.held_out_split}
+    if settings.dataset_name or settings.train_data_dir:
+        return RealSource(settings, **splits)
+    path = Path(pipeline) / "training_config.json"
+    if path.is_file():
+        recorded = json.loads(path.read_text())
+        own = {name: value for name, value in vars(settings).items() if value is not None}
+        settings = DatasetSettings(**{name: recorded.get(name) for name in names} | own)
+        splits["reference_split"] = config.reference_split or recorded.get("train_split") or "train"
+        if config.held_out_split is None and config.reference_split is None:
+            splits["held_out_split"] = recorded.get("validation_split")
+        folder = settings.train_data_dir
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(
+                f"The pipeline was trained on {folder!r}, which is not a folder here: name it with `train_data_dir`."
+            )
+        return RealSource(settings, **splits, is_recorded=True)
+    if shape != _DIGITS and settings.resolution is None:
+        channels, height, width = shape
+        raise ValueError(
+            f"The pipeline draws images of {height}×{width} pixels and {channels} channels, and its folder does not "
+            "record what it was trained on: name images like these with `train_data_dir` or `dataset_name`. Features "
+            f"that fit: {', '.join(fitting_features(shape))}."
+        )
+    return RealSource(settings, **splits)
+
+
+def fitting_features(shape: tuple[int, int, int]) -> list[str]:
+    """The names of the features that take images of this shape, the default first."""
+    names = ["digits"] if shape == _DIGITS else []
+    return [*names, "random", *(["inception"] if shape[0] in (1, 3) else [])]
+
+
+def load_real_images(
+    config: EvaluateConfig, source: RealSource, accelerator: Accelerator, shape: tuple[int, int, int]
+) -> RealImages:
     """
     The reference, and the held-out images.
 
     Raises:
         ValueError: they do not have the shape that the network draws, or cannot be read.
     """
+    settings = source.settings
 
     def load(split: str, num: int | None, seed: int):
         with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
-            dataset = load_training_data(config.dataset_name, config.dataset_config_name, config.train_data_dir, split)
-        dataset, image_column, label_column = find_columns(dataset, config.image_column, config.label_column)
+            dataset = load_training_data(
+                settings.dataset_name, settings.dataset_config_name, settings.train_data_dir, split
+            )
+        dataset, image_column, label_column = find_columns(dataset, settings.image_column, settings.label_column)
         names, num_classes = [], None
-        if config.label_column is None and not isinstance(dataset.features.get(label_column), ClassLabel):
+        if settings.label_column is None and not isinstance(dataset.features.get(label_column), ClassLabel):
             label_column = None  # numbers under such a name may be anything
         if label_column is not None:
             with accelerator.main_process_first():
                 dataset, num_classes = encode_labels(dataset, label_column)
             names = find_class_names(dataset, label_column) or [str(k) for k in range(num_classes)]
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num]
-        reader = ImageReader(image_column, label_column, config.resolution, config.channels, num_classes=num_classes)
+        reader = ImageReader(
+            image_column, label_column, settings.resolution, settings.channels, num_classes=num_classes
+        )
         found = open_images(dataset.select(order.tolist()), reader, accelerator.device, max_cache_gb=math.inf)
         if found.shape != shape:
             raise ValueError(
@@ -197,10 +193,10 @@ def load_real_images(config: EvaluateConfig, accelerator: Accelerator, shape: tu
             names = []
         return found.images.cpu(), found.labels.cpu() if names else None, names
 
-    images, labels, names = load(config.reference_split, config.max_reference_images, config.seed)
-    if config.held_out_split is not None:
+    images, labels, names = load(source.reference_split, config.max_reference_images, config.seed)
+    if source.held_out_split is not None:
         # another order: two splits sorted alike would be paired in the same one, and seem nearer than they are
-        held_out = load(config.held_out_split, config.num_images, config.seed + 1)[0]
+        held_out = load(source.held_out_split, config.num_images, config.seed + 1)[0]
         return RealImages(images, held_out, labels, names)
     num = min(config.num_images, len(images) // 2)
     return RealImages(images[num:], images[:num], None if labels is None else labels[num:], names)
@@ -208,18 +204,42 @@ def load_real_images(config: EvaluateConfig, accelerator: Accelerator, shape: tu
 
 @dataclass
 class Features:
-    """`describe` uint8 images: `"features"` of shape `(n, d)` and, by a classifier, `"labels"` of shape `(n,)`."""
+    """
+    `describe` uint8 images: `"features"` of shape `(n, d)` and, by a classifier, `"labels"` of shape `(n,)`. Those that
+    are not `scaled` yet are brought to mean 0 and mean variance 1 over the reference.
+    """
 
+    key: str
     name: str
     describe: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    scaled: bool = True
 
 
-def load_features(name: str, accelerator: Accelerator) -> Features:
-    device = accelerator.device
+def load_features(name: str | None, accelerator: Accelerator, shape: tuple[int, int, int]) -> Features:
+    """
+    Raises:
+        ValueError: these features are not for images of this shape.
+    """
+    fitting = fitting_features(shape)
+    if name is not None and name not in fitting:
+        raise ValueError(
+            f"`features`={name!r} do not fit images of shape {shape} (channels, height, width), but "
+            f"{', '.join(fitting)} do."
+        )
+    device, name = accelerator.device, name or fitting[0]
+    if name == "random":
+        network = RandomFeatures(shape[0], min(shape[1:])).to(device)
+        return Features(
+            name,
+            "128 of random convolutions, of mean variance 1 over the reference",
+            lambda images: {"features": extract_features(images, lambda x: network(x.to(device)), _FEATURE_BATCH)},
+            scaled=False,
+        )
     if name == "inception":
         with accelerator.main_process_first():  # one downloads the weights, the others read them
             extractor = InceptionFeatures(device)
         return Features(
+            name,
             "2,048 of the Inception network of the FID, by torch-fidelity",
             lambda images: {"features": extract_features(images, extractor, _FEATURE_BATCH)},
         )
@@ -229,20 +249,17 @@ def load_features(name: str, accelerator: Accelerator) -> Features:
         features = extract_features(images, lambda batch: classifier.features(batch.to(device)), _FEATURE_BATCH)
         return {"features": features, "labels": classifier.head(features.float().to(device)).argmax(1).cpu()}
 
-    return Features("64 of the digit classifier of ncsn_diffusers", describe)
+    return Features(name, "64 of the digit classifier of ncsn_diffusers", describe)
 
 
-def check_numbers(config: EvaluateConfig, real: RealImages, features: Features) -> None:
+def check_numbers(config: EvaluateConfig, source: RealSource, real: RealImages, features: Features) -> None:
     """Refuse too few images before any is drawn."""
-    try:
-        dim = features.describe(real.reference[:1])["features"].shape[1]
-    except ValueError as error:
-        raise ValueError(f"`features`={config.features!r} do not fit the images: {error}") from error
+    dim = features.describe(real.reference[:1])["features"].shape[1]
     least = max(dim + 1, 2 * NUM_BLOCKS)
     numbers = {
         "`num_images`": config.num_images,
         "`reference_split`": len(real.reference),
-        "`held_out_split`" if config.held_out_split else "the held-out part of `reference_split`": len(real.held_out),
+        "`held_out_split`" if source.held_out_split else "the held-out part of `reference_split`": len(real.held_out),
     }
     for name, number in numbers.items():
         if number < least:
@@ -262,22 +279,22 @@ def count_evaluations(pipe: NCSNPipeline, num: int) -> Iterator[Callable[[], tor
         hook.remove()
 
 
-def draw(pipe: NCSNPipeline, config: EvaluateConfig, indices: range) -> dict[str, torch.Tensor]:
+def sample_images(sampler: Sampler, indices: range) -> dict[str, torch.Tensor]:
     """uint8 samples, and how often each went through the network."""
-    with count_evaluations(pipe, len(indices)) as evaluations:
-        images = config.draw(pipe, indices, output_type="pt")
+    with count_evaluations(sampler.pipe, len(indices)) as evaluations:
+        images = sampler.sample(indices, output_type="pt")
     return {"images": to_uint8(images).cpu(), "evaluations": evaluations()}
 
 
 def measure(config: EvaluateConfig, images: torch.Tensor, operator: Callable) -> torch.Tensor:
-    """Measurements `(n, ...)` of images in units of the data. The noise of image i is the same whatever n."""
+    """Measurements `(n, ...)` of images in [0, 1]. The noise of image i is the same whatever n."""
     measured = operator(images)
     shape, seed = measured.shape[1:], config.seed + NOISE_SEED
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(images))]
     return measured + config.posterior_noise_std * torch.stack(noise)
 
 
-def draw_posterior(
+def sample_posterior(
     pipe: NCSNPosteriorPipeline, config: EvaluateConfig, operator: Callable, measurements: torch.Tensor, indices: range
 ) -> dict[str, torch.Tensor]:
     """
@@ -302,245 +319,329 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig):
         self.config, self.folder = config, Path(config.output_dir)
-        self.accelerator, pipe = config.open()
+        self.sampler = Sampler(config)
+        self.accelerator, self.pipe = self.sampler.accelerator, self.sampler.pipe
+        self.pipe.unet.requires_grad_(False)
+        shape = self.pipe.sample_shape
+        self.weights = fingerprint(*self.pipe.unet.state_dict().values())
+        self.features = load_features(config.features, self.accelerator, shape)
+        self.source = find_real_source(config, self.sampler.name, shape)
+        if self.source.is_recorded:
+            self.accelerator.print(
+                f"Compared with what the pipeline was trained on: {self.source.reference_split!r} of "
+                f"{self.source.name or 'the embedded digits'}."
+            )
+        if config.features is None:
+            self.accelerator.print(f"Features: {self.features.name}; others: {', '.join(fitting_features(shape))}.")
+        self.real = load_real_images(config, self.source, self.accelerator, shape)
+        check_numbers(config, self.source, self.real, self.features)
+        self.operators = {name: make_operator(name, shape) for name in config.posterior}
         self.folder.mkdir(parents=True, exist_ok=True)
-        pipe.unet.requires_grad_(False)
-        self.pipe, self.weights = pipe, fingerprint(*pipe.unet.state_dict().values())
-        self.features = load_features(config.features, self.accelerator)
-        self.real = load_real_images(config, self.accelerator, pipe.sample_shape)
-        check_numbers(config, self.real, self.features)
-        self.operators = {name: make_operator(name, pipe.sample_shape) for name in config.posterior}
         self.kept = KeptBatches(self.accelerator, self.folder)
-        names = ("num_inference_steps", "sigmas", "num_langevin_steps", "class_labels", "guidance_scale", "seed")
-        self.sampling = describe_scheduler(pipe.scheduler)
-        self.sampling |= {name: getattr(config, name) for name in (*names, "dtype", "batch_size")}
 
     def run(self) -> dict[str, Any] | None:
         config, real = self.config, self.real
+        if not (self.folder / "samples").exists():
+            self.suggest_bfloat16()
         samples = self.kept.compute(
             "samples",
-            {"pipeline": self.weights, **self.sampling},
+            {"pipeline": self.weights, **self.sampler.describe()},
             config.num_images,
             config.batch_size,
-            lambda indices: draw(self.pipe, config, indices),
+            partial(sample_images, self.sampler),
             may_replace=config.overwrite_output_dir,
         )
-        self.sampling |= {"num_images": config.num_images, "evaluations": samples["evaluations"].max().item()}
         sets = {"samples": samples["images"], "reference": real.reference, "held-out": real.held_out}
-        described = {name: self.describe(name, images) for name, images in sets.items()}
-        posterior, calibrated = self.evaluate_posterior()
-        network, bits = self.evaluate_network()
-        record = None
+        described = self.describe(sets)
+        parts = {
+            "posterior": self.evaluate_posterior(),
+            "branches": self.evaluate_branches(),  # before the network is cast to float32
+            "losses": self.evaluate_losses(),
+            "likelihood": self.evaluate_likelihood(),
+        }
+        found = None
         if self.accelerator.is_main_process:
-            images, compared = self.evaluate_images(described)
-            # through JSON, so that what is returned is what the file holds
-            record = json.loads(json.dumps(self.describe_run() | images | network | posterior))
-            self.save(record, compared, bits, calibrated)
+            record = self.describe_run(samples["evaluations"].max().item(), described, parts)
+            found = json.loads(json.dumps(record.to_dict()))  # so that what is returned is what the file holds
+            self.save(record)
             self.save_samples(samples["images"], described)
-            distance = record["samples"]["frechet_distance"]
-            print(f"Fréchet distance {distance:.4g}; see {self.folder.resolve() / 'report.md'}.")
+            print(f"{make_verdict(record).strip('*')} See {self.folder.resolve() / 'report.md'}.")
         self.accelerator.end_training()
-        return record
+        return found
 
-    def describe(self, name: str, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def suggest_bfloat16(self) -> None:
+        """Say what `--dtype bfloat16` would save in a long run, by the time of one evaluation in each."""
+        config, pipe, device = self.config, self.pipe, self.accelerator.device
+        is_fast = precision.cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda"
+        if self.sampler.dtype != "float32" or not is_fast or not self.accelerator.is_main_process:
+            return
+        x = torch.zeros(min(config.batch_size, config.num_images), *pipe.sample_shape, device=device)
+
+        def seconds(unet: torch.nn.Module) -> float:
+            whole, times = pipe.unet, []
+            pipe.unet = unet
+            try:
+                for _ in range(3):  # the first to warm up
+                    start = time.perf_counter()
+                    pipe.denoise(x, 1.0).cpu()
+                    times.append(time.perf_counter() - start)
+            finally:
+                pipe.unet = whole
+            return min(times[1:])
+
+        half = copy.deepcopy(pipe.unet).bfloat16()
+        half.to(memory_format=precision.fast_memory_format(device, torch.bfloat16))
+        steps = self.sampler.num_inference_steps if config.sigmas is None else len(config.sigmas)
+        calls = steps * config.num_images / len(x) / self.accelerator.num_processes
+        whole, saving = calls * seconds(pipe.unet), 0.0
+        if whole > _LONG_RUN:
+            saving = whole - calls * seconds(half)
+        if saving > 0.2 * whole:
+            compiled = "" if config.compile else " `--compile` saves time in a run this long, too."
+            print(
+                f"The network's evaluations will take about {whole / 60:.0f} minutes; --dtype bfloat16 would save "
+                f"about {saving / 60:.0f} of them.{compiled}"
+            )
+
+    def describe(self, sets: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """See [`Features`]."""
-        return self.kept.compute(
-            f"features-{self.config.features}-{name}",
-            {"features": self.features.name, "images": fingerprint(images)},
-            len(images),
-            _FEATURE_BATCH,
-            lambda rows: self.features.describe(images[rows.start : rows.stop]),
-        )
+        described = {
+            name: self.kept.compute(
+                f"features-{self.features.key}-{name}",
+                {"features": self.features.name, "images": fingerprint(images)},
+                len(images),
+                _FEATURE_BATCH,
+                lambda rows, images=images: self.features.describe(images[rows.start : rows.stop]),
+            )
+            for name, images in sets.items()
+        }
+        if not self.features.scaled:
+            reference = described["reference"]["features"]
+            mean, scale = reference.mean(0), reference.var(0).mean().sqrt().clamp(min=1e-12)
+            for found in described.values():
+                found["features"] = (found["features"] - mean) / scale
+        return described
 
-    def evaluate_posterior(self) -> tuple[dict[str, Any], dict[str, list[Metric]]]:
+    def evaluate_posterior(self) -> PosteriorRecord | None:
         """
-        Whether samples given a measurement of held-out images are spread as they should be.
-
-        Returns:
-            `tuple`: their entry of metrics.json, and for each operator a list of [`Metric`] of the samples, followed by
-            one of exact samples. Both are empty where no operator is named; other processes than the main one judge
-            nothing.
+        Whether samples given a measurement of held-out images are spread as they should be. Other processes than the
+        main one judge nothing.
         """
         if not self.operators:
-            return {}, {}
-        config, data_min = self.config, self.pipe.config.data_min
-        pipe = NCSNPosteriorPipeline(self.pipe.unet, self.pipe.scheduler, data_min=data_min)
+            return None
+        config, pipe = self.config, NCSNPosteriorPipeline(**self.pipe.components)
         pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
         held_out = self.real.held_out[: config.posterior_images]
-        images = to_model_range(held_out, data_min)
-        reference = to_model_range(self.real.reference[:_MAX_GAUSSIAN], data_min)
+        images, reference = held_out / 255, self.real.reference[:_MAX_GAUSSIAN] / 255
         num, k, noise_std = len(images), config.posterior_samples, config.posterior_noise_std
-        settings = {"samples": k, "noise_std": noise_std, "steps": config.posterior_steps}
+        record = PosteriorRecord(num, k, noise_std, config.posterior_steps)
         depends_on = {
             "pipeline": self.weights,
             "images": fingerprint(self.real.held_out),
-            **settings,
+            "samples": k,
+            "noise_std": noise_std,
+            "steps": config.posterior_steps,
+            "dtype": self.sampler.dtype,
             **describe_scheduler(pipe.scheduler),
-            **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "dtype", "batch_size")},
+            **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "batch_size")},
         }
-        operators, calibrated = {}, {}
         for name, operator in self.operators.items():
             y = measure(config, images, operator)
-            function = partial(draw_posterior, pipe, config, operator, y)
+            function = partial(sample_posterior, pipe, config, operator, y)
             table = self.kept.compute(f"posterior-{name}", depends_on, num * k, config.batch_size, function)
-            settings["evaluations"] = table["evaluations"].max().item()
+            record.evaluations = table["evaluations"].max().item()
             if self.accelerator.is_main_process:
                 samples = table["images"].unflatten(0, (num, k))
-                metrics, reliability = calibrate(samples, held_out / 255, y, operator, noise_std, data_min)
-                floor, floor_reliability = calibrate_exact(reference, operator, noise_std, num, k, data_min)
-                operators[name] = to_dict(metrics) | {"reliability": reliability}
-                operators[name]["exact"] = to_dict(floor) | {"reliability": floor_reliability}
-                calibrated[name], calibrated[f"{name}, exact"] = metrics, floor
-        return {"posterior": {"images": num, **settings, "operators": operators}}, calibrated
+                record.operators[name] = (
+                    calibrate(samples, images, y, operator, noise_std),
+                    calibrate_exact(reference, operator, noise_std, num, k),
+                )
+        return record
 
-    def evaluate_network(self) -> tuple[dict[str, Any], Metric | None]:
-        """
-        The network's loss at each noise level and the likelihood, of held-out images.
+    def evaluate_branches(self) -> BranchRecord | None:
+        """Whether the outputs with and without a class of a class-conditional network belong together."""
+        config, pipe, device = self.config, self.pipe, self.accelerator.device
+        if pipe.num_classes is None or not config.branch_images:
+            return None
+        ladder = AnnealedLangevinScheduler.from_config(pipe.scheduler.config).config
+        sigmas = np.geomspace(ladder.sigma_min, ladder.sigma_max, _BRANCH_LEVELS).tolist()
 
-        Returns:
-            `tuple`: their entries of metrics.json, and the bits per dimension where they are asked for.
-        """
-        config, pipe, held_out = self.config, self.pipe, self.real.held_out
-        device = self.accelerator.device
-        ladder = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
-        sigmas = np.geomspace(ladder.config.sigma_max, ladder.config.sigma_min, _NUM_LEVELS).tolist()
-        data_min = pipe.config.data_min
-        unet = pipe.unet.float()  # a likelihood needs more digits than half precision has
+        def compute_ratios(rows: range) -> dict[str, torch.Tensor]:
+            labels = torch.tensor([i % pipe.num_classes for i in rows])
+            images = pipe(
+                class_labels=labels.tolist(),
+                num_inference_steps=self.sampler.num_inference_steps,
+                generator=make_generators(config.seed, rows),
+                output_type="pt",
+            ).images
+            x = pipe.units.to_network(to_uint8(images) / 255)
+            generators = make_generators(config.seed + NOISE_SEED, rows)
+            noise = torch.stack([torch.randn(_BRANCH_LEVELS, *x.shape[1:], generator=g) for g in generators], 1)
+            ratios = log_class_ratio(pipe.denoise, x, labels.to(device), sigmas, noise.to(device))
+            return {"log_ratios": ratios}
 
-        def batch(rows: range):
-            """uint8 images, their generators, and the class that means none."""
-            images = held_out[rows.start : rows.stop].to(device)
-            generators = [torch.Generator().manual_seed(config.seed + i) for i in rows]
-            return images, generators, pipe.embedding_indices(None, len(images), device)
+        depends_on = {"pipeline": self.weights, **self.sampler.describe(), "sigmas_of_integral": sigmas}
+        table = self.kept.compute("branches", depends_on, config.branch_images, config.batch_size, compute_ratios)
+        mean, error = mean_and_error(table["log_ratios"])
+        metric = Metric("mean_log_class_ratio", "mean of log p(c|x)/p(c)", mean, "{:.2f}", standard_error=error)
+        return BranchRecord(metric, config.branch_images, math.log(pipe.num_classes))
 
-        def losses(rows: range):
-            images, generators, labels = batch(rows)
-            noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators]).to(device)
-            x0 = to_model_range(images, data_min)
-            return {"losses": loss_per_level(unet, ladder, x0, noise, sigmas, labels).T.cpu()}
+    def held_out_batch(self, rows: range) -> tuple[torch.Tensor, list[torch.Generator], Denoiser]:
+        """uint8 images, their generators, and the denoiser of as many that are told no class."""
+        images = self.real.held_out[rows.start : rows.stop].to(self.accelerator.device)
+        generators = make_generators(self.config.seed, rows)
+        return images, generators, self.pipe.make_denoiser(batch_size=len(images))
 
-        def bits(rows: range):
-            images, generators, labels = batch(rows)
-            steps = {"num_steps": config.likelihood_steps, "class_labels": labels, "data_min": data_min}
-            return {"bits": bits_per_dim(unet, ladder, images, generators, **steps)}
-
+    def in_full_precision(self) -> tuple[Ladder, dict[str, Any]]:
+        """The levels that the network, now in float32, was trained on; what results of held-out images depend on."""
+        self.pipe.unet.float()  # a likelihood needs more digits than half precision has
+        ladder = AnnealedLangevinScheduler.from_config(self.pipe.scheduler.config)
         depends_on = {
             "pipeline": self.weights,
             "ladder": dict(ladder.config),
-            "images": fingerprint(held_out),
-            "seed": config.seed,
-            "batch_size": config.batch_size,
+            "images": fingerprint(self.real.held_out),
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size,
         }
-        entries, bits_metric = {}, None
-        if number := min(config.loss_images, len(held_out)):
-            table = self.kept.compute("losses", {**depends_on, "sigmas": sigmas}, number, config.batch_size, losses)
-            levels = [(sigma, *mean_and_error(column)) for sigma, column in zip(sigmas, table["losses"].T, strict=True)]
-            keys = ("sigma", "loss", "standard_error")
-            entries["loss_images"] = number
-            entries["loss_per_level"] = [dict(zip(keys, level, strict=True)) for level in levels]
-        if number := min(config.bits_per_dim, len(held_out)):
-            depends_on |= {"likelihood_steps": config.likelihood_steps}
-            values = self.kept.compute("bits-per-dim", depends_on, number, config.batch_size, bits)["bits"]
-            mean, error = mean_and_error(values)
-            bits_metric = Metric(
-                "bits_per_dim",
-                "bits per dimension",
-                mean,
-                "{:.3f}",
-                standard_error=error,
-                card_type="bits-per-dim",
-                card_title="Bits per dimension",
-            )
-            entries["bits_per_dim"] = {"mean": mean, "standard_error": error}
-            entries["bits_per_dim"] |= {"number": number, "steps": config.likelihood_steps}
-        return entries, bits_metric
+        return ladder.ladder, depends_on
 
-    def evaluate_images(self, described: dict[str, dict[str, torch.Tensor]]) -> tuple[dict[str, Any], dict[str, list]]:
-        """
-        The samples and the held-out images, compared with the reference.
+    def evaluate_losses(self) -> LossRecord | None:
+        """The network's loss at each noise level, of held-out images."""
+        number = min(self.config.loss_images, len(self.real.held_out))
+        if not number:
+            return None
+        ladder, depends_on = self.in_full_precision()
+        sigmas = np.geomspace(ladder.largest, ladder.smallest, _NUM_LEVELS).tolist()
 
-        Returns:
-            `tuple`: their entries of metrics.json, and for each of the two sets a list of [`Metric`].
-        """
-        real, reference = self.real, described["reference"]["features"]
-        has_classifier = "labels" in described["samples"]
-        entries, compared = {}, {}
-        if has_classifier or real.labels is not None:
-            names = [str(digit) for digit in range(10)] if has_classifier else real.class_names
-            entries["classes_by"] = "the classifier" if has_classifier else "the nearest image of the reference"
-            entries["class_shares"] = {}
+        def compute_losses(rows: range) -> dict[str, torch.Tensor]:
+            images, generators, denoiser = self.held_out_batch(rows)
+            noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators]).to(images.device)
+            x0 = self.pipe.units.to_network(images / 255)
+            return {"losses": loss_per_level(denoiser, x0, noise, sigmas).T.cpu()}
+
+        depends_on |= {"sigmas": sigmas}
+        table = self.kept.compute("losses", depends_on, number, self.config.batch_size, compute_losses)
+        columns = zip(sigmas, table["losses"].T, strict=True)
+        return LossRecord(number, [LevelLoss(sigma, *mean_and_error(column)) for sigma, column in columns])
+
+    def evaluate_likelihood(self) -> LikelihoodRecord | None:
+        """Bits per dimension of held-out images."""
+        number, steps = min(self.config.bits_per_dim, len(self.real.held_out)), self.config.likelihood_steps
+        if not number:
+            return None
+        _, depends_on = self.in_full_precision()
+
+        def compute_bits(rows: range) -> dict[str, torch.Tensor]:
+            images, generators, denoiser = self.held_out_batch(rows)
+            return {"bits": bits_per_dim(denoiser, images, generators, self.pipe.units, steps)}
+
+        depends_on |= {"likelihood_steps": steps}
+        values = self.kept.compute("bits-per-dim", depends_on, number, self.config.batch_size, compute_bits)["bits"]
+        mean, error = mean_and_error(values)
+        bits = Metric(
+            "bits_per_dim",
+            "bits per dimension",
+            mean,
+            "{:.3f}",
+            standard_error=error,
+            card_type="bits-per-dim",
+            card_title="Bits per dimension",
+        )
+        return LikelihoodRecord(bits, number, steps)
+
+    def find_classes(self, described: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The classes of the samples and of the held-out images, by the classifier or the nearest reference image."""
+        classes = {}
         for name in ("samples", "held-out"):
-            features, labels = described[name]["features"], described[name].get("labels")
-            if labels is None and real.labels is not None:
-                labels = real.labels[nearest_neighbours(features, reference)[1][:, 0]]
+            labels = described[name].get("labels")
+            if labels is None and self.real.labels is not None:
+                nearest = nearest_neighbours(described[name]["features"], described["reference"]["features"])[1][:, 0]
+                labels = self.real.labels[nearest]
             if labels is not None:
-                shares = class_shares(labels, len(names)).tolist()
-                entries["class_shares"][name] = dict(zip(names, shares, strict=True))
-            compared[name] = compare(reference, features, labels, self.config.features == "inception")
-        if has_classifier and self.config.class_labels is not None:
-            asked, given = self.config.class_labels, described["samples"]["labels"].tolist()
+                classes[name] = labels
+        return classes
+
+    def count_classes(self, classes: dict[str, torch.Tensor], by_classifier: bool) -> ClassRecord | None:
+        """The shares of the classes, and how many samples are of the class that was asked for."""
+        if not classes:
+            return None
+        names = [str(digit) for digit in range(10)] if by_classifier else self.real.class_names
+        record = ClassRecord("the classifier" if by_classifier else "the nearest image of the reference")
+        for name, labels in classes.items():
+            record.class_shares[name] = dict(zip(names, class_shares(labels, len(names)).tolist(), strict=True))
+        if by_classifier and self.sampler.class_labels is not None:
+            asked, given = self.sampler.class_labels, classes["samples"].tolist()
             as_asked = [label == asked[i % len(asked)] for i, label in enumerate(given)]
-            entries["named_as_asked"] = sum(as_asked) / len(as_asked)
-        for key, name in (("samples", "samples"), ("floor", "held-out")):
-            entries[key] = to_dict(compared[name])
-        return entries, compared
+            record.named_as_asked = sum(as_asked) / len(as_asked)
+        return record
 
-    def describe_run(self) -> dict[str, Any]:
-        """What the metrics depend on."""
-        config, real = self.config, self.real
-        source = config.dataset_name or config.train_data_dir
-        if source and Path(source).is_dir():
-            source = Path(source).resolve().name  # a published card must not show where the data lie on this machine
-        return {
-            "pipeline": config.pipeline,
-            "sampling": self.sampling,
-            "data": {
-                "id": source or "ylecun/mnist",
-                "name": source or "MNIST (the embedded 10,000 digits)",
-                "reference_split": config.reference_split,
-                "num_reference": len(real.reference),
-                "held_out_split": config.held_out_split,
-                "num_held_out": len(real.held_out),
-            },
-            "features": self.features.name,
-            "versions": {name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
-        }
+    def describe_run(
+        self, evaluations: int, described: dict[str, dict[str, torch.Tensor]], parts: dict[str, Any]
+    ) -> EvaluationRecord:
+        """The record of the run: what the metrics depend on, those of the images, and the other parts."""
+        config, real, source = self.config, self.real, self.source
+        reference, classes = described["reference"]["features"], self.find_classes(described)
+        samples, floor = (
+            compare(reference, described[name]["features"], classes.get(name), self.features.key == "inception")
+            for name in ("samples", "held-out")
+        )
+        is_own = self.sampler.name == pretrained("mnist")
+        return EvaluationRecord(
+            pipeline="mnist, which comes with ncsn_diffusers" if is_own else without_parents(self.sampler.name),
+            date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+            command=evaluation_command(config),
+            features=self.features.name,
+            versions={name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
+            sampling=SamplingRecord(**self.sampler.describe(), num_images=config.num_images, evaluations=evaluations),
+            data=DataRecord(
+                id=source.name or "ylecun/mnist",
+                name=source.name or "MNIST (the embedded 10,000 digits)",
+                reference_split=source.reference_split,
+                num_reference=len(real.reference),
+                held_out_split=source.held_out_split,
+                num_held_out=len(real.held_out),
+            ),
+            samples=samples,
+            floor=floor,
+            classes=self.count_classes(classes, "labels" in described["samples"]),
+            **parts,
+        )
 
-    def save(
-        self,
-        record: dict[str, Any],
-        compared: dict[str, list[Metric]],
-        bits: Metric | None,
-        calibrated: dict[str, list[Metric]],
-    ) -> None:
+    def save(self, record: EvaluationRecord) -> None:
         """metrics.json, report.md, its plots, and the model card where it is asked for."""
-        if "class_shares" in record:
-            plot_classes(record["class_shares"], self.folder / "classes.png")
-        if "loss_per_level" in record:
-            plot_losses(record["loss_per_level"], self.folder / "losses.png")
-        if "posterior" in record:
-            plot_reliability(record["posterior"]["operators"], self.folder / "reliability.png")
-        (self.folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        report = make_report(record, compared["samples"], compared["held-out"], bits, calibrated)
-        (self.folder / "report.md").write_text(report)
+
+        def write(name: str, function: Callable[[Path], Any]) -> None:
+            with replacing(self.folder / name, _GO_ON) as aside:
+                function(aside)
+
+        if record.classes is not None:
+            write("classes.png", partial(plot_classes, record.classes.class_shares))
+        if record.losses is not None:
+            write("losses.png", partial(plot_losses, record.losses.levels))
+        if record.posterior is not None:
+            write("reliability.png", partial(plot_reliability, record.posterior.operators))
+        write("metrics.json", lambda path: path.write_text(json.dumps(record.to_dict(), indent=2) + "\n"))
+        write("report.md", lambda path: path.write_text(make_report(record)))
         if self.config.update_model_card:
-            update_model_card(Path(self.config.pipeline) / "README.md", record, compared["samples"], bits, calibrated)
+            update_model_card(Path(self.sampler.name) / "README.md", record)
 
     def save_samples(self, samples: torch.Tensor, described: dict[str, dict[str, torch.Tensor]]) -> None:
         """The report's images: samples, and beside some of them their nearest training images."""
         real = self.real
-        make_image(list(samples[:100].split(20))).save(self.folder / "samples.png")
-
         # held-out images of the training split may have been trained on, too
-        names = ["reference"] if self.config.held_out_split else ["reference", "held-out"]
-        training = torch.cat([real.reference] if self.config.held_out_split else [real.reference, real.held_out])
+        is_own_split = self.source.held_out_split is not None
+        names = ["reference"] if is_own_split else ["reference", "held-out"]
+        training = torch.cat([real.reference] if is_own_split else [real.reference, real.held_out])
         among = torch.cat([described[name]["features"] for name in names])
         nearest = nearest_neighbours(described["samples"]["features"][:_NUM_SHOWN], among, _NUM_NEIGHBOURS)[1]
         rows = [
             torch.cat([image[None], training[found]])
             for image, found in zip(samples[:_NUM_SHOWN], nearest, strict=True)
         ]
-        make_image(rows).save(self.folder / "neighbours.png")
+        for name, shown in (("samples.png", list(samples[:100].split(20))), ("neighbours.png", rows)):
+            with replacing(self.folder / name, _GO_ON) as aside:
+                make_image(shown).save(aside)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
@@ -558,9 +659,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         hold the distances of the samples and of held-out real images from the reference.
 
     Raises:
+        ImportError: torch-fidelity is not installed.
         ValueError: images, features and pipeline do not fit together, there are too few images, or `output_dir` holds
             samples that were drawn with other settings.
-        OSError: weights or data cannot be read.
+        OSError: weights or data cannot be read, or a file cannot be written.
         FloatingPointError: a sample is not finite.
     """
+    require_torch_fidelity()
     return Evaluation(config).run()

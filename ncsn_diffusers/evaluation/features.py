@@ -1,11 +1,14 @@
-"""Features of images: those of digits by a small classifier, those of the FID by Inception."""
+"""Features of images: of digits by a small classifier, of any by random convolutions, of the FID by Inception."""
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
 from ..images import to_model_range, to_uint8
@@ -114,6 +117,53 @@ def _conv_block(in_channels, out_channels, kernel_size=3, stride=1):
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
+
+
+class RandomFeatures(nn.Module):
+    """
+    128 features of images of any size and number of channels, by convolutions with random weights, always the same.
+
+    Stages of a 3 × 3 convolution and the absolute value, with means of 2 × 2 pixels between them until 4 pixels a side
+    are left, and the mean over the image at the end. Nothing is learned, so that nothing is downloaded and no kind of
+    image is favored. Such features see colors, textures, sharpness and what lies beside what; of the objects in an
+    image they know nothing, and their distances compare with no others.
+
+    Args:
+        channels, size (`int`): of the images; `size` is the shorter side.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        num_stages = max(3, math.ceil(math.log2(max(size, 1) / 4)) + 1)
+        widths = (channels, *[32, 64][: num_stages - 1], *[128] * (num_stages - 2))
+        for i, (before, after) in enumerate(pairwise(widths)):
+            weight = torch.randn(after, before, 3, 3, generator=generator) * 2 / math.sqrt(9 * before)
+            self.register_buffer(f"weight_{i}", weight)
+            self.register_buffer(f"bias_{i}", torch.randn(after, generator=generator) / 2)
+        self.num_stages = len(widths) - 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(n, channels, height, width)`): uint8.
+
+        Returns:
+            `torch.Tensor` of shape `(n, 128)`.
+
+        Raises:
+            ValueError: the images have another number of channels.
+        """
+        channels = self.weight_0.shape[1]
+        if images.shape[1] != channels:
+            raise ValueError(f"`images` must have {channels} channels, not {images.shape[1]}.")
+        x = to_model_range(images)
+        for i in range(self.num_stages):
+            if i:
+                x = F.avg_pool2d(x, 2, ceil_mode=True)
+            padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+            x = F.conv2d(padded, getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}")).abs()
+        return x.mean((-2, -1))
 
 
 class InceptionFeatures:

@@ -1,7 +1,7 @@
 """What an evaluation leaves for people: report.md, its plots and grids, and the metadata of a model card."""
 
+import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +10,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..images import make_grid, to_pil
-from .calibration import NUM_SIMULATIONS
-from .metrics import Metric
+from .calibration import NUM_SIMULATIONS, Calibration
+from .record import (
+    BranchRecord,
+    ClassRecord,
+    EvaluationRecord,
+    LevelLoss,
+    LikelihoodRecord,
+    LossRecord,
+    PosteriorRecord,
+)
 
 
 def make_image(rows: list[torch.Tensor]) -> Image.Image:
@@ -22,7 +30,7 @@ def make_image(rows: list[torch.Tensor]) -> Image.Image:
 
 
 def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
-    """The share of each class, from `class_shares` of metrics.json."""
+    """The share of each class in each set."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     names, width = list(shares["samples"]), 0.8 / len(shares)
@@ -34,147 +42,216 @@ def plot_classes(shares: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def plot_losses(levels: list[dict[str, float]], path: Path) -> None:
-    """The loss over the noise level, from `loss_per_level` of metrics.json."""
+def plot_losses(levels: list[LevelLoss], path: Path) -> None:
+    """The loss over the noise level."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    sigmas, losses, errors = ([level[key] for level in levels] for key in ("sigma", "loss", "standard_error"))
+    sigmas, losses, errors = zip(*((level.sigma, level.loss, level.standard_error) for level in levels), strict=True)
     axes.errorbar(sigmas, losses, errors, marker="o", capsize=3)
     axes.set(xscale="log", yscale="log", xlabel="sigma, in units of the data", ylabel="loss per dimension")
     figure.savefig(path, dpi=100)
 
 
-def plot_reliability(operators: dict[str, dict[str, Any]], path: Path) -> None:
-    """Coverage of the central intervals of the samples against what is right, from `posterior` of metrics.json."""
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
+def plot_reliability(operators: dict[str, tuple[Calibration, Calibration]], path: Path) -> None:
+    """
+    By how much the central intervals of the samples cover more of the truths than is right, for each operator: of the
+    samples themselves, and of exact ones as a band.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
-    for k, (name, operator) in enumerate(operators.items()):
-        right, actual, error = (
-            [interval[key] for interval in operator["reliability"]] for key in ("nominal", "actual", "standard_error")
-        )
-        exact, deviation = (
-            np.array([interval[key] for interval in operator["exact"]["reliability"]])
-            for key in ("actual", "standard_error")
-        )
+    axes.axhline(0, color="gray", linestyle="--", linewidth=1)
+    for k, (name, (samples, exact)) in enumerate(operators.items()):
+        right, actual, error = _columns(samples.reliability)
+        _, of_exact, deviation = _columns(exact.reliability)
         color = f"C{k}"
-        axes.fill_between(right, exact - 2 * deviation, exact + 2 * deviation, color=color, alpha=0.15, linewidth=0)
-        axes.errorbar(right, actual, error, color=color, marker="o", capsize=3, label=name)
-    axes.set(xlabel="right coverage", ylabel="coverage", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.legend(loc="upper left")
+        excess = of_exact - right
+        axes.fill_between(right, excess - 2 * deviation, excess + 2 * deviation, color=color, alpha=0.15, linewidth=0)
+        axes.errorbar(right, actual - right, error, color=color, marker="o", capsize=3, label=name)
+    axes.set(xlabel="right coverage", ylabel="coverage above right", xlim=(0, 1))
+    axes.legend()
     figure.savefig(path, dpi=100)
 
 
-def make_report(
-    record: dict[str, Any],
-    samples: list[Metric],
-    floor: list[Metric],
-    bits: Metric | None,
-    calibrated: dict[str, list[Metric]],
-) -> str:
-    """
-    report.md, whose images lie beside it.
+def _columns(reliability: list[dict[str, float]]) -> list[np.ndarray]:
+    """Of the intervals, the right coverage, the actual one, and its standard error."""
+    return [np.array([interval[key] for interval in reliability]) for key in ("nominal", "actual", "standard_error")]
 
-    Args:
-        record (`dict`): what metrics.json holds.
-        samples, floor (`list[Metric]`): the metrics of the samples and of held-out real images, in the same order.
-        bits ([`Metric`], *optional*): bits per dimension of held-out images.
-        calibrated (`dict`):
-            Metrics of samples given a measurement by the operator's name, each followed by those of exact ones, which
-            may be fewer; empty where there are none.
+
+def make_verdict(record: EvaluationRecord) -> str:
     """
-    sampling, data = record["sampling"], record["data"]
-    levels = "num_inference_steps" if sampling["sigmas"] is None else "sigmas"
-    held_out = f"of `{data['held_out_split']}`" if data["held_out_split"] else "others of the same"
+    What the distances say, in one sentence. Whether samples and held-out images differ is judged by the kernel
+    distance, whose mean does not depend on the number of images, by precision and recall, and, where there are as many
+    images of both, by the Fréchet distance.
+    """
+    samples, floor = ({metric.key: metric for metric in metrics} for metrics in (record.samples, record.floor))
+    frechet = f"Fréchet distance {samples['frechet_distance']}, floor {floor['frechet_distance']}"
+    kernel, kernel_floor = samples["kernel_distance"], floor["kernel_distance"]
+    error = math.hypot(kernel.standard_error, kernel_floor.standard_error)
+    number = f"{record.sampling.num_images:,} samples"
+    least = min(record.sampling.num_images, record.data.num_held_out)
+    is_outside = any(  # by more than three of the errors that counting has
+        floor[key].value - samples[key].value > 3 / math.sqrt(2 * least) for key in ("precision", "recall")
+    )
+    ratio = samples["frechet_distance"].value / max(floor["frechet_distance"].value, 1e-12)
+    is_far = ratio > 1.5 and record.data.num_held_out > 0.8 * record.sampling.num_images  # of as many images
+    if kernel.value - kernel_floor.value > 2 * error or is_outside or is_far:
+        times = f", {ratio:.2g} times" if 1.05 <= ratio < 1e6 else ""
+        return f"**{number} differ from real images ({frechet}{times}).**"
+    if kernel_floor.value - kernel.value > 2 * error:
+        return f"**{number} are nearer to the reference than held-out real images are ({frechet}), see below.**"
+    return f"**No difference between {number} and held-out real images was found in these features ({frechet}).**"
+
+
+def explain_below_floor(record: EvaluationRecord) -> list[str]:
+    """What it means that distances lie below their floor: a paragraph for each that does."""
+    samples, floor = ({metric.key: metric for metric in metrics} for metrics in (record.samples, record.floor))
+    paragraphs = []
+    names = {"frechet_distance": "Fréchet distance", "kernel_distance": "kernel distance"}
+    below = [name for key, name in names.items() if samples[key].value < floor[key].value]
+    if below:
+        text = (
+            f"The {' and the '.join(below)} of the samples {'lies' if len(below) == 1 else 'lie'} below the floor. No "
+            "network can be better than real images: the difference is chance, "
+        )
+        if record.data.num_held_out < record.sampling.num_images and "Fréchet distance" in below:
+            text += (
+                f"the bias of the Fréchet distance of few images ({record.data.num_held_out:,} held-out images beside "
+                f"{record.sampling.num_images:,} samples), "
+            )
+        text += "held-out images of another kind than the reference, or a network that repeats its training images."
+        paragraphs += [text, ""]
+    key = "median_distance_to_nearest_reference"
+    if samples[key].value < 0.9 * floor[key].value:
+        share = 1 - samples[key].value / floor[key].value
+        paragraphs += [
+            f"The samples are {share:.0%} nearer to their nearest reference images than held-out images are: look "
+            "below whether they repeat training images, or are only plainer than real ones.",
+            "",
+        ]
+    return paragraphs
+
+
+def make_report(record: EvaluationRecord) -> str:
+    """report.md, whose images lie beside it."""
+    sampling, data = record.sampling, record.data
+    levels = "num_inference_steps" if sampling.sigmas is None else "sigmas"
+    held_out = f"of `{data.held_out_split}`" if data.held_out_split else "others of the same"
     lines = [
-        f"# {record['pipeline']}",
+        f"# {record.pipeline}",
         "",
-        f"{sampling['num_images']:,} samples, {sampling['evaluations']:,} network evaluations each: "
-        f"{sampling['scheduler']}, {levels}={sampling[levels]}, seed {sampling['seed']}, {sampling['dtype']}.",
+        make_verdict(record),
         "",
-        f"Reference: {data['num_reference']:,} images of `{data['reference_split']}` of {data['name']}; held out: "
-        f"{data['num_held_out']:,} {held_out}. Features: {record['features']}.",
+        f"{record.date}, `{record.command}`",
+        "",
+        f"{sampling.num_images:,} samples, {sampling.evaluations:,} network evaluations each: "
+        f"{sampling.scheduler}, {levels}={getattr(sampling, levels)}, seed {sampling.seed}, {sampling.dtype}.",
+        "",
+        f"Reference: {data.num_reference:,} images of `{data.reference_split}` of {data.name}; held out: "
+        f"{data.num_held_out:,} {held_out}. Features: {record.features}.",
         "",
         "| compared with the reference | samples | held-out real images |",
         "| --- | --- | --- |",
-    ]
-    lines += [f"| {metric.title} | {metric} | {other} |" for metric, other in zip(samples, floor, strict=True)]
-    lines += [
+        *(
+            f"| {metric.title} | {metric} | {other} |"
+            for metric, other in zip(record.samples, record.floor, strict=True)
+        ),
         "",
         "The right column is the floor: real images that the reference does not contain. Distances depend on the "
         "features and on the number of images, and compare only where both are the same. Precision and recall (k = 3) "
         "use as many images of the reference as of the set that is compared.",
         "",
+        *explain_below_floor(record),
         "![samples](samples.png)",
         "",
         "## Nearest training images",
         "",
-        "Each row: a sample, then the training images with the nearest features. If samples are memorised, their "
+        "Each row: a sample, then the training images with the nearest features. If samples are memorized, their "
         "distance to the nearest is well below that of held-out images.",
         "",
         "![samples and their neighbours](neighbours.png)",
     ]
-    if "class_shares" in record:
-        as_asked = record.get("named_as_asked")
-        named = "" if as_asked is None else f" It names {as_asked:.1%} of the samples as the class that was asked for."
-        lines += [
-            "",
-            "## Classes",
-            "",
-            f"By {record['classes_by']}.{named}",
-            "",
-            "![shares of the classes](classes.png)",
-        ]
-    if "loss_per_level" in record:
-        lines += [
-            "",
-            "## The network",
-            "",
-            "Denoising score matching loss ½ ‖sigma score + z‖² per dimension, mean of "
-            f"{record['loss_images']:,} held-out images:",
-            "",
-            "![loss at each noise level](losses.png)",
-            "",
-            "| sigma | loss | standard error |",
-            "| --- | --- | --- |",
-        ]
-        lines += [
-            f"| {level['sigma']:.4g} | {level['loss']:.4g} | {level['standard_error']:.2g} |"
-            for level in record["loss_per_level"]
-        ]
-    if bits is not None:
-        estimate = record["bits_per_dim"]
-        lines += [
-            "",
-            f"Likelihood: {bits} {bits.title}, an upper bound, of {estimate['number']:,} held-out images, uniformly "
-            f"dequantised, by the probability-flow ODE in {estimate['steps']} Runge-Kutta steps with one Hutchinson "
-            "probe.",
-        ]
-    if calibrated:
-        lines += ["", *_posterior_lines(record["posterior"], calibrated)]
+    for part, describe in (
+        (record.classes, _class_lines),
+        (record.losses, _loss_lines),
+        (record.likelihood, _likelihood_lines),
+        (record.branches, _branch_lines),
+        (record.posterior, _posterior_lines),
+    ):
+        if part is not None:
+            lines += ["", *describe(part)]
     return "\n".join(lines) + "\n"
 
 
-def _posterior_lines(posterior: dict[str, Any], calibrated: dict[str, list[Metric]]) -> list[str]:
-    columns = {metric.key: metric.title for metrics in calibrated.values() for metric in metrics}
-    rows = [
-        [name, *(str(found.get(key, "")) for key in columns)]
-        for name, found in ((name, {m.key: m for m in metrics}) for name, metrics in calibrated.items())
+def _class_lines(classes: ClassRecord) -> list[str]:
+    as_asked = classes.named_as_asked
+    named = "" if as_asked is None else f" It names {as_asked:.1%} of the samples as the class that was asked for."
+    return ["## Classes", "", f"By {classes.classes_by}.{named}", "", "![shares of the classes](classes.png)"]
+
+
+def _loss_lines(losses: LossRecord) -> list[str]:
+    return [
+        "## The network",
+        "",
+        f"Denoising score matching loss ½ ‖sigma score + z‖² per dimension, mean of {losses.number:,} held-out images:",
+        "",
+        "![loss at each noise level](losses.png)",
+        "",
+        "| sigma | loss | standard error |",
+        "| --- | --- | --- |",
+        *(f"| {level.sigma:.4g} | {level.loss:.4g} | {level.standard_error:.2g} |" for level in losses.levels),
     ]
-    table = [["operator", *columns.values()], ["---"] * (1 + len(columns)), *rows]
+
+
+def _likelihood_lines(likelihood: LikelihoodRecord) -> list[str]:
+    return [
+        f"Likelihood: {likelihood.bits} {likelihood.bits.title}, an upper bound, of {likelihood.number:,} held-out "
+        f"images, uniformly dequantized, by the probability-flow ODE in {likelihood.steps} Runge-Kutta steps with one "
+        "Hutchinson probe.",
+    ]
+
+
+def _branch_lines(branches: BranchRecord) -> list[str]:
+    ratio, most = branches.log_ratio, branches.most
+    fits = ratio.value - 2 * ratio.standard_error <= most
+    verdict = (
+        "The outputs with and without a class can belong together."
+        if fits
+        else "The outputs with and without a class do not belong together, and guidance and compositions, which use "
+        "their difference, exaggerate it."
+    )
+    return [
+        "## With and without a class",
+        "",
+        f"log p(c|x)/p(c) of {branches.number:,} samples of known class, by the network's own errors: {ratio} nats; "
+        f"{most:.2f}, the logarithm of the number of classes, is the most that is possible. {verdict}",
+    ]
+
+
+def _posterior_lines(posterior: PosteriorRecord) -> list[str]:
+    found = {}
+    for name, (samples, exact) in posterior.operators.items():
+        found[name], found[f"{name}, exact"] = samples.metrics, exact.metrics
+    columns = {metric.key: metric.title for metrics in found.values() for metric in metrics}
+    table = [["operator", *columns.values()], ["---"] * (1 + len(columns))]
+    for name, metrics in found.items():
+        values = {metric.key: str(metric) for metric in metrics}
+        table.append([name, *(values.get(key, "") for key in columns)])
     return [
         "## Given a measurement",
         "",
-        f"{posterior['images']:,} held-out images, {posterior['samples']:,} samples each given A x + noise of standard "
-        f"deviation {posterior['noise_std']:g} in units of the data, {posterior['evaluations']:,} network evaluations "
+        f"{posterior.images:,} held-out images, {posterior.samples:,} samples each given A x + noise of standard "
+        f"deviation {posterior.noise_std:g} in units of the data, {posterior.evaluations:,} network evaluations "
         "for each sample.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in table),
         "",
-        "± is the standard error over the images. Coverage is the share of the pixels whose true value lies between "
-        "the least and the largest sample; variance over squared error has the factor for the number of samples in "
-        "it. Below what is right, samples are too sure of themselves. Pixels where the truth and all samples agree do "
-        "not count. Misfit is ‖y - A x‖² over its mean for the truth. PSNR is for a range of 1.",
+        "± is the standard error over the images. CRPS is the continuous ranked probability score, for a range of 1: "
+        "the less, the better. Coverage is the share of the pixels whose true value lies between the least and the "
+        "largest sample; spread over error is the root of the samples' variance over the squared error of their mean, "
+        "with the factor for the number of samples in it. Below what is right, samples are too sure of themselves. "
+        "For coverage, pixels where the truth and all samples agree do not count. Misfit is ‖y - A x‖² over its mean "
+        "for the truth. "
+        "PSNR is for a range of 1.",
         "",
         f"Rows named exact are the floor: {NUM_SIMULATIONS} simulations, with as many images and samples, of the exact "
         "posterior of a Gaussian with the mean and the covariance of reference images. Their ± is the standard "
@@ -182,39 +259,34 @@ def _posterior_lines(posterior: dict[str, Any], calibrated: dict[str, list[Metri
         "",
         "![coverage of central intervals](reliability.png)",
         "",
-        "Coverage of all central intervals of the samples; bands: exact samples, two standard deviations each way.",
+        "Coverage of all central intervals of the samples above what is right; bands: exact samples, two standard "
+        "deviations each way.",
     ]
 
 
-def update_model_card(
-    path: Path,
-    record: dict[str, Any],
-    samples: list[Metric],
-    bits: Metric | None,
-    calibrated: dict[str, list[Metric]],
-) -> None:
+def update_model_card(path: Path, record: EvaluationRecord) -> None:
     """
     Write the metrics into the card's metadata, in place of an earlier evaluation's on the same data.
 
     Args:
         path (`Path`): the card.
-        record, samples, bits, calibrated: see [`make_report`].
+        record ([`EvaluationRecord`]): what was found.
     """
     card = ModelCard.load(path)
-    sampling, data = record["sampling"], record["data"]
-    drawn = f"{sampling['num_images']:,} samples, {sampling['evaluations']:,} evaluations each"
-    entries = [(metric, f"{drawn}, features: {record['features']}") for metric in samples if metric.card_type]
-    if bits is not None:
-        entries.append((bits, f"{record['bits_per_dim']['number']:,} images, upper bound"))
-    for name in record.get("posterior", {}).get("operators", ()):
-        given = f"{name}, {record['posterior']['images']:,} images, {record['posterior']['samples']:,} samples each"
-        entries += [(metric, given) for metric in calibrated[name] if metric.card_type]
+    drawn = f"{record.sampling.num_images:,} samples, {record.sampling.evaluations:,} evaluations each"
+    entries = [(metric, f"{drawn}, features: {record.features}") for metric in record.samples if metric.card_type]
+    if record.likelihood is not None:
+        entries.append((record.likelihood.bits, f"{record.likelihood.number:,} images, upper bound"))
+    if record.posterior is not None:
+        measured = f"{record.posterior.images:,} images, {record.posterior.samples:,} samples each"
+        for name, (samples, _) in record.posterior.operators.items():
+            entries += [(metric, f"{name}, {measured}") for metric in samples.metrics if metric.card_type]
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
-            dataset_type=data["id"],
-            dataset_name=data["name"],
-            dataset_split=data["reference_split"],
+            dataset_type=record.data.id,
+            dataset_name=record.data.name,
+            dataset_split=record.data.reference_split,
             metric_type=metric.card_type,
             metric_name=f"{metric.card_title} ({conditions})",
             metric_value=round(metric.value, 4),

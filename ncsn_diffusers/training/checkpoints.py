@@ -9,7 +9,6 @@ broken disk) is recognized and passed over. A lock keeps a second run out of the
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -126,30 +125,6 @@ def _begin_deletion(checkpoint: Path) -> None:
     aside = checkpoint.with_name(f"{INCOMPLETE}deleted-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
-
-
-def replace_files(output_dir: Path, write: Callable[[Path], None], weights: str) -> None:
-    """
-    Let `write` fill a new folder with a pipeline, then move its files over those of `output_dir`; if it fails, none
-    change. Variants of the weights, files whose names begin with `weights`, that were there before are deleted: they
-    are not of this network.
-    """
-    folder, written = output_dir / f"{INCOMPLETE}files", set()
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        write(folder)
-        sync_all(folder)
-        for path in sorted(folder.rglob("*"), key=lambda path: -len(path.parts)):  # the index last
-            if path.is_file():
-                target = output_dir / path.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                rename(path, target)
-                written.add(target)
-        folders = {target.parent for target in written if target.name.startswith(weights)}
-        for path in {path for parent in folders for path in parent.glob(f"{weights}*")} - written:
-            path.unlink()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_all(output_dir: Path) -> None:

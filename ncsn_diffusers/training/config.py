@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from diffusers.optimization import SchedulerType
 
-from ..data import CORRUPT_IMAGES
 from ..dataset_settings import ArraySettings, DatasetSettings
-from ..scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES
-from ..score_matching import DISTRIBUTIONS, WEIGHTINGS
-
-# piecewise_constant needs a list of rules, for which there is no setting
-LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
 
 # The settings whose defaults depend on the architecture. Those of ncsn and ncsnv2 are the papers', for images in
 # [-1, 1] instead of [0, 1], with fewer channels.
@@ -225,6 +217,16 @@ class TrainingConfig(
     """Train a noise conditional score network; without arguments, on 10,000 MNIST digits."""
 
     def __post_init__(self):
+        # here, because they import torch and diffusers: `--help` and a misspelt flag are answered without
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        from diffusers.optimization import SchedulerType
+
+        from ..data import CORRUPT_IMAGES
+        from ..scheduling_annealed_langevin import CONDITIONINGS, PREDICTION_TYPES
+        from ..score_matching import DISTRIBUTIONS, WEIGHTINGS
+
+        # piecewise_constant needs a list of rules, for which there is no setting
+        lr_schedulers = tuple(kind.value for kind in SchedulerType if kind.value != "piecewise_constant")
         starts_anew = self.pretrained_model_name_or_path is None
         if starts_anew and self.architecture is None:
             self.architecture = "unet"
@@ -238,7 +240,7 @@ class TrainingConfig(
             ("noise_distribution", DISTRIBUTIONS),
             ("loss_weighting", WEIGHTINGS),
             ("mixed_precision", (None, "no", "fp16", "bf16")),
-            ("lr_scheduler", LR_SCHEDULERS),
+            ("lr_scheduler", lr_schedulers),
             ("corrupt_images", CORRUPT_IMAGES),
             ("channels", (None, 1, 3, 4)),
             ("logger", (None, "all", *sorted(map(str, LOGGER_TYPE_TO_CLASS)))),

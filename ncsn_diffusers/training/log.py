@@ -15,14 +15,12 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..atomic_files import replacing, write_text
+from ..atomic_files import CANNOT_WRITE, replacing, write_text
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig, training_command
 
-CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # a full disk, as Python, torch and safetensors report it
 _LEVEL_BINS = 8
 _MAX_SKIPPED_IN_A_ROW = 20  # fp16's loss scale is halved at each of them: after 20 any would fit
 

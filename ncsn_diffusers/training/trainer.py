@@ -26,22 +26,21 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from ..atomic_files import remove_incomplete
+from ..atomic_files import CANNOT_WRITE, remove_incomplete
 from ..data import LoadedImages, StreamedImages
 from ..denoiser import Denoiser
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
-from ..hub.weights import WEIGHTS
 from ..images import class_columns
 from ..precision import fast_memory_format
-from ..sample_images import sample_sheet
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_sigmas, score_matching_loss, stratified
+from ..sheets import sample_sheet
 from ..units import Units
 from . import checkpoints
 from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_given_data
 from .data import Data, choose_noise_levels, open_training_data, open_validation_data
-from .log import CANNOT_WRITE, RunLog, StepStatistics, save_loss_curve, warn_unless_written
+from .log import RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
 from .network import check_size, make_network
 from .processes import interrupts, make_accelerator, together
@@ -408,7 +407,7 @@ class Trainer:
         with together(accelerator):
             if accelerator.is_main_process:
                 try:
-                    checkpoints.replace_files(self.output_dir, pipeline.save_pretrained, WEIGHTS)
+                    pipeline.save_pretrained(self.output_dir)
                 except CANNOT_WRITE as failure:
                     raise OSError(
                         f"`output_dir`={config.output_dir!r}: the pipeline could not be written: {failure}. Make room, "

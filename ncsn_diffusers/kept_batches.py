@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..settings import make_batches
+from .atomic_files import replacing
+from .sampling import make_batches
+
+_GO_ON = "Make room and start the same command again: it goes on where it stopped."
 
 
 class KeptBatches:
     """
     Tensors that the processes compute in batches, each batch kept as a file.
 
-    A file is written under another name and renamed when it is complete. What the tensors depend on is kept beside
-    them; when that changes, they are computed again, or refused.
+    What the tensors depend on is kept beside them; when that changes, they are computed again, or refused.
+
+    Args:
+        accelerator (`Accelerator`): the processes.
+        folder (`Path`): where the files go; every process must see it.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path):
@@ -36,12 +41,15 @@ class KeptBatches:
         batch_size: int,
         function: Callable[[range], dict[str, torch.Tensor]],
         may_replace: bool = True,
+        title: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        The tensors of `function(range)`, one row for each number in the range, for all ranges of `range(num)`.
+        The tensors of `function(range)`, one row for each number in the range, for all ranges of `range(num)`. The
+        progress bar has the title, or else the name.
 
         Raises:
             ValueError: what they depend on has changed, and `may_replace` is `False`.
+            OSError: a batch cannot be written. Those before it are kept.
         """
         accelerator, folder = self.accelerator, self.folder / name
         settings = folder / "settings.json"
@@ -59,26 +67,33 @@ class KeptBatches:
         if accelerator.is_main_process and before != depends_on:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            aside = settings.with_suffix(".incomplete")
-            aside.write_text(json.dumps(depends_on, indent=2) + "\n")
-            os.replace(aside, settings)
+            with replacing(settings, _GO_ON) as aside:
+                aside.write_text(json.dumps(depends_on, indent=2) + "\n")
         accelerator.wait_for_everyone()
         missing = [batch for batch in batches if not _is_whole(self._path(folder, batch))]
         accelerator.wait_for_everyone()
 
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         with tqdm(
-            total=sum(map(len, mine)), desc=name, unit="image", disable=not (mine and accelerator.is_main_process)
+            total=sum(map(len, mine)),
+            desc=title or name,
+            unit="image",
+            disable=not (mine and accelerator.is_main_process),
         ) as bar:
             for batch in mine:
-                path = self._path(folder, batch)
-                aside = path.with_suffix(".incomplete")
-                save_file({key: tensor.contiguous() for key, tensor in function(batch).items()}, aside)
-                os.replace(aside, path)
+                tensors = {key: tensor.contiguous() for key, tensor in function(batch).items()}
+                with replacing(self._path(folder, batch), _GO_ON) as aside:
+                    save_file(tensors, aside)
                 bar.update(len(batch))
         accelerator.wait_for_everyone()
         parts = [load_file(self._path(folder, batch)) for batch in batches]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def remove(self, name: str) -> None:
+        """Remove the files of [`compute`], on the main process."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     @staticmethod
     def _path(folder: Path, batch: range) -> Path:

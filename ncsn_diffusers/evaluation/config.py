@@ -1,0 +1,161 @@
+"""
+What an evaluation can be told. Nothing here imports torch or diffusers, which takes seconds: `--help` and a misspelt
+flag are answered at once.
+"""
+
+import math
+import os
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..dataset_settings import DatasetSettings
+from ..settings import DType, SamplingConfig
+
+OperatorName = Literal["missing-pixels", "pixelated", "blurred"]
+FeaturesName = Literal["digits", "random", "inception"]
+
+
+@dataclass
+class ReportSettings:
+    """Output"""
+
+    output_dir: str = "evaluation"
+    """Folder for the report, the plots and the kept batches; every process must see it."""
+
+    overwrite_output_dir: bool = False
+    """Replace samples in `output_dir` that were drawn with other settings."""
+
+    update_model_card: bool = False
+    """Write the metrics into the metadata of the README.md in the pipeline's folder."""
+
+
+@dataclass
+class ReferenceSettings:
+    """Reference images"""
+
+    reference_split: str | None = None
+    """Split, or slice of one, that the samples are compared with; by default the one that the pipeline was trained on,
+    as its folder records it, or else train."""
+
+    held_out_split: str | None = None
+    """Split whose distance from the reference is the floor; by default the validation split that the pipeline's folder
+    records, or else `num_images` of the reference, at most half."""
+
+    max_reference_images: int | None = None
+    """Use this many images of the reference, drawn at random; all by default."""
+
+
+@dataclass
+class MetricSettings:
+    """Metrics"""
+
+    features: FeaturesName | None = None
+    """Features to compare images by: a classifier of 28×28 digits, the FID's Inception network (a download of 91 MB),
+    or a network of random weights, which needs no download and takes any images; by default digits for 28×28 gray
+    images, and random for others."""
+
+    loss_images: int = 500
+    """Held-out images that the network's loss at each noise level is averaged over; 0 for none."""
+
+    bits_per_dim: int = 0
+    """Held-out images whose likelihood is estimated, with 4 evaluations and backward passes per step; 0 for none."""
+
+    likelihood_steps: int = 25
+    """Integration steps of the likelihood."""
+
+    branch_images: int = 100
+    """Of a class-conditional network: images that its outputs with and without a class are compared on; 0 for none."""
+
+
+@dataclass
+class PosteriorSettings:
+    """Images given a measurement"""
+
+    posterior: tuple[OperatorName, ...] = ()
+    """Measurements of held-out images, given which images are drawn and judged; none by default."""
+
+    posterior_images: int = 16
+    """Held-out images that are measured."""
+
+    posterior_samples: int = 8
+    """Samples for each measurement."""
+
+    posterior_noise_std: float = 0.025
+    """Standard deviation of the measurements' noise, of images in [0, 1]."""
+
+    posterior_steps: int = 25
+    """Noise levels of these samples, each of which takes two network evaluations."""
+
+
+# Fields come in the reverse order of the bases: `pipeline`, of SamplingConfig, is the first.
+@dataclass
+class EvaluateConfig(
+    PosteriorSettings, MetricSettings, ReferenceSettings, DatasetSettings, ReportSettings, SamplingConfig
+):
+    """
+    Evaluate a trained pipeline: its samples against real images, and its network on held-out ones.
+
+    Writes metrics.json and report.md, and keeps the samples and their features, so that a run that was cut short goes
+    on where it stopped. With no data set named, samples are compared with the images that the pipeline was trained on,
+    as its folder records them, or else with the embedded digits.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    num_images: int = 5000
+    """Number of samples."""
+
+    batch_size: int = 100
+    """Samples per batch on each device."""
+
+    dtype: DType = "float32"
+    """The network's type; float32 on every machine by default, so that no metric depends on what a machine computes
+    fast in. The chain, the loss and the likelihood stay in float32."""
+
+    def __post_init__(self):
+        self.check_least(max_reference_images=1, resolution=1, likelihood_steps=1)
+        self.check_least(posterior_images=2, posterior_samples=2, posterior_steps=1)
+        operators = get_args(OperatorName)
+        for name in self.posterior:
+            if name not in operators or self.posterior.count(name) > 1:
+                raise ValueError(f"`posterior` must be different ones of {', '.join(operators)}, not {self.posterior}.")
+        if self.features not in (None, *get_args(FeaturesName)):
+            raise ValueError(f"`features` must be one of {', '.join(get_args(FeaturesName))}, not {self.features!r}.")
+        if not 0 < self.posterior_noise_std < math.inf:
+            raise ValueError(f"`posterior_noise_std` must be above 0, not {self.posterior_noise_std}.")
+        for name in ("loss_images", "bits_per_dim", "branch_images"):
+            if getattr(self, name) < 0 or getattr(self, name) == 1:
+                raise ValueError(f"`{name}` must be 0 or at least 2, for a standard error, not {getattr(self, name)}.")
+        if self.channels not in (None, 1, 3, 4):
+            raise ValueError(f"`channels` must be 1, 3 or 4, not {self.channels}.")
+        super().__post_init__()
+        if self.update_model_card and (self.pipeline is None or not (Path(self.pipeline) / "README.md").is_file()):
+            raise ValueError(
+                f"`update_model_card` needs a model card, {Path(self.pipeline or 'PIPELINE') / 'README.md'}."
+            )
+
+
+def evaluation_command(config: EvaluateConfig) -> str:
+    """The bash command that evaluates with these settings, as one line. Local folders are cut down to their names."""
+    words = ["ncsn-diffusers", "evaluate", *([without_parents(config.pipeline)] if config.pipeline else [])]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or field.name == "pipeline":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+            continue
+        if field.name in ("dataset_name", "train_data_dir", "output_dir"):
+            value = without_parents(value)
+        words += [f"--{field.name}", *(map(str, value) if isinstance(value, tuple | list) else [str(value)])]
+    return shlex.join(words)
+
+
+def without_parents(name: str) -> str:
+    """The last part of a local folder's path, which is the user's own, and a name on the Hub as it is."""
+    if os.path.isdir(name) or os.path.isabs(name) or name.startswith((".", "~")):
+        return Path(os.path.abspath(os.path.expanduser(name))).name
+    return name

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -13,6 +15,7 @@ from PIL import Image as PILImage
 from test_training import small_config
 
 from ncsn_diffusers import checked_files
+from ncsn_diffusers.commands.cli import parse
 from ncsn_diffusers.data import (
     CachedArrays,
     LoadedArrays,
@@ -545,9 +548,14 @@ def test_array_settings_with_images_are_refused(run, tmp_path):
             Trainer(run(train_data_dir=str(tmp_path / "set"), **{name: value}))
 
 
-def test_command_that_repeats_a_run():
-    config = TrainingConfig(train_arrays="/home/ann/t.npy", data_mean=(-1e-7, 2.5), channel_axis="none")
-    assert training_command(config).endswith("--train_arrays t.npy --channel_axis none --data_mean -0.0000001 2.5")
+@pytest.mark.parametrize("axis", ["none", 2, -1])
+def test_command_that_repeats_a_run(axis):
+    config = TrainingConfig(train_arrays="/home/ann/t.npy", data_mean=(-1e-7, 2.5), channel_axis=axis)
+    config = replace(config, value_range=(-273.15, 1e6))
+    command = training_command(config)
+    assert "--train_arrays t.npy" in command
+    assert "--value_range -273.15 1000000 --data_mean -0.0000001 2.5" in command
+    assert parse(TrainingConfig, shlex.split(command)[4:], "train", "") == replace(config, train_arrays="t.npy")
 
 
 def test_choose_units_needs_no_data():

@@ -10,10 +10,10 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before huggingface_hub is imported: every process of the tests has caches of its own. Several would write the same
 # files into the user's, such as the modules of pipelines that are loaded with their code.
-for _name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
-    os.environ.pop(_name, None)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ncsn_diffusers-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.environ.pop("HF_DATASETS_CACHE", None)
+os.environ.pop("HF_HUB_CACHE", None)
+os.environ.pop("HF_MODULES_CACHE", None)
 
 import huggingface_hub
 import pytest
@@ -22,6 +22,8 @@ from huggingface_hub import constants
 
 from ncsn_diffusers import precision
 from ncsn_diffusers.hub import upload
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 MAX_WORKERS = 4  # each holds its own torch
 

@@ -13,10 +13,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from . import precision
+from .foreign_configs import SCHEDULERS, check_scheduler, readable_config
 from .hub.loading import NCSNPipeline
-from .pipeline_ncsn import SCHEDULERS, check_scheduler
 from .pretrained import pretrained
-from .scheduling_annealed_langevin import are_exported
 from .settings import DType, SamplingConfig, parse_settings
 
 # Added to the seed of the noise of measurements: far from the seeds of the chains, whose numbers must be others. A
@@ -181,7 +180,4 @@ def make_batches(num: int, batch_size: int) -> list[range]:
 
 def describe_scheduler(scheduler: SchedulerMixin) -> dict[str, Any]:
     """The scheduler's class and settings, to record what drew the samples."""
-    settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    if settings.get("trained_betas") is not None and are_exported(settings["trained_betas"], settings):
-        del settings["trained_betas"]  # a thousand numbers that follow from sigma_min and sigma_max
-    return {"scheduler": type(scheduler).__name__, "scheduler_config": settings}
+    return {"scheduler": type(scheduler).__name__, "scheduler_config": readable_config(scheduler.config)}

@@ -1,10 +1,19 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and how the tests share a machine."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before torch is imported, and for the processes that tests start. The tests' tensors are so small that several threads
 # only wait for each other, many times longer than the work takes where another process has the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before huggingface_hub is imported: every process of the tests has caches of its own. Several would write the same
+# files into the user's, such as the modules of pipelines that are loaded with their code.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ncsn_diffusers-tests-")
+os.environ.pop("HF_DATASETS_CACHE", None)
+os.environ.pop("HF_HUB_CACHE", None)
+os.environ.pop("HF_MODULES_CACHE", None)
 
 import huggingface_hub
 import pytest
@@ -13,6 +22,17 @@ from huggingface_hub import constants
 
 from ncsn_diffusers import precision
 from ncsn_diffusers.hub import upload
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+MAX_WORKERS = 4  # each holds its own torch
+
+
+def pytest_xdist_auto_num_workers(config):
+    """`pytest` alone uses several cores; tests that are named run in this process, where a debugger reaches them."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,7 @@ from accelerate import PartialState
 
 from ..hub.loading import NCSNPipeline
 from ..pretrained import pretrained
-from ..settings import cast, load_pipeline
+from ..sampling import cast, load_pipeline
 from .chains import check_limits
 from .page import STYLE, import_gradio, make_page
 

@@ -248,7 +248,7 @@ def test_callback_classes_and_dynamic_guidance():
 
     pipe(**GOOD, num_inference_steps=5, class_labels=2, guidance_scale=3.0, callback_on_step_end=callback)
     guided = 3 + 2 * 3  # steps and passes; none at the first level, above which there is nothing
-    assert batches[:guided] == [[2, 3]] * guided
+    assert batches[:guided] == [[3, 2]] * guided
     assert batches[guided:] == [[2]] * (2 + 2 * 3)
 
     draws = [
@@ -502,12 +502,12 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"image": torch.rand(1, 1, 9, 8)}, "`image` must be 1 × 8 × 8 .* not 1 × 9 × 8: resize it first"),
         ({"image": torch.rand(1, 3, 8, 8)}, "`image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
         ({"image": None}, "`image` must be an image, an array or a tensor"),
-        ({"image": torch.full((1, 1, 8, 8), math.inf)}, "`image` must hold numbers from 0 to 1"),
+        ({"image": torch.full((1, 1, 8, 8), math.inf)}, "`image` must hold finite numbers"),
         ({"mask_image": torch.ones(8, 9)}, "`mask_image` must be 1 × 8 × 8 .* not 1 × 8 × 9: resize it first"),
         ({"mask_image": PIL.Image.new("L", (4, 4), 255)}, "`mask_image` must be 1 × 8 × 8 .* not 1 × 4 × 4"),
         ({"mask_image": torch.ones(1, 3, 8, 8)}, "`mask_image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
         ({"mask_image": "left half"}, "`mask_image` must be an image, an array or a tensor"),
-        ({"mask_image": None}, "`mask_image` must be an image, an array or a tensor"),
+        ({"mask_image": None}, "`mask_image` is needed where no NaN in `image` says what is to be drawn"),
         ({"mask_image": []}, "`mask_image` must be an image, an array or a tensor"),
         ({"mask_image": torch.zeros(8, 8)}, "`mask_image` leaves nothing to draw"),
         ({"mask_image": torch.full((8, 8), math.nan)}, "`mask_image` must hold numbers from 0 to 1"),
@@ -527,8 +527,8 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an int of at least 1"),
         ({"num_langevin_steps": 0}, "`num_langevin_steps` must be an int of at least 1"),
         ({"sigmas": [1, 2]}, "`sigmas` must fall from each value to the next"),
-        ({"strength": 0}, "`strength` must be a number above 0 and at most 1, not 0"),
-        ({"strength": 1.5}, "`strength` must be a number above 0 and at most 1, not 1.5"),
+        ({"strength": 0}, "`strength` must be a finite number above 0 and at most 1, not 0"),
+        ({"strength": 1.5}, "`strength` must be a finite number above 0 and at most 1, not 1.5"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "must be among"),
     ],
 )

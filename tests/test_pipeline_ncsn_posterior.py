@@ -6,6 +6,7 @@ from networks import AnalyticUNet, ClassUNet, Gaussian, GaussianUNet, small_unet
 from torch.nn import functional as F  # noqa: N812
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, NCSNPosteriorPipeline
+from ncsn_diffusers.units import image_units
 
 
 def quiet_pipeline(unet, scheduler=None, **arguments):
@@ -80,6 +81,7 @@ def draw(operator, y, noise_std, scheduler=None, num_samples=4000, num_inference
         noise_std,
         num_samples,
         num_inference_steps,
+        "data",
         generator=seeded(),
         output_type="latent",
         **arguments,
@@ -183,7 +185,11 @@ def test_every_prediction_type_draws_the_same(arguments):
     expected = draw(matrix, y, 0.1, num_samples=50)
     scheduler = AnnealedLangevinScheduler(**arguments)
     pipe = gaussian_pipeline(scheduler=scheduler, **arguments)
-    samples = pipe(y[None], matrix, 0.1, 50, generator=seeded(), output_type="latent").images.flatten(1).double()
+    samples = (
+        pipe(y[None], matrix, 0.1, 50, units="data", generator=seeded(), output_type="latent")
+        .images.flatten(1)
+        .double()
+    )
     torch.testing.assert_close(samples, expected, rtol=0, atol=1e-3)
 
 
@@ -194,7 +200,7 @@ def test_each_class_has_its_conditional_gaussian():
     matrix = torch.randn(3, 8, generator=seeded(1))
     y = torch.tensor([[0.3, -0.2, 0.5]])
     labels = [0] * 2000 + [1] * 2000
-    samples = pipe(y, matrix, 0.2, class_labels=labels, generator=seeded(), output_type="latent").images
+    samples = pipe(y, matrix, 0.2, units="data", class_labels=labels, generator=seeded(), output_type="latent").images
     for k, drawn in enumerate(samples.flatten(1).double().split(2000)):
         expected = posterior(Gaussian(means[k], 0.04 * torch.eye(8)), matrix, y[0].double(), 0.2)
         check_whitened(whiten(drawn, expected), 0.03, 0.05, spread=0.05)
@@ -205,8 +211,8 @@ def test_guidance_moves_the_prior():
     scheduler = AnnealedLangevinScheduler()
     pipe = quiet_pipeline(ClassUNet(means, 0.2, train_sigmas(scheduler).tolist()), scheduler)
     matrix, y = torch.eye(8)[:2], torch.tensor([[0.3, -0.2]])
-    arguments = {"class_labels": 0, "guidance_scale": 2.0, "generator": seeded(), "output_type": "latent"}
-    samples = pipe(y, matrix, 0.1, 2000, **arguments).images.flatten(1).double()
+    arguments = {"units": "data", "class_labels": 0, "guidance_scale": 2.0, "generator": seeded()}
+    samples = pipe(y, matrix, 0.1, 2000, **arguments, output_type="latent").images.flatten(1).double()
     expected = posterior(Gaussian(2 * means[0], 0.04 * torch.eye(8)), matrix, y[0].double(), 0.1)
     check_whitened(whiten(samples, expected), 0.03, 0.05, spread=0.05)
 
@@ -264,23 +270,24 @@ def test_one_measurement_for_all_or_one_each():
     torch.testing.assert_close(many[:1], together[:1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("data_min", [-1, 0])
-def test_units_of_images(data_min):
-    unet = small_unet()
-    pipe = quiet_pipeline(unet, data_min=data_min)
-    x = torch.rand(1, 1, 8, 8, generator=seeded())
-    in_data = pipe(
-        pool(data_min + (1 - data_min) * x), pool, (1 - data_min) * 0.1, 2, generator=seeded(), **SHORT
-    ).images
-    in_images = pipe(pool(x), pool, 0.1, 2, units="image", generator=seeded(), **SHORT).images
-    torch.testing.assert_close(in_images, in_data, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("black", [-1, 0])
+def test_a_measurement_is_in_the_units_of_what_comes_out(black):
+    pipe = small_pipeline(**image_units(black))
+    x = torch.rand(1, 1, 2, 4, generator=seeded())
+    images = pipe(pool(x), pool, 0.1, 2, generator=seeded(), **SHORT).images
+    in_data = pool(black + (1 - black) * x), pool, (1 - black) * 0.1, 2
+    torch.testing.assert_close(pipe(*in_data, units="data", generator=seeded(), **SHORT).images, images)
+    exact = pipe(pool(x), pool, 0, 2, generator=seeded(), num_inference_steps=3, output_type="pt").images
+    # where nothing is clipped, the measurement of what comes out is what went in
+    inside = ((exact > 0) & (exact < 1)).all(1).all(1).all(1)
+    torch.testing.assert_close(pool(exact[inside]), pool(x).expand(int(inside.sum()), -1, -1, -1), rtol=0, atol=1e-5)
 
 
 def test_known_pixels_are_exact_without_noise():
     pipe, mask = small_pipeline(), torch.rand(8, 8, generator=seeded()) > 0.5
-    y = torch.rand(1, 1, 8, 8, generator=seeded(1))[..., mask] * 2 - 1
+    y = torch.rand(1, 1, 8, 8, generator=seeded(1))[..., mask]
     images = pipe(y, lambda x: x[..., mask], 0, 4, generator=seeded(), **SHORT).images
-    assert torch.equal(images[..., mask], y.expand(4, -1, -1))
+    assert torch.equal(images[..., mask], (2 * y - 1).expand(4, -1, -1))
 
 
 def test_two_evaluations_a_level():
@@ -304,6 +311,7 @@ def test_callbacks_see_the_estimate_given_the_measurement():
         y,
         torch.eye(16)[:2],
         0.0,
+        units="data",
         generator=seeded(),
         output_type="latent",
         callback_on_step_end=look,
@@ -314,6 +322,7 @@ def test_callbacks_see_the_estimate_given_the_measurement():
         y,
         torch.eye(16)[:2],
         0.0,
+        units="data",
         output_type="latent",
         callback_on_step_end=lambda p, *_: setattr(p, "_interrupt", True),
     ).images
@@ -373,9 +382,12 @@ def test_loads_what_any_pipeline_saved(tmp_path):
         ({"noise_std": float("nan")}, "`noise_std`"),
         ({"noise_std": torch.tensor([0.1, 0.2])}, "`noise_std`"),
         ({"noise_std": True}, "`noise_std`"),
-        ({"units": "pixels"}, "`units` must be one of 'data', 'image', not 'pixels'"),
+        ({"units": "pixels"}, "`units` must be one of 'image', 'data', not 'pixels'"),
         ({"measurement": torch.full((1, 1, 4, 4), torch.nan)}, "`measurement` must be finite"),
-        ({"measurement": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)}, "`measurement` must be floating .*, not uint8"),
+        (
+            {"measurement": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)},
+            "`measurement` must be floating .*, not torch.uint8",
+        ),
         ({"measurement": "y"}, "`measurement` must be a tensor, not str"),
         ({"measurement": torch.zeros(1, 1, 8, 8)}, r"`measurement` must have the shape \(n, 1, 4, 4\)"),
         ({"measurement": torch.zeros(4, 4)}, r"`measurement` must have the shape \(n, 1, 4, 4\)"),

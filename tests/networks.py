@@ -162,7 +162,7 @@ class WithVariance(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.network, self.config, self.dtype = network, network.config, network.dtype
+        self.network, self.config, self.dtype, self.device = network, network.config, network.dtype, network.device
 
     def forward(self, *args, return_dict=True, **kwargs):
         output = self.network(*args, return_dict=False, **kwargs)[0]

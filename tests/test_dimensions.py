@@ -327,6 +327,59 @@ def test_complex_measurements_with_noise_of_each_frequency():
     check_gaussian(standardized(samples, shape), expected, 0.03)
 
 
+# --- Denoisers for other samplers ---
+
+
+def given_all(prior, x, sigma, rows, y, noise_std):
+    """E[z | z + sigma noise = x, rows z + noise = y] by the textbook's formula, for each x."""
+    d = len(prior.mean)
+    matrix = torch.cat([torch.eye(d, dtype=torch.float64), rows])
+    stds = torch.cat([torch.full((d,), sigma, dtype=torch.float64), torch.full((len(y),), noise_std).double()])
+    return torch.stack([posterior(prior, matrix, torch.cat([one, y]), stds).mean for one in x.double()])
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 2, 2, 3)])
+@pytest.mark.parametrize("noise_std", [0.0, 0.2])
+def test_the_denoiser_of_measured_data(shape, noise_std):
+    # asked about one x again and again, its multiplier settles
+    prior, pipe = make_prior(shape), make_pipeline(shape, NCSNPosteriorPipeline)
+    rows = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)[..., ::2].flatten(1).T
+    y = rows @ draw_truth(prior)
+    measurement = to_user(rows.T @ y, shape)[..., ::2].float()
+    noise = (2 * noise_std * torch.tensor(STDS[: shape[0]])).tolist() if noise_std else 0.0
+    denoiser = pipe.condition(measurement, lambda x: x[..., ::2], noise, batch_size=3)
+    x = torch.randn(3, *shape, generator=seeded(4))
+    for _ in range(60):
+        found = denoiser(x, 0.5)
+    expected = given_all(prior, x.flatten(1), 0.5, rows, y, max(noise_std, 1e-6))
+    torch.testing.assert_close(found.flatten(1).double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (2, 2, 2, 3)])
+def test_the_denoiser_of_known_values(shape):
+    prior, pipe = make_prior(shape), make_pipeline(shape, NCSNInpaintPipeline)
+    drawn = torch.arange(math.prod(shape)) % 3 != 0
+    truth = draw_truth(prior)
+    data = to_user(truth, shape).float()
+    data.flatten(1)[:, drawn] = math.nan
+    denoiser, x = pipe.condition(data, batch_size=3), torch.randn(3, *shape, generator=seeded(4))
+    for _ in range(200):
+        found = denoiser(x, 0.5)
+    rows = torch.eye(len(truth), dtype=torch.float64)[~drawn]
+    expected = given_all(prior, x.flatten(1), 0.5, rows, truth[~drawn], 1e-6)
+    torch.testing.assert_close(found.flatten(1).double(), expected, rtol=0, atol=2e-3)
+
+
+def test_a_conditional_denoiser_in_the_users_units():
+    shape = (1, 9)
+    pipe = make_pipeline(shape, NCSNPosteriorPipeline)
+    measurement = torch.linspace(270, 290, 5)[None, None]
+    x = 280 + 24 * torch.randn(1, *shape, generator=seeded(4))
+    first, second = (pipe.condition(measurement, lambda x: x[..., ::2], 2.0) for _ in range(2))
+    found = NCSNDenoiser(pipe, denoiser=first)(x, 12.0)  # kelvin, half a unit of the network's
+    torch.testing.assert_close((found - 280) / 24, second((x - 280) / 24, 0.5), rtol=0, atol=1e-4)
+
+
 # --- What is refused, and what is warned about ---
 
 

@@ -36,7 +36,14 @@ from networks import (
     train_sigmas,
 )
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, NCSNPosteriorPipeline
+from ncsn_diffusers import (
+    AnnealedLangevinScheduler,
+    NCSNInpaintPipeline,
+    NCSNPipeline,
+    NCSNPosteriorPipeline,
+    pretrained,
+)
+from ncsn_diffusers.evaluation import extract_features, load_digit_classifier
 from ncsn_diffusers.foreign_configs import SCHEDULERS, check_scheduler
 from ncsn_diffusers.units import image_units
 
@@ -503,6 +510,22 @@ def test_from_an_image_and_between_two_the_network_is_told_no_label():
     pipe.interpolate([torch.Generator(), torch.Generator()], 3, 2)
     pipe.denoise(torch.zeros(2, 1, 8, 8), 1.0)
     assert seen and all(labels == {3} for labels in seen)
+
+
+@pytest.mark.slow
+def test_the_shipped_digits_are_as_legible_without_labels_as_with():
+    pipe = NCSNPipeline.from_pretrained(pretrained("mnist"))
+    pipe.set_progress_bar_config(disable=True)
+    classifier = load_digit_classifier()
+
+    def sureness(**arguments):
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(100, 25, generator=generator, output_type="pt", **arguments).images
+        return extract_features(images, classifier).softmax(1).max(1).values
+
+    drawn, told = sureness(), sureness(class_labels=[i % 10 for i in range(100)])
+    assert abs((drawn < 0.8).float().mean() - (told < 0.8).float().mean()) < 0.1  # three standard errors at 5 %
+    assert (drawn < 0.8).float().mean() < 0.12
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ class NCSNDenoiser(nn.Module):
         pipe ([`NCSNPipeline`]): Any of this package's pipelines.
         class_labels (`int`, `list[int]`, `dict` or `torch.Tensor`, *optional*): As in [`NCSNPipeline.make_denoiser`].
         denoiser (denoiser, *optional*):
-            In the place of the network's own, such as [`NCSNPosteriorPipeline.make_denoiser`] gives it.
+            In the place of the network's own, such as [`NCSNPosteriorPipeline.condition`] gives it.
 
     Raises:
         ValueError: the pipeline's channels have different standard deviations, so that one sigma in their units means

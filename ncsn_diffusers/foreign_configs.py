@@ -288,6 +288,11 @@ def check_scheduler(scheduler: SchedulerMixin | type[SchedulerMixin]) -> None:
             )
     if is_langevin(scheduler):
         return
+    if str(settings.get("variance_type")).startswith("learned"):
+        raise ValueError(
+            f"{name} with variance_type={settings['variance_type']!r} does not fit: what a network predicts besides, "
+            'such as a variance, is left out here. Set `variance_type="fixed_small"`.'
+        )
     if settings.get("conditioning") == "sigma":
         raise ValueError(
             f"This network is conditioned on sigma, but {name} would give it timesteps: use "

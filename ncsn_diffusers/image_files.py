@@ -112,7 +112,7 @@ def read_mask(image: Image.Image) -> Image.Image:
     values = np.asarray(read_image(image, 4).convert("RGBA").convert("LA"), dtype=np.float32) / 255
     white, opaque = values[..., 0], values[..., 1]
     seen = opaque > 0.5
-    if seen.any() and ((white > 0.2) & (white < 0.8))[seen].mean() > 0.25:
+    if not seen.all() and seen.any() and ((white > 0.2) & (white < 0.8))[seen].mean() > 0.25:
         raise ValueError(
             "a mask with transparency must be black and white where it is opaque: what is white and opaque is drawn. "
             "This one has shades of gray, as a picture with a hole. Save the mask without transparency."

@@ -96,7 +96,7 @@ class Measured:
         self.noise_std, self.generator = noise_std, generator
         self.to_come = math.inf if num_evaluations is None or noise_std == 0 else num_evaluations
         self.mu = torch.zeros_like(measurement)
-        self.shift = torch.zeros(operator.shape, device=measurement.device)  # Aᵀ mu
+        self.shift = torch.zeros(operator.shape, device=measurement.device, dtype=measurement.dtype)  # Aᵀ mu
 
     def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         operator, c, variance = self.operator, sigma**2, self.noise_std**2

@@ -12,6 +12,7 @@ and what `denoise` and `score` take and return are in the network's units.
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -135,17 +136,25 @@ class NCSNPipeline(DiffusionPipeline):
             do_convert_rgb=channels == 3,
         )
 
-    def save_pretrained(self, save_directory, safe_serialization: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """
         As [`~DiffusionPipeline.save_pretrained`].
 
         Raises:
             ImportError: `push_to_hub=True`; see [`push_to_hub`]. Nothing has been written then.
         """
-        if kwargs.pop("push_to_hub", False):
+        if push_to_hub:
             raise ImportError(_PUBLISHING)
         self._check_one_network()
-        super().save_pretrained(save_directory, safe_serialization, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
 
     def _check_one_network(self) -> None:
         if self._parts is not None:
@@ -169,7 +178,7 @@ class NCSNPipeline(DiffusionPipeline):
         components = super().components
         for name, parameter in inspect.signature(NCSNPipeline.__init__).parameters.items():
             default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-            if parameter.default is not parameter.empty and self.config.get(name, default) != default:
+            if name not in components and name in self.config and self.config[name] != default:
                 components[name] = self.config[name]
         return components
 
@@ -622,7 +631,7 @@ class NCSNPipeline(DiffusionPipeline):
         """A class for each sample: p(x) = Σ p(c) p(x|c), whatever the network makes of "no label"."""
         if self.num_classes is None or self._parts is not None:
             return None
-        shares = torch.tensor(self.config.class_shares or [1.0] * self.num_classes)
+        shares = torch.tensor(self.config.class_shares or [1.0] * self.num_classes, dtype=torch.float32)
         generators = generator if isinstance(generator, list) else [generator]
         counts = [1] * batch_size if isinstance(generator, list) else [batch_size]
         labels = []
@@ -757,15 +766,16 @@ class NCSNPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         settle = getattr(denoiser, "settle", None)
-        level_tensors = torch.tensor(sigmas, device=sample.device)
-        totals = torch.zeros(len(timesteps), device=sample.device)  # not finite from where the sample is not
+        level_tensors = torch.tensor(sigmas, device=sample.device, dtype=sample.dtype)
+        totals = torch.zeros_like(level_tensors)  # not finite from where the sample is not
 
         self._interrupt, self._num_timesteps = False, len(timesteps)
         for i, (t, sigma) in enumerate(zip(self.progress_bar(timesteps), sigmas, strict=True)):
             scale = 1.0 if langevin else (1 + sigma**2) ** 0.5
             if settle is not None and i % scheduler.order == 0:  # steps of a pair stay together
                 # x in a unit of the scheduler's sample, which is x itself or x/√(1 + sigma²)
-                unit = scale * float(scheduler.scale_model_input(torch.ones(()), t)) if not langevin else 1.0
+                one = torch.ones((), dtype=sample.dtype)
+                unit = 1.0 if langevin else scale * float(scheduler.scale_model_input(one, t))
                 sample = settle(unit * sample, sigma) / unit
             x = sample if langevin else scale * scheduler.scale_model_input(sample, t)
             denoised = denoiser(x, sigma)

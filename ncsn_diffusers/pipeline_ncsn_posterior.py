@@ -160,22 +160,23 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         noise_std = self._check_noise_std(noise_std, measurement)
         own = LinearOperator(operator, shape, device)
         y = self._fit_measurement(measurement, own)
-        middle = torch.zeros(shape, device=device)
+        middle = torch.zeros(shape, device=device, dtype=torch.float32)
         if units == "image":
             # x = mean + scale x', and A is linear
             y = y - own.A(self.units.mean(middle).expand(shape))
             scale = self.units.scale(middle)
         else:
-            scale = torch.ones((), device=device)
+            scale = torch.ones((), device=device, dtype=torch.float32)
         uniform = scale.numel() == 1 or bool((scale == scale.flatten()[0]).all())
         if isinstance(noise_std, float) and uniform:
             scale = scale.flatten()[0].item()
             operator, y, noise_std = own, y / scale, noise_std / scale
         else:
-            spread = noise_std if isinstance(noise_std, torch.Tensor) else None
+            spread, one = (noise_std, 1.0) if isinstance(noise_std, torch.Tensor) else (None, noise_std)
+            if one == 0:
+                spread = own.sizes_of_rows(scale)  # kelvin beside volts: without noise any unit will do
             operator = LinearOperator(operator, shape, device, scale=scale, noise_std=spread)
-            if spread is not None:
-                y, noise_std = operator.whiten(y), 1.0
+            y, noise_std = y if spread is None else operator.whiten(y), one
         self._warn_if_impossible(operator, y, noise_std)
         return Measured(denoiser, operator, y, noise_std)
 
@@ -204,7 +205,7 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         """Whether no data of the network's range would give this measurement, by more than its noise."""
         low, high = -_RANGE, _RANGE
         if self.units.value_range is not None:
-            ends = torch.tensor(self.units.value_range, device=y.device).reshape(1, 1, 2)
+            ends = torch.tensor(self.units.value_range, device=y.device, dtype=torch.float32).reshape(1, 1, 2)
             low, high = self.units.to_network(ends.expand(1, self.sample_shape[0], 2)).unbind(-1)
             low, high = low.min().item(), high.max().item()
         misfit = misfit_in_range(operator, y, low, high)
@@ -244,7 +245,8 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         if stds.ndim == 1 and measurement.ndim > 2 and len(stds) == measurement.shape[1]:
             stds = stds.reshape(-1, *[1] * (measurement.ndim - 2))  # one for each channel
         fits = tuple(stds.shape) in (tuple(measurement.shape), tuple(measurement.shape[1:]))
-        if not fits and not (stds.shape[0] == measurement.shape[1] and stds.numel() == stds.shape[0]):
+        of_channels = measurement.ndim > 2 and stds.numel() == stds.shape[0] == measurement.shape[1]
+        if not fits and not of_channels:
             raise ValueError(
                 f"`noise_std` must be one number, one for each channel of the measurement, or of its shape, "
                 f"{tuple(measurement.shape[1:])}, not of shape {tuple(stds.shape)}."

@@ -149,6 +149,26 @@ class GaussianUNet(AnalyticUNet):
         return self.gaussian.denoised(x, sigma)
 
 
+class FieldUNet(GaussianUNet):
+    """The perfect network for one `Gaussian`, whose coordinates are the numbers of fields of `(channels, *sizes)`."""
+
+    def __init__(self, gaussian, shape, sigmas, **arguments):
+        super().__init__(gaussian, 1, 1, sigmas, **arguments)
+        self.register_to_config(in_channels=shape[0], sample_size=tuple(shape[1:]))
+
+
+class WithVariance(nn.Module):
+    """A network that predicts a variance, too: as many channels again, of numbers that must reach nothing."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.config, self.dtype, self.device = network, network.config, network.dtype, network.device
+
+    def forward(self, *args, return_dict=True, **kwargs):
+        output = self.network(*args, return_dict=False, **kwargs)[0]
+        return (torch.cat([output, torch.full_like(output, 1e3)], 1),)
+
+
 class ClassUNet(AnalyticUNet):
     """
     The perfect class-conditional network for the Gaussians N(means[k], deviation² I), k < K, where the label K, "no

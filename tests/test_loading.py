@@ -30,6 +30,7 @@ from ncsn_diffusers.hub import collect_files, loading, saving
 from ncsn_diffusers.hub.configs import translate_index
 from ncsn_diffusers.hub.weights import check_finite
 from ncsn_diffusers.sampling import load_pipeline
+from ncsn_diffusers.units import Units, image_units
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -86,6 +87,11 @@ HOSTILE = [
     (INDEX, "_saved_format", 0),
     (INDEX, "data_min", "0"),
     (INDEX, "data_min", float("nan")),
+    (INDEX, "data_mean", "0"),
+    (INDEX, "data_mean", float("nan")),
+    (INDEX, "value_range", 1),
+    (INDEX, "null_class", 3),
+    (INDEX, "class_shares", "equal"),
     (INDEX, "unet", ...),
     (INDEX, "unet", []),
     (INDEX, "unet", "UNet2DModel"),
@@ -521,7 +527,7 @@ def other_package(folder):
         folder / INDEX,
         _class_name="NCSNPipeline",
         _saved_format=...,
-        data_min=...,
+        **dict.fromkeys(("data_mean", "data_std", "value_range", "data_unit", "null_class", "class_shares"), ...),
         unet=["ncsn.unet.unet_2d_ncsn", "UNet2DModelForNCSN"],
         scheduler=["ncsn.scheduler.scheduling_ncsn", "AnnealedLangevinDynamicsScheduler"],
     )
@@ -595,7 +601,7 @@ def test_ddpm_repository_of_2022(hub, tmp_path, flat, missing):
         assert pipe.scheduler.config.prediction_type == "epsilon"
         assert pipe.scheduler.config.conditioning == "timestep"
         torch.testing.assert_close(pipe.scheduler.betas, torch.linspace(1e-4, 0.02, 1000), rtol=1e-4, atol=1e-8)
-        assert pipe.config.data_min == -1
+        assert pipe.units == Units()
         # the denoised estimate is that of the stock scheduler, from one network and one input
         x, t = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
         with torch.no_grad():
@@ -603,7 +609,8 @@ def test_ddpm_repository_of_2022(hub, tmp_path, flat, missing):
         stock = DDPMScheduler.from_config({**DDPM_2022, "clip_sample": False})
         expected = stock.step(output, 500, x, generator=torch.Generator().manual_seed(0)).pred_original_sample
         sigma = ((1 - stock.alphas_cumprod[500]) / stock.alphas_cumprod[500]).sqrt()
-        torch.testing.assert_close(pipe._to_denoised(output, x, sigma), expected, rtol=1e-3, atol=1e-3)
+        denoised = pipe.denoise(x * (1 + sigma**2) ** 0.5, sigma).detach()
+        torch.testing.assert_close(denoised, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -646,11 +653,11 @@ def test_scripts_refuse_schedulers_that_do_not_fit(saved):
 
 def test_diffusion_pipeline_loads_a_plainly_saved_folder(tmp_path):
     for scheduler in (AnnealedLangevinScheduler(), DDIMScheduler.from_config(AnnealedLangevinScheduler().config)):
-        pipe = NCSNPipeline(small_unet(), scheduler, data_min=0)
+        pipe = NCSNPipeline(small_unet(), scheduler, **image_units(0))
         pipe.save_pretrained(tmp_path / "pipe")
         loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
         assert type(loaded) is NCSNPipeline and type(loaded.scheduler) is type(scheduler)
-        assert loaded.config.data_min == 0
+        assert loaded.units == Units(0.0, 0.5)
         check_same(loaded, pipe)
         NCSNInpaintPipeline(**pipe.components).save_pretrained(tmp_path / "inpaint")
         assert type(DiffusionPipeline.from_pretrained(tmp_path / "inpaint")) is NCSNInpaintPipeline
@@ -693,17 +700,17 @@ def test_without_the_import_the_message_names_the_class(saved):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("data_min", [-1, 0])
-def test_components_keep_the_range_of_the_data(data_min):
-    pipe = NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), data_min=data_min)
+@pytest.mark.parametrize("black", [-1, 0])
+def test_components_keep_the_units_of_the_data(black):
+    pipe = NCSNPipeline(small_unet(), AnnealedLangevinScheduler(), **image_units(black))
     other = NCSNInpaintPipeline(**pipe.components)
-    assert other.config.data_min == data_min and other.unet is pipe.unet
-    assert NCSNPipeline(**other.components).config.data_min == data_min
-    assert NCSNInpaintPipeline.from_pipe(pipe).config.data_min == data_min
-    if data_min == -1:
+    assert other.units == pipe.units and other.unet is pipe.unet
+    assert NCSNPipeline(**other.components).units == pipe.units
+    assert NCSNInpaintPipeline.from_pipe(pipe).units == pipe.units
+    if black == -1:
         assert set(pipe.components) == {"unet", "scheduler"}
     else:  # a pipeline that takes data to lie in [-1, 1] does not draw this network's
-        with pytest.raises(TypeError, match="data_min"):
+        with pytest.raises(TypeError, match="data_mean"):
             DDPMPipeline(**pipe.components)
     # what diffusers does with the components
     pipe.to("cpu").to(torch.float32)

@@ -84,9 +84,16 @@ def check_conditional(samples, expected, tolerance=0.03, covariance_tolerance=0.
     assert error < covariance_tolerance
 
 
-@pytest.mark.parametrize(("prior", "num_samples"), [(rotated_prior, 40_000), (smooth_prior, 20_000)])
-def test_default_draws_the_conditional_gaussian(prior, num_samples):
-    check_conditional(*inpaint_gaussian(*prior(), num_samples=num_samples))
+# 4,000 samples have standard errors of 1.6 % of a deviation and 4 % of the covariance's norm.
+SMALL = {"tolerance": 0.08, "covariance_tolerance": 0.1}
+
+
+def test_default_draws_the_conditional_gaussian():
+    check_conditional(*inpaint_gaussian(*rotated_prior(), num_samples=40_000))
+
+
+def test_default_draws_the_conditional_gaussian_of_smooth_images():
+    check_conditional(*inpaint_gaussian(*smooth_prior(), num_samples=4000), **SMALL)
 
 
 FAST = ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler")
@@ -102,7 +109,7 @@ FAST = ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteSchedul
 )
 def test_stock_schedulers_draw_the_conditional_gaussian(name):
     scheduler = getattr(diffusers, name).from_config(AnnealedLangevinScheduler().config)
-    check_conditional(*inpaint_gaussian(*rotated_prior(), scheduler))
+    check_conditional(*inpaint_gaussian(*rotated_prior(), scheduler, 4000), **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +128,9 @@ def test_langevin_variants_draw_the_conditional_gaussian(arguments):
     drawn = torch.tensor([[True, False, True, False], [False, True, True, True]])
     image = torch.full((1, 1, 2, 4), 0.6)
     generator = torch.Generator().manual_seed(0)
-    samples = pipe(image, drawn, 20_000, generator=generator, output_type="latent").images.flatten(1)
+    samples = pipe(image, drawn, 4000, generator=generator, output_type="latent").images.flatten(1)
     expected = prior.conditional(drawn.flatten(), torch.full((8,), 0.2, dtype=torch.float64))
-    check_conditional(samples[:, drawn.flatten()].double(), expected)
+    check_conditional(samples[:, drawn.flatten()].double(), expected, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_langevin_variants_draw_the_conditional_gaussian(arguments):
     ],
 )
 def test_levels_and_steps_of_ones_own_draw_the_conditional_gaussian(arguments):
-    check_conditional(*inpaint_gaussian(*rotated_prior(), **arguments))
+    check_conditional(*inpaint_gaussian(*rotated_prior(), num_samples=4000, **arguments), **SMALL)
 
 
 def test_levels_are_the_ones_given():
@@ -248,7 +255,7 @@ def test_callback_classes_and_dynamic_guidance():
 
     pipe(**GOOD, num_inference_steps=5, class_labels=2, guidance_scale=3.0, callback_on_step_end=callback)
     guided = 3 + 2 * 3  # steps and passes; none at the first level, above which there is nothing
-    assert batches[:guided] == [[2, 3]] * guided
+    assert batches[:guided] == [[3, 2]] * guided
     assert batches[guided:] == [[2]] * (2 + 2 * 3)
 
     draws = [
@@ -270,8 +277,8 @@ def test_callback_classes_and_dynamic_guidance():
 @pytest.mark.parametrize("name", [None, "DDIMScheduler", "EulerAncestralDiscreteScheduler"])
 def test_49_evaluations_do(name):
     scheduler = name and getattr(diffusers, name).from_config(AnnealedLangevinScheduler().config)
-    samples, expected = inpaint_gaussian(*rotated_prior(), scheduler, 8000, num_inference_steps=13)
-    check_conditional(samples, expected, 0.05, 0.08)
+    samples, expected = inpaint_gaussian(*rotated_prior(), scheduler, 4000, num_inference_steps=13)
+    check_conditional(samples, expected, **SMALL)
 
 
 def test_few_known_pixels_choose_between_modes():
@@ -311,14 +318,14 @@ def test_passes_keep_the_gaussian_that_they_find():
     samples = pipe(
         torch.full((1, 1, 2, 5), 0.5),
         mask,
-        10_000,
+        4000,
         num_inference_steps=25,
         num_resamplings=20,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images.flatten(1)[:, :8]
     variances = (samples.double() @ prior.eigenvectors).var(0)
-    np.testing.assert_allclose(variances, prior.variances, rtol=0.05)  # the standard error is 1.4 %
+    np.testing.assert_allclose(variances, prior.variances, rtol=0.08)  # the standard error is 2.2 %
 
 
 def test_guidance_reaches_the_drawn_pixels():
@@ -418,6 +425,44 @@ def test_ways_to_give_a_mask():
         assert torch.equal(draw(mask), expected)
 
 
+def strokes(background, stroke, mode="RGBA"):
+    """A mask of 28 × 28 pixels whose upper half is painted."""
+    pixels = np.full((28, 28, len(stroke)), background, np.uint8)
+    pixels[:14] = stroke
+    return PIL.Image.fromarray(pixels, mode)
+
+
+MASKS = {
+    "white strokes on transparent black": strokes((0, 0, 0, 0), (255, 255, 255, 255)),
+    "white strokes on transparent white": strokes((255, 255, 255, 0), (255, 255, 255, 255)),
+    "white strokes on opaque black": strokes((0, 0, 0, 255), (255, 255, 255, 255)),
+    "strokes with soft edges": strokes((0, 0, 0, 0), (255, 255, 255, 200)),
+    "gray and alpha": strokes((0, 0), (255, 255), "LA"),
+    "gray and alpha, transparent white": strokes((255, 0), (255, 255), "LA"),
+    "8 bits of 0 and 1": PIL.Image.fromarray(np.repeat([1, 0], 14 * 28).reshape(28, 28).astype(np.uint8)),
+    "8 bits": PIL.Image.fromarray(np.repeat([255, 0], 14 * 28).reshape(28, 28).astype(np.uint8)),
+    "1 bit": PIL.Image.fromarray(np.repeat([True, False], 14 * 28).reshape(28, 28)),
+    "gray above one half": strokes((100, 100, 100), (140, 140, 140), "RGB"),
+    "gray above one half, opaque": strokes((100, 100, 100, 255), (140, 140, 140, 255)),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_what_is_white_and_opaque_is_drawn(name):
+    pipe = small_pipeline(sample_size=28)
+    image = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    drawn = pipe(image, MASKS[name], num_inference_steps=1, num_resamplings=0, output_type="pt").images != image
+    assert drawn[0, 0, :14].sum() > 0.95 * 392  # a few clip to black or white, as the image may be
+    assert not drawn[0, 0, 14:].any()
+
+
+def test_a_picture_with_a_hole_is_no_mask():
+    pixels = np.random.default_rng(0).integers(60, 200, (28, 28, 4), dtype=np.uint8)
+    pixels[:, :14, 3], pixels[:, 14:, 3] = 0, 255
+    with pytest.raises(ValueError, match="a mask with transparency must be black and white where it is opaque"):
+        small_pipeline(sample_size=28)(torch.zeros(1, 1, 28, 28), PIL.Image.fromarray(pixels))
+
+
 def test_one_image_or_mask_serves_the_batch():
     pipe = small_pipeline()
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -502,12 +547,16 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"image": torch.rand(1, 1, 9, 8)}, "`image` must be 1 × 8 × 8 .* not 1 × 9 × 8: resize it first"),
         ({"image": torch.rand(1, 3, 8, 8)}, "`image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
         ({"image": None}, "`image` must be an image, an array or a tensor"),
-        ({"image": torch.full((1, 1, 8, 8), math.inf)}, "`image` must hold numbers from 0 to 1"),
+        ({"image": torch.full((1, 1, 8, 8), math.inf)}, "`image` must hold finite numbers"),
         ({"mask_image": torch.ones(8, 9)}, "`mask_image` must be 1 × 8 × 8 .* not 1 × 8 × 9: resize it first"),
         ({"mask_image": PIL.Image.new("L", (4, 4), 255)}, "`mask_image` must be 1 × 8 × 8 .* not 1 × 4 × 4"),
+        (
+            {"mask_image": PIL.Image.new("RGBA", (8, 8), (0, 0, 0, 255))},
+            "`mask_image` leaves nothing to draw: it must be",
+        ),
         ({"mask_image": torch.ones(1, 3, 8, 8)}, "`mask_image` must be 1 × 8 × 8 .* not 3 × 8 × 8"),
         ({"mask_image": "left half"}, "`mask_image` must be an image, an array or a tensor"),
-        ({"mask_image": None}, "`mask_image` must be an image, an array or a tensor"),
+        ({"mask_image": None}, "`mask_image` is needed where no NaN in `image` says what is to be drawn"),
         ({"mask_image": []}, "`mask_image` must be an image, an array or a tensor"),
         ({"mask_image": torch.zeros(8, 8)}, "`mask_image` leaves nothing to draw"),
         ({"mask_image": torch.full((8, 8), math.nan)}, "`mask_image` must hold numbers from 0 to 1"),
@@ -527,8 +576,8 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"num_inference_steps": 0}, "`num_inference_steps` must be an int of at least 1"),
         ({"num_langevin_steps": 0}, "`num_langevin_steps` must be an int of at least 1"),
         ({"sigmas": [1, 2]}, "`sigmas` must fall from each value to the next"),
-        ({"strength": 0}, "`strength` must be a number above 0 and at most 1, not 0"),
-        ({"strength": 1.5}, "`strength` must be a number above 0 and at most 1, not 1.5"),
+        ({"strength": 0}, "`strength` must be a finite number above 0 and at most 1, not 0"),
+        ({"strength": 1.5}, "`strength` must be a finite number above 0 and at most 1, not 1.5"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "must be among"),
     ],
 )

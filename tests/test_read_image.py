@@ -14,7 +14,7 @@ from ncsn_diffusers import NCSNInpaintPipeline, NCSNPipeline
 from ncsn_diffusers.data import decode_images, load_training_data
 from ncsn_diffusers.evaluation import EvaluateConfig
 from ncsn_diffusers.evaluation.evaluate import find_real_source, load_real_images
-from ncsn_diffusers.image_files import find_white, read_image
+from ncsn_diffusers.image_files import find_white, read_image, read_mask
 
 SIDE = 4  # of the images, whose rows are all alike unless they are turned
 
@@ -211,6 +211,34 @@ def test_uncertain_ranges_are_refused_and_named(tmp_path, array, found):
         pipeline(NCSNPipeline, 1)(image=image)
     with pytest.raises(ValueError, match=found):
         decode_images(load_training_data(train_data_dir=str(save(tmp_path, encode(image, "TIFF")).parent)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixels", "expected"),
+    [
+        ("L", [0, 100, 200, 255], [0, 100, 200, 255]),
+        ("L", [0, 1, 1, 0], [0, 255, 255, 0]),
+        ("L", [0, 0, 0, 0], [0, 0, 0, 0]),
+        # white and opaque
+        ("LA", [(0, 0), (255, 0), (0, 255), (255, 255)], [0, 0, 0, 255]),
+        ("RGBA", [(0, 0, 0, 0), (255, 255, 255, 0), (0, 0, 0, 255), (255, 255, 255, 255)], [0, 0, 0, 255]),
+        ("RGBA", [(255, 255, 255, 102), (255, 255, 255, 204), (0, 0, 0, 204), (0, 0, 0, 0)], [102, 204, 0, 0]),
+        # opaque all over: shades of gray are what they are in an image without transparency
+        ("LA", [(0, 255), (100, 255), (200, 255), (255, 255)], [0, 100, 200, 255]),
+    ],
+)
+def test_white_and_opaque_is_what_a_mask_says(mode, pixels, expected):
+    image = Image.new(mode, (4, 1))
+    image.putdata(pixels)
+    mask = read_mask(image)
+    assert mask.mode == "L" and np.asarray(mask)[0].tolist() == expected
+
+
+def test_a_picture_with_a_hole_is_no_mask():
+    image = Image.new("LA", (4, 1))
+    image.putdata([(90, 255), (130, 255), (160, 255), (0, 0)])
+    with pytest.raises(ValueError, match="a mask with transparency must be black and white where it is opaque"):
+        read_mask(image)
 
 
 def test_black_is_black():

@@ -11,7 +11,7 @@ from .config import TrainingConfig
 
 
 def check_memory(
-    config: TrainingConfig, accelerator: Accelerator, network: torch.nn.Module, shape: tuple[int, int, int]
+    config: TrainingConfig, accelerator: Accelerator, network: torch.nn.Module, shape: tuple[int, ...]
 ) -> None:
     """
     Estimate what a step takes of the memory, from below: what the backward pass needs of the forward pass, and the
@@ -21,7 +21,7 @@ def check_memory(
         config ([`TrainingConfig`]): the run's settings.
         accelerator (`Accelerator`): whose device and precision count.
         network (`torch.nn.Module`): on that device, not compiled.
-        shape (`tuple` of three ints): channels, height and width of an image.
+        shape (`tuple` of ints): channels and sides of an image, such as height and width.
 
     Raises:
         ValueError: a step needs more than is free.
@@ -30,18 +30,20 @@ def check_memory(
     if free is None:
         return
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    per_pixel = _bytes_per_pixel(network, accelerator, shape[0], 2 ** len(network.config.block_out_channels))
+    small = (shape[0], *[2 ** len(network.config.block_out_channels)] * len(shape[1:]))
+    per_pixel = _bytes_per_pixel(network, accelerator, small)
     needed = config.train_batch_size * per_pixel * math.prod(shape[1:]) + 3 * weights
     if needed > free:
+        size = "×".join(map(str, shape[1:]))
         raise ValueError(
-            f"`train_batch_size`={config.train_batch_size}: to train on as many images of {shape[1]}×{shape[2]} pixels "
-            f"takes at least {needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free. Choose a smaller "
-            "`train_batch_size` (`gradient_accumulation_steps` makes up for it) or `resolution`."
+            f"`train_batch_size`={config.train_batch_size}: to train on as many images of {size} pixels takes at least "
+            f"{needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free. Choose a smaller `train_batch_size` "
+            "(`gradient_accumulation_steps` makes up for it) or `resolution`."
         )
 
 
-def _bytes_per_pixel(network: torch.nn.Module, accelerator: Accelerator, channels: int, side: int) -> float:
-    """Measured on small images: all layers keep as much for each pixel whatever their number."""
+def _bytes_per_pixel(network: torch.nn.Module, accelerator: Accelerator, shape: tuple[int, ...]) -> float:
+    """Measured on small images of this shape: all layers keep as much for each pixel whatever their number."""
 
     def saved(batch_size: int) -> int:
         storages = {}
@@ -51,7 +53,7 @@ def _bytes_per_pixel(network: torch.nn.Module, accelerator: Accelerator, channel
             storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        x = torch.zeros(batch_size, channels, side, side, device=accelerator.device)
+        x = torch.zeros(batch_size, *shape, device=accelerator.device)
         labels = {}
         if network.config.get("num_class_embeds") is not None:
             labels["class_labels"] = torch.zeros(batch_size, dtype=torch.long, device=accelerator.device)
@@ -61,7 +63,7 @@ def _bytes_per_pixel(network: torch.nn.Module, accelerator: Accelerator, channel
         del kept  # only now: the address of memory that is given back would count for two tensors
         return sum(storages.values())
 
-    return (saved(3) - saved(1)) / 2 / side**2  # without what is kept once, such as the weights
+    return (saved(3) - saved(1)) / 2 / math.prod(shape[1:])  # without what is kept once, such as the weights
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -126,9 +126,9 @@ def fill_settings(config: TrainingConfig, start: StartingPoint) -> TrainingConfi
     return replace(config, **given)
 
 
-def check_images(start: StartingPoint, shape: tuple[int, int, int], num_classes: int | None) -> None:
+def check_images(start: StartingPoint, shape: tuple[int, ...], num_classes: int | None) -> None:
     """
-    Whether the network takes images of this shape (channels, height, width), of so many classes.
+    Whether the network takes images of this shape, of channels and sides, and so many classes.
 
     Raises:
         ValueError: it does not.
@@ -142,21 +142,23 @@ def check_images(start: StartingPoint, shape: tuple[int, int, int], num_classes:
         )
 
 
-def _faults(start: StartingPoint, channels: int | None, size: tuple[int, int] | None) -> Iterator[str]:
+def _faults(start: StartingPoint, channels: int | None, size: tuple[int, ...] | None) -> Iterator[str]:
     network = start.network.config
     if channels not in (None, network.in_channels):
         yield (
             f"`channels`: the images have {channels}, and the network of {_NAME}={start.name!r} takes "
             f"{network.in_channels}; --channels {network.in_channels} makes them fit."
         )
+    if size is None or network.sample_size is None:
+        return
     expected = network.sample_size
-    expected = (expected, expected) if isinstance(expected, int) else expected
-    if size is not None and expected is not None and tuple(size) != tuple(expected):
-        height, width = expected
-        hint = f"; --resolution {height} makes them fit" if height == width else ""
+    expected = (expected,) * len(size) if isinstance(expected, int) else tuple(expected)
+    if tuple(size) != expected:
+        found, takes = ("×".join(map(str, sides)) for sides in (size, expected))
+        hint = f"; --resolution {expected[0]} makes them fit" if len(set(expected)) == 1 else ""
         yield (
-            f"`resolution`: the images have {size[0]}×{size[1]} pixels, and the network of {_NAME}={start.name!r} "
-            f"takes {height}×{width}{hint}."
+            f"`resolution`: the images have {found} pixels, and the network of {_NAME}={start.name!r} takes "
+            f"{takes}{hint}."
         )
 
 

@@ -177,7 +177,7 @@ def write(path, config):
 def parameters(pipe):
     """What (1) of the scheduler's docstring is at the first and the last step: sigma, kappa and c."""
     pipe.scheduler.set_timesteps(len(pipe.scheduler))
-    rows = pipe.scheduler._table
+    rows = pipe.scheduler.table
     return len(rows), [(row.sigma, row.kappa, row.c) for row in (rows[0], rows[-1])]
 
 

@@ -748,7 +748,7 @@ def test_ode_from_an_image(scheduler_class, strength):
 def test_langevin_from_an_image_follows_its_recursion(num_langevin_steps):
     pipe = gaussian_pipeline(solver_order=1, num_langevin_steps=num_langevin_steps)
     pipe.scheduler.set_timesteps(40)
-    rows = pipe.scheduler._table[-20 * num_langevin_steps :]
+    rows = pipe.scheduler.table[-20 * num_langevin_steps :]
     mean, variance = 1.0, rows[0].sigma ** 2
     for row in rows:
         factor = row.kappa + (1 - row.kappa) * 0.25 / (0.25 + row.sigma**2)

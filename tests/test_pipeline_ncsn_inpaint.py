@@ -185,7 +185,7 @@ def begin_from_the_image(scheduler_class, num_resamplings, num_langevin_steps=1,
 
     begin = round((1 - strength) * steps) * num_langevin_steps
     if langevin:
-        rows = [(row.sigma, row.kappa, row.c) for row in scheduler._table[begin:]]
+        rows = [(row.sigma, row.kappa, row.c) for row in scheduler.table[begin:]]
     else:  # Euler's rule for the probability flow
         sigmas = scheduler.sigmas.tolist()
         rows = [(sigma, after / sigma, 0.0) for sigma, after in pairwise(sigmas)][begin:]

@@ -101,7 +101,7 @@ def test_the_papers_chains(update, sigma_max, num_levels, num_steps, step_size, 
 def test_technique_4_finds_the_step_size_of_ncsnv2():
     scheduler = AnnealedLangevinScheduler(noise_rule="euler_maruyama", num_langevin_steps=5)
     scheduler.set_timesteps(232)
-    kappa = {row.kappa for row in scheduler._table[:-1]}
+    kappa = {row.kappa for row in scheduler.table[:-1]}
     assert len(kappa) == 1
     assert 1 - kappa.pop() == pytest.approx(6.2e-6 / 0.01**2, rel=0.02)
 
@@ -116,7 +116,7 @@ def gaussian_recursion(scheduler, mean, variance, start_variance):
     D = mean + g (x - mean) makes each step linear in the state (x - mean, D_ - mean), so the state's mean and 2×2
     covariance follow exactly. Written from the rules of the design, with the table's sigma, kappa and c.
     """
-    rows = scheduler._table
+    rows = scheduler.table
     second_order = scheduler.config.solver_order == 2 and scheduler.config.noise_rule == "consistent"
     sigmas = [row.sigma for row in rows]
     state, covariance = np.array([-mean, 0.0]), np.diag([start_variance, 0.0])
@@ -191,7 +191,7 @@ def exact_variances(scheduler, deviations):
     x = torch.zeros(len(scheduler.timesteps) + 1, len(variances), dtype=torch.float64)
     x[0] = scheduler.init_noise_sigma
     scheduler.set_begin_index(0)
-    for i, (t, row) in enumerate(zip(scheduler.timesteps, scheduler._table, strict=True)):
+    for i, (t, row) in enumerate(zip(scheduler.timesteps, scheduler.table, strict=True)):
         noise = torch.zeros_like(x)
         noise[i + 1] = 1
         denoised = x * variances / (variances + row.sigma**2)
@@ -233,7 +233,7 @@ def test_variance_along_every_eigenvector(budget, tolerance, geometric):
 def test_rate_follows_the_number_of_levels(num_levels, solver_order, b):
     scheduler = AnnealedLangevinScheduler(solver_order=solver_order)
     scheduler.set_timesteps(num_levels)
-    for row, below in pairwise(scheduler._table[:-1]):
+    for row, below in pairwise(scheduler.table[:-1]):
         assert row.kappa == pytest.approx((below.sigma / row.sigma) ** b)
 
 
@@ -835,7 +835,7 @@ def test_any_number_of_levels(num_levels, noise_rule, denoise, num_steps):
     scheduler.set_timesteps(num_levels, num_langevin_steps=num_steps)
     extra = denoise and noise_rule == "euler_maruyama"
     assert len(scheduler.timesteps) == num_levels * num_steps + extra
-    for row in scheduler._table:
+    for row in scheduler.table:
         assert 0 <= row.kappa < 1
         assert math.isfinite(row.c) and row.c >= 0
         assert math.isfinite(row.extrapolation)
@@ -964,7 +964,7 @@ def test_second_order_keeps_its_estimate_when_a_callback_replaces_the_sample():
     x, before, now, noise = torch.randn(4, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     scheduler.step(before, scheduler.timesteps[0], x)
     replaced = x + 3
-    row = scheduler._table[1]
+    row = scheduler.table[1]
     assert row.extrapolation > 0.1
     after = scheduler.step(now, scheduler.timesteps[1], replaced, variance_noise=noise).prev_sample
     expected = row.kappa * replaced + (1 - row.kappa) * now + row.extrapolation * (now - before) + row.c * noise
@@ -1340,8 +1340,8 @@ def test_extremes_of_what_is_accepted_stay_finite():
         for num in (1, 2, 3, 50, 300):
             scheduler.set_timesteps(num)
             assert scheduler.timesteps.isfinite().all() and scheduler.sigmas.isfinite().all()
-            assert np.isfinite([(r.sigma, r.kappa, r.c, r.extrapolation) for r in scheduler._table]).all()
-            assert all(above.sigma >= below.sigma > 0 for above, below in pairwise(scheduler._table))
+            assert np.isfinite([(r.sigma, r.kappa, r.c, r.extrapolation) for r in scheduler.table]).all()
+            assert all(above.sigma >= below.sigma > 0 for above, below in pairwise(scheduler.table))
         stride = max(1, len(scheduler.timesteps) // 4)
         for t, sigma in zip(scheduler.timesteps[::stride], scheduler.sigmas[:-1:stride].tolist(), strict=True):
             noised = scheduler.add_noise(torch.zeros_like(x), x, t)  # x0 = 0 and z = 1, which the network knows

@@ -6,7 +6,7 @@ import diffusers
 
 from .denoiser import NCSNDenoiser
 from .hub.loading import NCSNPipeline
-from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel
+from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel, UNetNDModel
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from .pretrained import pretrained
@@ -22,6 +22,7 @@ for _class in (
     NCSNPipeline,
     NCSNPosteriorPipeline,
     RefineNet2DModel,
+    UNetNDModel,
 ):
     setattr(diffusers, _class.__name__, _class)
 
@@ -35,5 +36,6 @@ __all__ = [
     "NCSNPipeline",
     "NCSNPosteriorPipeline",
     "RefineNet2DModel",
+    "UNetNDModel",
     "pretrained",
 ]

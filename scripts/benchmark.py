@@ -555,7 +555,7 @@ def training(
 def plain_training_step(trainer: Trainer) -> Callable[[], None]:
     """One step of a plain loop on the trainer's network and images: PIL, a DataLoader, float32, no fusing."""
     config, device = trainer.config, trainer.device
-    unet = make_unet(config, *trainer.images.shape).to(device)
+    unet = make_unet(config, trainer.images.shape).to(device)
     scheduler = DDPMScheduler.from_config(trainer.scheduler.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True)

@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import pipeline_ncsn
-from ..networks_ncsn import LevelUNet2DModel, RefineNet2DModel
+from ..networks_ncsn import LevelUNet2DModel, RefineNet2DModel, UNetNDModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 
 OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline")
@@ -31,7 +31,7 @@ INDEX = "model_index.json"
 CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
 
 OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
-OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel)}
+OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel, UNetNDModel)}
 NETWORKS = {"UNet2DModel": UNet2DModel, **OWN_NETWORKS}
 _LARGEST_CONFIG = 10_000_000  # bytes; a ladder of 100,000 betas takes 2.5 million
 
@@ -203,6 +203,15 @@ _UNET_RULES = {
     "num_class_embeds": _either(_NULL, _whole(1, 1_000_000)),
     "num_train_timesteps": _either(_NULL, _whole(1, 1_000_000)),
 }
+_UNET_ND_RULES = {
+    **_UNET_RULES,
+    "sample_size": _list_of(_whole(1, 1 << 24), 1, 3),
+    "out_channels": _either(_NULL, _UNET_RULES["out_channels"]),
+    "attention_levels": _either(_NULL, _list_of(_BOOL, 1, 16)),
+    "attention_head_dim": _whole(1, 16_384),
+    "norm_num_groups": _whole(1, 16_384),
+    "time_embedding_type": _one_of("positional", "fourier"),
+}
 _SIGMAS = _list_of(_number(1e-10, 1e10), 2, 100_000)
 _NETWORK_RULES = {
     "UNet2DModel": _UNET_RULES,
@@ -217,6 +226,7 @@ _NETWORK_RULES = {
         "sigmas": _SIGMAS,
         "unet": _either(_NULL, (lambda value: isinstance(value, dict), "a JSON object")),
     },
+    "UNetNDModel": _UNET_ND_RULES,
 }
 
 
@@ -280,12 +290,15 @@ def _check_unet_config(config: dict, name: str, source: str, expected: str) -> N
     if class_name != expected:
         raise OSError(unusable(name, source, f'`_class_name` must be "{expected}", not {_show(class_name)}'))
     if config.get("sample_size") is None:
-        raise OSError(unusable(name, source, f"`sample_size` must be {_UNET_RULES['sample_size'][1]}, not None"))
+        accepted = _NETWORK_RULES[class_name]["sample_size"][1]
+        raise OSError(unusable(name, source, f"`sample_size` must be {accepted}, not None"))
     check_values(config, _NETWORK_RULES[class_name], name, source)
     if class_name == "LevelUNet2DModel":
         check_values(config.get("unet") or {}, _UNET_RULES, name, source)
     channels = [config.get(key, 3) for key in ("in_channels", "out_channels")]
-    if class_name == "UNet2DModel" and channels[0] != channels[1]:
+    if class_name == "UNetNDModel":
+        channels = [config.get("in_channels", 1), config.get("out_channels") or config.get("in_channels", 1)]
+    if class_name in ("UNet2DModel", "UNetNDModel") and channels[0] != channels[1]:
         raise OSError(
             unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")
         )

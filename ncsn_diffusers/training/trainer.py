@@ -37,7 +37,7 @@ from . import checkpoints
 from .config import FIXED_SETTINGS, TrainingConfig, changed_settings
 from .images import choose_noise_levels, open_training_images, open_validation_images
 from .log import CANNOT_WRITE, LossPerLevel, RunLog, save_loss_curve, warn_unless_written
-from .network import check_size, make_network
+from .network import check_size, describe_choice, make_network
 from .processes import interrupts, make_accelerator, together
 
 _EVALUATIONS = 50  # of the network, by which the saved pipeline draws, as any pipeline where nothing else is said
@@ -173,8 +173,9 @@ class Trainer:
         )
         set_seed(config.seed)  # after the data is opened: data loaders draw from the same generator
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        self.memory_format = fast_memory_format(self.device, dtype)
-        unet = make_network(config, self.scheduler, *self.images.shape, self.num_classes)
+        self.memory_format = fast_memory_format(self.device, dtype, len(self.images.shape) - 1)
+        unet = make_network(config, self.scheduler, self.images.shape, self.num_classes)
+        accelerator.print(describe_choice(config, *self.images.shape[1:]))
         unet = unet.to(self.device, memory_format=self.memory_format)
         # What is sampled, evaluated and saved: the moving average, or else the weights, copied when needed.
         self.eval_unet = copy.deepcopy(unet).eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import diffusers
 
 from .denoiser import NCSNDenoiser
 from .hub.loading import NCSNPipeline
-from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel, UNetNDModel
+from .networks_ncsn import GaussianResidualModel, LevelUNet2DModel, RefineNet2DModel, UNetNDModel
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from .pretrained import pretrained
@@ -17,6 +17,7 @@ from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 # `DiffusionPipeline.from_pretrained`.
 for _class in (
     AnnealedLangevinScheduler,
+    GaussianResidualModel,
     LevelUNet2DModel,
     NCSNInpaintPipeline,
     NCSNPipeline,
@@ -30,6 +31,7 @@ __version__ = version("ncsn_diffusers")
 
 __all__ = [
     "AnnealedLangevinScheduler",
+    "GaussianResidualModel",
     "LevelUNet2DModel",
     "NCSNDenoiser",
     "NCSNInpaintPipeline",

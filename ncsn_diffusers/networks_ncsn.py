@@ -20,6 +20,7 @@ A [`LevelUNet2DModel`] is a U-Net that was trained with the index of the level, 
 are. This file stands alone, so that it can be uploaded beside the weights.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -363,6 +364,198 @@ class UNetNDModel(ModelMixin, ConfigMixin):
         if self.config.time_embedding_type == "fourier":
             x = x / t.reshape(-1, *[1] * (x.ndim - 1))
         return NetworkOutput(sample=x) if return_dict else (x,)
+
+
+class GaussianResidualModel(ModelMixin, ConfigMixin):
+    r"""
+    The exact denoiser of a Gaussian, plus a network's correction, for data that are nearly Gaussian and few.
+
+    Let the data be N(m, S) and x = x0 + sigma z. Then D(x, sigma) = m + S (S + sigma²)⁻¹ (x - m), whose v-prediction is
+
+        v = sigma (1 + sigma²)^-½ [(1 - S) (S + sigma²)⁻¹ (x - m) - m],                                             (2)
+
+    with S = U diag(lambda) Uᵀ + rho (1 - U Uᵀ): a few eigenvectors with their variances, and the variance rho in every
+    other direction. The network is a [`UNetNDModel`]. It is given (x - m)/√(1 + sigma²) and begins by returning 0, so
+    that training starts where linear methods (optimal interpolation, kriging, the Wiener filter) end, and the network
+    is needed only where the data are not Gaussian. `unet=None` is the Gaussian alone.
+
+    [`fit`] makes one from data. Mean and covariance are saved with the weights, and are not trained.
+    `AnnealedLangevinScheduler` with its geometric levels, `conditioning="timestep"` and
+    `prediction_type="v_prediction"` fits, with the levels that are given here.
+
+    Args:
+        sample_size (`tuple[int, ...]` of 1 to 3): The sides of the data, as in [`UNetNDModel`].
+        in_channels (`int`, defaults to 1): Channels of the data.
+        rank (`int`, defaults to 64): The number of eigenvectors, at most the number of values of a sample.
+        num_train_timesteps (`int`, defaults to 1000), sigma_min (`float`, defaults to 0.01), sigma_max (`float`,
+        defaults to 50.0):
+            The scheduler's: the timestep t stands for log sigma = log sigma_min + t/(num_train_timesteps - 1)
+            log(sigma_max/sigma_min).
+        unet (`dict`, *optional*): Further arguments of [`UNetNDModel`].
+
+    Raises:
+        ValueError: `rank` or the levels are out of range, or as [`UNetNDModel`].
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: Sequence[int],
+        in_channels: int = 1,
+        rank: int = 64,
+        num_train_timesteps: int = 1000,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        unet: dict | None = None,
+    ):
+        super().__init__()
+        size = in_channels * math.prod(sample_size)
+        if not 0 <= rank <= size:
+            raise ValueError(f"`rank` must be from 0 to {size}, the number of values of a sample, not {rank}.")
+        if num_train_timesteps < 2 or not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                "`num_train_timesteps` must be at least 2, and 0 < `sigma_min` < `sigma_max`, not "
+                f"{num_train_timesteps}, {sigma_min} and {sigma_max}."
+            )
+        self.register_buffer("mean", torch.zeros(in_channels, *sample_size))
+        self.register_buffer("eigenvectors", torch.zeros(rank, size))
+        self.register_buffer("eigenvalues", torch.ones(rank))
+        self.register_buffer("remainder", torch.ones(()))
+        self.model = None
+        if unet is not None:
+            self.model = UNetNDModel(sample_size, in_channels, **unet)
+            nn.init.zeros_(self.model.conv_out.weight)
+            nn.init.zeros_(self.model.conv_out.bias)
+
+    @classmethod
+    def fit(
+        cls,
+        data: torch.Tensor,
+        scheduler,
+        rank: int = 64,
+        correlation_length: float | None = None,
+        num_global_modes: int = 0,
+        unet: dict | None = None,
+    ) -> "GaussianResidualModel":
+        """
+        A model whose Gaussian is that of `data`, and whose network is new.
+
+        Args:
+            data (`torch.Tensor` of shape `(n, channels, *sides)`): The training data, in the network's units.
+            scheduler ([`AnnealedLangevinScheduler`]): Whose levels the model is told of.
+            rank (`int`, defaults to 64): The number of eigenvectors.
+            correlation_length (`float`, *optional*):
+                In grid points. The covariance of two points at the distance d is multiplied by
+                exp(-½ (d/correlation_length)²): what few data say of far-apart points is mostly chance (localization in
+                data assimilation, Houtekamer & Mitchell 2001, Monthly Weather Review 129, 123).
+            num_global_modes (`int`, defaults to 0):
+                The covariance of so many leading eigenvectors is left as it is, and only the rest localized: the
+                largest patterns, such as a trend of the whole map, are known well (scale-dependent localization,
+                Buehner & Shlyaeva 2015, Tellus A 67, 28027).
+            unet (`dict`, *optional*): Further arguments of [`UNetNDModel`]; none for the Gaussian alone.
+
+        Raises:
+            ValueError:
+                The data are not finite or fewer than two, `rank` is more than they have eigenvectors, a sample has too
+                many values for `correlation_length`, `num_global_modes` is given without it, or the scheduler's
+                meaning is not that of equation (2).
+        """
+        config = scheduler.config
+        meaning = {"conditioning": "timestep", "prediction_type": "v_prediction", "beta_schedule": "geometric"}
+        for name, wanted in meaning.items():
+            if config[name] != wanted:
+                raise ValueError(f"`scheduler`: its `{name}` must be {wanted!r}, not {config[name]!r}.")
+        if len(data) < 2 or not data.isfinite().all():
+            raise ValueError(f"`data` must be finite and at least 2 samples, and are {len(data)}.")
+        x = data.flatten(1).double()
+        most = x.shape[1] if correlation_length else min(x.shape[1], len(x) - 1)
+        if num_global_modes and not correlation_length:
+            raise ValueError(f"`num_global_modes`={num_global_modes} needs `correlation_length`.")
+        if correlation_length and x.shape[1] > _LARGEST_COVARIANCE:
+            raise ValueError(
+                f"`correlation_length` needs the whole covariance, of at most {_LARGEST_COVARIANCE:,} values, and a "
+                f"sample has {x.shape[1]:,}."
+            )
+        if not 0 < rank <= most:
+            raise ValueError(f"`rank` must be from 1 to {most} for data of shape {tuple(data.shape)}, not {rank}.")
+        mean = x.mean(0)
+        x = (x - mean) / (len(x) - 1) ** 0.5
+        if correlation_length:
+            covariance = _localized_covariance(x, data.shape[1:], correlation_length, num_global_modes)
+            values, vectors = torch.linalg.eigh(covariance)
+            values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank].T
+        else:
+            _, values, vectors = torch.linalg.svd(x, full_matrices=False)
+            values, vectors = values[:rank] ** 2, vectors[:rank]
+        rest = x.shape[1] - rank
+        remainder = (x.square().sum() - values.sum()) / rest if rest else values[-1]
+        model = cls(
+            tuple(data.shape[2:]),
+            data.shape[1],
+            rank,
+            **{key: config[key] for key in ("num_train_timesteps", "sigma_min", "sigma_max")},
+            unet=unet,
+        )
+        model.mean.copy_(mean.reshape(model.mean.shape))
+        model.eigenvectors.copy_(vectors)
+        model.eigenvalues.copy_(values.clamp(min=0))
+        model.remainder.copy_(remainder.clamp(min=0))
+        return model
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> NetworkOutput | tuple:
+        """As [`UNetNDModel.forward`]. The output is the v-prediction; class labels are the network's."""
+        if class_labels is not None and self.model is None:
+            raise ValueError("`class_labels` are for a class-conditional network, and this model has no network.")
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        config = self.config
+        log_sigma = math.log(config.sigma_min) + t.float() / (config.num_train_timesteps - 1) * math.log(
+            config.sigma_max / config.sigma_min
+        )
+        sigma = log_sigma.exp().reshape(-1, *[1] * (sample.ndim - 1))
+        scale = (1 + sigma**2).sqrt()
+        with torch.autocast(sample.device.type, enabled=False):  # eigenvectors must stay orthogonal
+            mean, y = self.mean.float(), sample.float() - self.mean.float() / scale  # (x - m)/scale
+            variance = sigma.flatten(1) ** 2
+
+            def gain(s):  # (1 - S)/(S + sigma²) in a direction of the variance s
+                return (1 - s) / (s + variance)
+
+            vectors, flat = self.eigenvectors.float(), y.flatten(1)
+            rest = gain(self.remainder.float())
+            components = (flat @ vectors.T) * (gain(self.eigenvalues.float()) - rest)
+            filtered = (rest * flat + components @ vectors).reshape(y.shape)
+            v = sigma * (filtered - mean / scale)  # (2)
+        v = v.to(sample.dtype)
+        if self.model is not None:
+            v = v + self.model(y.to(sample.dtype), t, class_labels, return_dict=False)[0]
+        return NetworkOutput(sample=v) if return_dict else (v,)
+
+
+_LARGEST_COVARIANCE = 8192  # values of a sample, whose eigenvectors take minutes and 2 GB
+
+
+def _localized_covariance(
+    x: torch.Tensor, shape: Sequence[int], correlation_length: float, num_global_modes: int
+) -> torch.Tensor:
+    """
+    xᵀ x, less what it says of far-apart points; see [`GaussianResidualModel.fit`].
+
+    Shapes: x `(n, size)`, centered and divided by √(n - 1); the covariance `(size, size)`. `shape` is that of a sample,
+    `(channels, *sides)`.
+    """
+    points = torch.cartesian_prod(*(torch.arange(side, dtype=x.dtype) for side in shape[1:]))
+    points = points.reshape(-1, len(shape) - 1)
+    taper = torch.exp(-0.5 * (torch.cdist(points, points) / correlation_length) ** 2)
+    _, values, vectors = torch.linalg.svd(x, full_matrices=False)
+    leading = values[:num_global_modes, None] * vectors[:num_global_modes]
+    leading = leading.T @ leading
+    return leading + (x.T @ x - leading) * taper.repeat(shape[0], shape[0])
 
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

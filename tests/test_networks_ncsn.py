@@ -6,10 +6,17 @@ import re
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
-from ncsn_diffusers.networks_ncsn import InstanceNorm2dPlus, LevelUNet2DModel, RefineNet2DModel, UNetNDModel
+from ncsn_diffusers.networks_ncsn import (
+    GaussianResidualModel,
+    InstanceNorm2dPlus,
+    LevelUNet2DModel,
+    RefineNet2DModel,
+    UNetNDModel,
+)
+from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.training import TrainingConfig, make_unet
 from ncsn_diffusers.training.network import describe_choice
 
@@ -358,3 +365,154 @@ def test_sides_that_do_not_fit_are_refused():
         make_unet(TrainingConfig(), (1, 2))
     with pytest.raises(ValueError, match=r"1 to 3 dimensions beside their channels, not 4, 2×2×2×2"):
         make_unet(TrainingConfig(), (1, 2, 2, 2, 2))
+
+
+# The Gaussian and what is learned beside it
+
+
+@pytest.fixture(params=[(6,), (3, 4), (2, 3, 2)])
+def gaussian(request):
+    """Few samples of an exactly known Gaussian, with a mean far from 0, of 2 channels."""
+    torch.manual_seed(0)
+    size = 2 * math.prod(request.param)
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    x = torch.randn(500, size, dtype=torch.float64) * torch.logspace(0, -2, size, dtype=torch.float64) @ basis.T
+    return (x + 3 * torch.randn(size, dtype=torch.float64)).reshape(500, 2, *request.param).float()
+
+
+def exact_denoised(data, covariance, x, sigma):
+    """m + S (S + sigma²)⁻¹ (x - m) by dense algebra in float64."""
+    mean = data.double().flatten(1).mean(0)
+    gain = covariance @ torch.linalg.inv(covariance + sigma**2 * torch.eye(len(mean), dtype=torch.float64))
+    return (mean + (x.double().flatten(1) - mean) @ gain.T).reshape(x.shape).float()
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 50.0])
+def test_the_gaussians_denoiser_is_exact_at_every_level(gaussian, sigma):
+    scheduler = AnnealedLangevinScheduler()
+    size = gaussian[0].numel()
+    covariance = torch.cov(gaussian.double().flatten(1).T)
+    x = gaussian[:3] + sigma * torch.randn(3, *gaussian.shape[1:])
+    t = scheduler.sigma_to_t(torch.full((3,), sigma))
+    network = GaussianResidualModel.fit(gaussian, scheduler, rank=size)
+    expected = exact_denoised(gaussian, covariance, x, sigma)
+    torch.testing.assert_close(denoise(network, scheduler, x, t), expected, rtol=0, atol=3e-4 * max(1, sigma**0.5))
+
+    network = GaussianResidualModel.fit(gaussian, scheduler, rank=4)  # the rest is the same in all directions
+    values, vectors = torch.linalg.eigh(covariance)
+    rest = values[:-4].mean()
+    low_rank = vectors[:, -4:] @ torch.diag(values[-4:] - rest) @ vectors[:, -4:].T + rest * torch.eye(size)
+    expected = exact_denoised(gaussian, low_rank, x, sigma)
+    torch.testing.assert_close(denoise(network, scheduler, x, t), expected, rtol=0, atol=3e-4 * max(1, sigma**0.5))
+
+
+def test_far_apart_points_are_taken_to_be_independent():
+    torch.manual_seed(0)
+    data, scheduler = torch.randn(30, 2, 3, 4).cumsum(3), AnnealedLangevinScheduler()
+    x = data.double().flatten(1) - data.double().flatten(1).mean(0)
+    covariance = x.T @ x / 29
+    i, j = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")
+    i, j = i.flatten().repeat(2), j.flatten().repeat(2)  # of both channels
+    taper = torch.exp(-((i[:, None] - i) ** 2 + (j[:, None] - j) ** 2) / (2 * 1.5**2)).double()
+
+    def covariance_of(network):
+        vectors = network.eigenvectors.double()
+        return vectors.T @ torch.diag(network.eigenvalues.double()) @ vectors
+
+    network = GaussianResidualModel.fit(data, scheduler, rank=24, correlation_length=1.5)
+    torch.testing.assert_close(covariance_of(network), covariance * taper, rtol=0, atol=2e-5)
+    network = GaussianResidualModel.fit(data, scheduler, rank=24, correlation_length=1.5, num_global_modes=2)
+    values, vectors = torch.linalg.eigh(covariance)
+    leading = vectors[:, -2:] @ torch.diag(values[-2:]) @ vectors[:, -2:].T
+    torch.testing.assert_close(covariance_of(network), leading + (covariance - leading) * taper, rtol=0, atol=2e-5)
+
+
+def test_the_correction_begins_at_zero_and_is_added(gaussian):
+    scheduler, size = AnnealedLangevinScheduler(), tuple(gaussian.shape[2:])
+    unet = {"block_out_channels": (8,), "norm_num_groups": 4}
+    alone = GaussianResidualModel.fit(gaussian, scheduler, rank=4)
+    network = GaussianResidualModel.fit(gaussian, scheduler, rank=4, unet=unet).eval()
+    t = torch.tensor([3.0, 700.5])
+    sigma = scheduler.t_to_sigma(t).reshape(-1, *[1] * (gaussian.ndim - 1))
+    x = gaussian[:2] / (1 + sigma**2).sqrt()
+    assert torch.equal(network(x, t).sample, alone(x, t).sample)
+    with torch.no_grad():
+        network.model.conv_out.weight.normal_()
+    correction = network.model((gaussian[:2] - gaussian.mean(0)) / (1 + sigma**2).sqrt(), t).sample
+    assert correction.std() > 0.1
+    torch.testing.assert_close(network(x, t).sample, alone(x, t).sample + correction, rtol=1e-3, atol=1e-3)
+    assert {name.split(".")[0] for name, _ in network.named_parameters()} == {"model"}
+    assert network.config.sample_size == size
+
+
+def test_bfloat16_training_leaves_the_gaussian_exact(gaussian):
+    scheduler = AnnealedLangevinScheduler()
+    network, t = GaussianResidualModel.fit(gaussian, scheduler, rank=8), torch.tensor([3.0, 700.5])
+    expected = network(gaussian[:2], t).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(gaussian[:2], t).sample, expected)
+
+
+def test_a_gaussian_pipeline_draws_the_datas_mean_and_covariance(tmp_path):
+    torch.manual_seed(0)
+    data = 5 + 0.5 * torch.randn(200, 1, 2, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])
+    scheduler = AnnealedLangevinScheduler()
+    NCSNPipeline(GaussianResidualModel.fit(data, scheduler, rank=4), scheduler).save_pretrained(tmp_path)
+    pipe = NCSNPipeline.from_pretrained(tmp_path)
+    assert type(pipe.unet) is GaussianResidualModel
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipe(4000, 30, generator=generator, output_type="latent").images.flatten(1)
+    torch.testing.assert_close(drawn.mean(0), data.flatten(1).mean(0), rtol=0, atol=0.04)
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(data.flatten(1).T), rtol=0, atol=0.02)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "ddim")
+    NCSNPipeline.from_pretrained(tmp_path / "ddim")  # has the levels, too
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "message"),
+    [
+        ("unet", {"sigma_max": 20.0}, r"its 1000 levels from 0.01 to 20 are not the scheduler's, 1000 from 0.01 to 50"),
+        ("unet", {"num_train_timesteps": 500}, r"its 500 levels .* are not the scheduler's, 1000"),
+        ("scheduler", {"prediction_type": "epsilon"}, r"needs conditioning='timestep' and prediction_type='v_predict"),
+        ("unet", {"rank": -1}, r"`rank` must be a whole number from 0"),
+        ("unet", {"unet": {"layers_per_block": 0}}, r"`layers_per_block` must be a whole number from 1"),
+    ],
+)
+def test_a_gaussian_of_other_levels_is_refused(part, changed, message, tmp_path):
+    scheduler = AnnealedLangevinScheduler()
+    network = GaussianResidualModel.fit(torch.randn(5, 1, 4), scheduler, rank=2)
+    NCSNPipeline(network, scheduler).save_pretrained(tmp_path)
+    path = tmp_path / part / ("config.json" if part == "unet" else "scheduler_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(OSError, match=message):
+        NCSNPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"scheduler": AnnealedLangevinScheduler(prediction_type="score")}, "`scheduler`: its `prediction_type`"),
+        ({"scheduler": AnnealedLangevinScheduler(conditioning="sigma")}, "`scheduler`: its `conditioning`"),
+        ({"data": torch.full((3, 1, 4), math.nan)}, "`data` must be finite"),
+        ({"data": torch.zeros(1, 1, 4)}, "`data` must be finite and at least 2 samples, and are 1"),
+        ({"rank": 3}, r"`rank` must be from 1 to 2 .* \(3, 1, 4\), not 3"),
+        ({"rank": 5, "correlation_length": 1.0}, "`rank` must be from 1 to 4"),
+        ({"num_global_modes": 1}, "`num_global_modes`=1 needs `correlation_length`"),
+        ({"data": torch.zeros(3, 1, 9000), "correlation_length": 1.0}, "at most 8,192 values, and a sample has 9,000"),
+    ],
+)
+def test_what_has_no_gaussian_is_refused(settings, named):
+    arguments = {"data": torch.zeros(3, 1, 4), "scheduler": AnnealedLangevinScheduler(), "rank": 1, **settings}
+    with pytest.raises(ValueError, match=named):
+        GaussianResidualModel.fit(**arguments)
+
+
+def test_a_gaussian_of_impossible_settings_is_refused():
+    with pytest.raises(ValueError, match="`rank` must be from 0 to 4"):
+        GaussianResidualModel((4,), rank=5)
+    with pytest.raises(ValueError, match="0 < `sigma_min` < `sigma_max`"):
+        GaussianResidualModel((4,), rank=1, sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match="`class_labels`"):
+        GaussianResidualModel((4,), rank=1)(torch.zeros(1, 1, 4), 1.0, class_labels=torch.tensor([0]))

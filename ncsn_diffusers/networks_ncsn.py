@@ -481,8 +481,7 @@ class GaussianResidualModel(ModelMixin, ConfigMixin):
         mean = x.mean(0)
         x = (x - mean) / (len(x) - 1) ** 0.5
         if correlation_length:
-            covariance = _localized_covariance(x, data.shape[1:], correlation_length, num_global_modes)
-            values, vectors = torch.linalg.eigh(covariance)
+            values, vectors = torch.linalg.eigh(localized_covariance(data, correlation_length, num_global_modes))
             values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank].T
         else:
             _, values, vectors = torch.linalg.svd(x, full_matrices=False)
@@ -540,22 +539,34 @@ class GaussianResidualModel(ModelMixin, ConfigMixin):
 _LARGEST_COVARIANCE = 8192  # values of a sample, whose eigenvectors take minutes and 2 GB
 
 
-def _localized_covariance(
-    x: torch.Tensor, shape: Sequence[int], correlation_length: float, num_global_modes: int
+def localized_covariance(
+    data: torch.Tensor, correlation_length: float | None, num_global_modes: int = 0
 ) -> torch.Tensor:
     """
-    xᵀ x, less what it says of far-apart points; see [`GaussianResidualModel.fit`].
+    The covariance of data, less what they say of far-apart points; see [`GaussianResidualModel.fit`].
 
-    Shapes: x `(n, size)`, centered and divided by √(n - 1); the covariance `(size, size)`. `shape` is that of a sample,
-    `(channels, *sides)`.
+    Args:
+        data (`torch.Tensor` of shape `(n, channels, *sides)`): The data.
+        correlation_length (`float`, *optional*): In grid points; `None` is the covariance itself.
+        num_global_modes (`int`, defaults to 0): Leading eigenvectors that are left as they are.
+
+    Returns:
+        `torch.Tensor` of shape `(size, size)`, `size` being the number of values of a sample: in float64.
     """
-    points = torch.cartesian_prod(*(torch.arange(side, dtype=x.dtype) for side in shape[1:]))
-    points = points.reshape(-1, len(shape) - 1)
+    x = data.flatten(1).double()
+    x = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    covariance = x.T @ x
+    if correlation_length is None:
+        return covariance
+    points = torch.cartesian_prod(*(torch.arange(side, dtype=x.dtype) for side in data.shape[2:]))
+    points = points.reshape(-1, data.ndim - 2)
     taper = torch.exp(-0.5 * (torch.cdist(points, points) / correlation_length) ** 2)
+    if not num_global_modes:
+        return covariance * taper.repeat(data.shape[1], data.shape[1])
     _, values, vectors = torch.linalg.svd(x, full_matrices=False)
     leading = values[:num_global_modes, None] * vectors[:num_global_modes]
     leading = leading.T @ leading
-    return leading + (x.T @ x - leading) * taper.repeat(shape[0], shape[0])
+    return leading + (covariance - leading) * taper.repeat(data.shape[1], data.shape[1])
 
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -110,29 +110,30 @@ def test_analogues_are_the_nearest_days(fields):
     assert sorted(found[:, 0, 1]) == [102.0, 103.0, 104.0]
 
 
-def test_temperature(fields, tmp_path, capsys):
+def test_temperature(fields, tmp_path, capsys, monkeypatch):
     pytest.importorskip("iris_sample_data")
     pytest.importorskip("netCDF4")
     x, years = fields.load_temperature()
     assert x.shape == (480, 37, 49)
     assert 250 < x.min() < x.max() < 310
     assert years[[0, 239, 240]].tolist() == [1860, 2099, 1860]
+    monkeypatch.setattr(fields, "load_temperature", lambda: (x[:, ::2, ::2], years))  # a quarter of the points
     fields.temperature(
         tmp_path,
         num_steps=2,
         batch_size=2,
-        block_out_channels=(16, 16, 16),
+        block_out_channels=(16, 16),
         rank=80,
-        correlation_lengths=(20,),
+        correlation_lengths=(10,),
         num_folds=2,
-        num_fields=3,
+        num_fields=8,
         num_samples=9,
         num_inference_steps=20,
     )
     result = json.loads((tmp_path / "scores.json").read_text())
     scores = result["scores"]
     linear, network = scores["optimal interpolation"], scores["Gaussian network, no correction"]
-    assert linear["RMSE of the mean"] < 0.4 < 1 < scores["climatology"]["RMSE of the mean"]
+    assert linear["RMSE of the mean"] < 0.6 < 1 < scores["climatology"]["RMSE of the mean"]
     assert network["RMSE of the mean"] == pytest.approx(linear["RMSE of the mean"], rel=0.15)
     assert result["units"]["unit"] == "K"
     assert "| optimal interpolation |" in capsys.readouterr().out

@@ -4,9 +4,12 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.networks_ncsn import (
@@ -17,7 +20,7 @@ from ncsn_diffusers.networks_ncsn import (
     UNetNDModel,
 )
 from ncsn_diffusers.score_matching import denoise
-from ncsn_diffusers.training import TrainingConfig, make_unet
+from ncsn_diffusers.training import TrainingConfig, make_unet, train
 from ncsn_diffusers.training.network import describe_choice
 
 SMALL = {"sample_size": 16, "in_channels": 1, "block_out_channels": (8, 16, 16, 16), "dilations": (1, 1, 2, 4)}
@@ -365,6 +368,31 @@ def test_sides_that_do_not_fit_are_refused():
         make_unet(TrainingConfig(), (1, 2))
     with pytest.raises(ValueError, match=r"1 to 3 dimensions beside their channels, not 4, 2×2×2×2"):
         make_unet(TrainingConfig(), (1, 2, 2, 2, 2))
+
+
+def test_images_that_cannot_be_halved_are_learned(tmp_path, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    image = np.linspace(0, 255, 63).reshape(7, 9).astype(np.uint8)
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
+    config = TrainingConfig(
+        train_data_dir=str(tmp_path / "images"),
+        output_dir=str(tmp_path / "out"),
+        block_out_channels=(16, 16),
+        train_batch_size=20,
+        eval_batch_size=1,
+        max_train_steps=150,
+        learning_rate=5e-3,
+        mixed_precision="no",
+    )
+    train(config)
+    assert "The network is a UNetNDModel for images of 7 × 9: a UNet2DModel needs" in capsys.readouterr().out
+    pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe.unet) is UNetNDModel
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(4, 20, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert (drawn - torch.from_numpy(image / 255)).abs().mean() < 0.05
 
 
 # The Gaussian and what is learned beside it

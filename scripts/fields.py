@@ -252,7 +252,7 @@ def choose_localization(fields, years, known, noise_std, candidates) -> tuple[fl
 
 def temperature(
     output_dir: Path,
-    num_steps: int = 600,
+    num_steps: int = 500,
     batch_size: int = 16,
     block_out_channels: tuple[int, ...] = (16, 32),
     rank: int = 400,
@@ -393,12 +393,12 @@ def load_footfall() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def footfall(
     output_dir: Path,
-    num_steps: int = 3000,
+    num_steps: int = 1000,
     batch_size: int = 64,
-    block_out_channels: tuple[int, ...] = (64, 128),
+    block_out_channels: tuple[int, ...] = (32, 64),
     rank: int = 150,
-    num_days: int = 100,
-    num_samples: int = 39,
+    num_days: int = 60,
+    num_samples: int = 19,
     num_inference_steps: int = 25,
     seed: int = 0,
 ) -> None:

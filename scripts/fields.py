@@ -6,7 +6,8 @@ The two examples of docs/fields.md: maps of temperature from a few stations, and
     python scripts/fields.py footfall --output_dir footfall
 
 Each trains two networks, draws from their posteriors for data that were held out, and prints a table beside what the
-field itself would use: `scores.json` and `picture.png` are written to the folder, and the better network's pipeline.
+field itself would use. `scores.json` and `picture.png` are written to the folder, and the pipeline of the network that
+proved best.
 Networks see (data - mean)/(2 std), whose standard deviation is ½; everything that is printed is in the data's units.
 """
 
@@ -341,7 +342,8 @@ def temperature(
         truths[-1], known, measured[-1], {name: drawn[:, -1] for name, drawn in samples.items()}, climate
     )
     units = {"data_mean": float(mean), "data_std": float(std), "unit": "K"}
-    save(network, scheduler, scores, figure, output_dir, units=units, localization=[length, num_modes])
+    best = networks["Gaussian network, no correction"][0]
+    save(best, scheduler, scores, figure, output_dir, units=units, localization=[length, num_modes])
 
 
 def draw_maps(truth, known, measured, samples: dict[str, np.ndarray], climate):

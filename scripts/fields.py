@@ -454,7 +454,7 @@ def footfall(
         scores |= {f"{task}: {name}": score(x, truths[..., ~known] ** 2) for name, x in drawn[task].items()}
     figure = draw_days(truths**2, days, names, morning, drawn["afternoon given the morning"])
     units = {"data_mean": mean.ravel().tolist(), "data_std": std.ravel().tolist(), "unit": "√(people/hour)"}
-    save(plain, scheduler, scores, figure, output_dir, units=units, sensors=names)
+    save(network, scheduler, scores, figure, output_dir, units=units, sensors=names)
 
 
 def draw_linear_and_analogues(training, weekdays, validation, truths, days, known, num_samples, rng) -> dict:
@@ -500,17 +500,18 @@ def find_analogues(training, x, known, number, num_samples, rng) -> np.ndarray:
 
 def draw_days(truths, days, names, known, samples: dict[str, np.ndarray]):
     """A weekday and a weekend day at three sensors: truth, what was known, 80 % intervals and three samples."""
+    learned = "Gaussian network with correction"
     hours, chosen = np.arange(24), [int(np.argmax(days < 5)), int(np.argmax(days >= 5))]
     busiest = np.argsort(truths.mean((0, 2)))[::-1][:3]
     figure, axes = plt.subplots(2, 3, figsize=(13, 6), layout="constrained", sharex=True)
     for row, day in zip(axes, chosen, strict=True):
         for axis, sensor in zip(row, busiest, strict=True):
-            for method, color in (("Gaussian conditional", "tab:orange"), ("plain network", "tab:blue")):
+            for method, color in (("analogues", "tab:orange"), (learned, "tab:blue")):
                 full = np.repeat(truths[None, day], len(samples[method]), axis=0)
                 full[:, ~known] = samples[method][:, day]
                 low, high = np.quantile(full[:, sensor], (0.1, 0.9), axis=0)
                 axis.fill_between(hours[12:], low[12:], high[12:], color=color, alpha=0.3, label=f"{method}, 80 %")
-                if method == "plain network":
+                if method == learned:
                     axis.plot(hours[11:], full[:3, sensor, 11:].T, color=color, lw=0.8)
             axis.plot(hours, truths[day, sensor], color="black", label="truth")
             axis.axvline(11.5, color="gray", ls=":")

@@ -6,7 +6,7 @@ import diffusers
 
 from .denoiser import NCSNDenoiser
 from .hub.loading import NCSNPipeline
-from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
+from .networks_ncsn import GaussianResidualModel, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel, UNetNDModel
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from .pretrained import pretrained
@@ -17,12 +17,14 @@ from .scheduling_annealed_langevin import AnnealedLangevinScheduler
 # `DiffusionPipeline.from_pretrained`.
 for _class in (
     AnnealedLangevinScheduler,
+    GaussianResidualModel,
     LevelUNet2DModel,
     NCSNInpaintPipeline,
     NCSNPipeline,
     NCSNPosteriorPipeline,
     RefineNet2DModel,
     SkipUNet2DModel,
+    UNetNDModel,
 ):
     setattr(diffusers, _class.__name__, _class)
 
@@ -30,6 +32,7 @@ __version__ = version("ncsn_diffusers")
 
 __all__ = [
     "AnnealedLangevinScheduler",
+    "GaussianResidualModel",
     "LevelUNet2DModel",
     "NCSNDenoiser",
     "NCSNInpaintPipeline",
@@ -37,5 +40,6 @@ __all__ = [
     "NCSNPosteriorPipeline",
     "RefineNet2DModel",
     "SkipUNet2DModel",
+    "UNetNDModel",
     "pretrained",
 ]

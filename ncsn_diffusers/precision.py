@@ -20,7 +20,10 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
-def fast_memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """The layout for a network's weights and images: channels last, except for a CPU's convolutions in bfloat16."""
+def fast_memory_format(device: torch.device, dtype: torch.dtype, num_dims: int) -> torch.memory_format:
+    """
+    The layout for a network's weights and data of `num_dims` dimensions: for images channels last, except for a CPU's
+    convolutions in bfloat16. Signals have no such layout, and for volumes it has not been measured.
+    """
     on_cpu_in_bf16 = device.type == "cpu" and dtype == torch.bfloat16
-    return torch.contiguous_format if on_cpu_in_bf16 else torch.channels_last
+    return torch.contiguous_format if on_cpu_in_bf16 or num_dims != 2 else torch.channels_last

@@ -101,7 +101,7 @@ def cast(pipe: NCSNPipeline, dtype: DType) -> None:
     """Run the network in `dtype`, in the layout that is fast for it."""
     # these and not `to`, of which diffusers 0.42 warns whatever the model
     {"float32": pipe.unet.float, "bfloat16": pipe.unet.bfloat16, "float16": pipe.unet.half}[dtype]()
-    pipe.unet.to(memory_format=precision.fast_memory_format(pipe.device, pipe.unet.dtype))
+    pipe.unet.to(memory_format=precision.fast_memory_format(pipe.device, pipe.unet.dtype, len(pipe.sample_shape) - 1))
 
 
 def open_processes() -> Accelerator:

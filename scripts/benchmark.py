@@ -573,7 +573,7 @@ def shuffled_batches(digits: torch.Tensor, batch_size: int) -> Iterator[torch.Te
 def make_plain_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None]:
     """One step of a plain loop on the trainer's network: no accelerator and no fusing."""
     config, device = trainer.config, trainer.device
-    unet = make_unet(config, *trainer.images.shape).to(device)
+    unet = make_unet(config, trainer.images.shape).to(device)
     scheduler = DDPMScheduler.from_config(trainer.scheduler.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate)
     ema = EMAModel(unet.parameters(), use_ema_warmup=True)
@@ -602,7 +602,7 @@ def make_plain_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None
 def make_diffusers_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None]:
     """One step of diffusers' train_unconditional.py with its defaults and `--use_ema`, on the trainer's network."""
     accelerator, config = trainer.accelerator, trainer.config
-    unet = make_unet(config, *trainer.images.shape)
+    unet = make_unet(config, trainer.images.shape)
     ema = EMAModel(
         unet.parameters(),
         decay=0.9999,
@@ -642,7 +642,7 @@ def make_diffusers_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], 
 def make_network_step(trainer: Trainer, digits: torch.Tensor) -> Callable[[], None]:
     """The trainer's network alone, forward and backward, on one batch: what no loop can be faster than, uncompiled."""
     config, device = trainer.config, trainer.device
-    unet = make_unet(config, *trainer.images.shape).to(device)
+    unet = make_unet(config, trainer.images.shape).to(device)
     clean, autocast = digits[: config.train_batch_size].to(device), make_autocast(trainer)
     timesteps = torch.arange(len(clean), device=device)
 

@@ -39,6 +39,7 @@ from saved_pipelines import check_same, draw, flatten, make_pipeline
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
 from ncsn_diffusers.commands import push
+from ncsn_diffusers.foreign_configs import SCHEDULERS
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
 from ncsn_diffusers.hub.files import MODULES
 from ncsn_diffusers.hub.modules import collect_module, is_module
@@ -570,7 +571,7 @@ def test_card_names_the_schedulers_that_fit(hub, folder):
         re.findall(r"\w+Scheduler", text.split("These schedulers of diffusers sample it as well: ")[1].split(". ")[0])
     )
     assert {"DDIMScheduler", "UniPCMultistepScheduler"} <= named
-    assert named == set(pipeline_ncsn.SCHEDULERS)
+    assert named == set(SCHEDULERS)
     assert not {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "LCMScheduler", "RePaintScheduler"} & named
 
 

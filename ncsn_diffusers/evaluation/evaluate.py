@@ -391,7 +391,7 @@ class Evaluation:
             return min(times[1:])
 
         half = copy.deepcopy(pipe.unet).bfloat16()
-        half.to(memory_format=precision.fast_memory_format(device, torch.bfloat16))
+        half.to(memory_format=precision.fast_memory_format(device, torch.bfloat16, len(pipe.sample_shape) - 1))
         steps = self.sampler.num_inference_steps if config.sigmas is None else len(config.sigmas)
         calls = steps * config.num_images / len(x) / self.accelerator.num_processes
         whole, saving = calls * seconds(pipe.unet), 0.0

@@ -17,12 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .. import pipeline_ncsn
 from ..foreign_configs import SCHEDULERS
-from ..networks_ncsn import ACTIVATIONS, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
+from ..networks_ncsn import (
+    ACTIVATIONS,
+    GaussianResidualModel,
+    LevelUNet2DModel,
+    RefineNet2DModel,
+    SkipUNet2DModel,
+    UNetNDModel,
+)
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units
 
@@ -35,7 +43,10 @@ CONFIGS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
 SAVING = ".saving-"  # how the names of folders begin that a save writes to
 
 OWN_SCHEDULER = AnnealedLangevinScheduler.__name__
-OWN_NETWORKS = {cls.__name__: cls for cls in (LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel)}
+OWN_NETWORKS = {
+    cls.__name__: cls
+    for cls in (GaussianResidualModel, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel, UNetNDModel)
+}
 NETWORKS = {"UNet2DModel": UNet2DModel, **OWN_NETWORKS}
 _LARGEST_CONFIG = 10_000_000  # bytes; a ladder of 100,000 betas takes 2.5 million
 
@@ -63,11 +74,16 @@ def read_configs(
         raise OSError(explain_missing_index(folder, source))
     index = read_json(Path(folder, INDEX), INDEX, source)
     _check_index(index, source, given)
+    unet = None
     if "unet" not in given:
-        _check_unet_config(*read_config(folder, source, "unet"), source, index["unet"][1])
+        unet, name = read_config(folder, source, "unet")
+        _check_unet_config(unet, name, source, index["unet"][1])
     if "scheduler" in given:
         return index, None
-    return index, _read_scheduler(*read_config(folder, source, "scheduler"), source, index)
+    scheduler = _read_scheduler(*read_config(folder, source, "scheduler"), source, index)
+    if unet is not None and index["unet"][1] == "GaussianResidualModel":
+        _check_levels(unet, name, source, scheduler)
+    return index, scheduler
 
 
 def explain_missing_index(folder: str | os.PathLike, source: str) -> str:
@@ -231,6 +247,15 @@ _UNET_RULES = {
     "num_train_timesteps": _either(_NULL, _whole(1, 1_000_000)),
 }
 _LARGEST_IMAGE = 4 * 4096**2
+_UNET_ND_RULES = {
+    **_UNET_RULES,
+    "sample_size": _list_of(_whole(1, 1 << 24), 1, 3),
+    "out_channels": _either(_NULL, _UNET_RULES["out_channels"]),
+    "attention_levels": _either(_NULL, _list_of(_BOOL, 1, 16)),
+    "attention_head_dim": _whole(1, 16_384),
+    "norm_num_groups": _whole(1, 16_384),
+    "time_embedding_type": _one_of("positional", "fourier"),
+}
 _SIGMAS = _list_of(_number(1e-10, 1e10), 2, 100_000)
 _NETWORK_RULES = {
     "UNet2DModel": _UNET_RULES,
@@ -246,6 +271,15 @@ _NETWORK_RULES = {
         **{key: _UNET_RULES[key] for key in ("sample_size", "in_channels")},
         "sigmas": _SIGMAS,
         "unet": _either(_NULL, OBJECT),
+    },
+    "UNetNDModel": _UNET_ND_RULES,
+    "GaussianResidualModel": {
+        **{key: _UNET_ND_RULES[key] for key in ("sample_size", "in_channels")},
+        "rank": _whole(0, 65_536),
+        "num_train_timesteps": _whole(2, 100_000),
+        "sigma_min": _number(1e-10, 1e10),
+        "sigma_max": _number(1e-10, 1e10),
+        "unet": _either(_NULL, (lambda value: isinstance(value, dict), "a JSON object")),
     },
 }
 
@@ -310,19 +344,41 @@ def _check_unet_config(config: dict, name: str, source: str, expected: str) -> N
     if class_name != expected:
         raise OSError(unusable(name, source, f'`_class_name` must be "{expected}", not {_show(class_name)}'))
     if config.get("sample_size") is None:
-        raise OSError(unusable(name, source, f"`sample_size` must be {_UNET_RULES['sample_size'][1]}, not None"))
+        accepted = _NETWORK_RULES[class_name]["sample_size"][1]
+        raise OSError(unusable(name, source, f"`sample_size` must be {accepted}, not None"))
     check_values(config, _NETWORK_RULES[class_name], name, source)
-    if class_name == "LevelUNet2DModel":
-        check_values(config.get("unet") or {}, _UNET_RULES, name, source)
+    if class_name in ("LevelUNet2DModel", "GaussianResidualModel"):
+        rules = _UNET_RULES if class_name == "LevelUNet2DModel" else _UNET_ND_RULES
+        check_values(config.get("unet") or {}, rules, name, source)
     size, channels = config["sample_size"], [config.get(key, 3) for key in ("in_channels", "out_channels")]
+    if class_name in ("UNetNDModel", "GaussianResidualModel"):
+        channels = [config.get("in_channels", 1), config.get("out_channels") or config.get("in_channels", 1)]
     numbers = channels[0] * math.prod((size, size) if isinstance(size, int) else size)
     if numbers > _LARGEST_IMAGE:
         reason = f"`sample_size`={size} and `in_channels`={channels[0]}: an image of {numbers:,} numbers, of "
         raise OSError(unusable(name, source, f"{reason}{_LARGEST_IMAGE:,} at most"))
-    if issubclass(NETWORKS[class_name], UNet2DModel) and channels[0] != channels[1]:
+    if issubclass(NETWORKS[class_name], UNet2DModel | UNetNDModel) and channels[0] != channels[1]:
         raise OSError(
             unusable(name, source, f"`out_channels` must equal `in_channels`={channels[0]}, not {channels[1]}")
         )
+
+
+def _check_levels(config: dict, name: str, source: str, scheduler: SchedulerMixin) -> None:
+    """A network that knows the levels and the meaning of its output by itself must have the scheduler's."""
+    meaning = [scheduler.config.get("conditioning", "timestep"), scheduler.config.get("prediction_type")]
+    if meaning != ["timestep", "v_prediction"]:
+        reason = f"it needs conditioning='timestep' and prediction_type='v_prediction', not the scheduler's {meaning}"
+        raise OSError(unusable(name, source, reason))
+    defaults = {"num_train_timesteps": 1000, "sigma_min": 0.01, "sigma_max": 50.0}
+    number, low, high = (config.get(key, default) for key, default in defaults.items())
+    betas = np.array(scheduler.betas.tolist())  # whatever the class; 1 + sigma² = Π 1/(1 - beta)
+    sigmas = np.sqrt(np.expm1(-np.cumsum(np.log1p(-betas))))
+    if len(sigmas) != number or not np.allclose(sigmas, np.geomspace(low, high, number), rtol=0.02):
+        reason = (
+            f"its {number} levels from {low:g} to {high:g} are not the scheduler's, {len(sigmas)} from "
+            f"{sigmas[0]:.3g} to {sigmas[-1]:.3g}"
+        )
+        raise OSError(unusable(name, source, reason))
 
 
 def _read_scheduler(config: dict, name: str, source: str, index: dict) -> SchedulerMixin:

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData
 
-from .. import pipeline_ncsn
+from ..foreign_configs import SCHEDULERS
 from ..units import Units
 from .configs import CONFIGS, INDEX, TEXT, check_values, read_json, translate_index, unusable
 
@@ -118,7 +118,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
         return text + "\n\nThe network is conditioned on sigma itself: it runs under annealed Langevin dynamics only."
     return f"""{text}
 
-These schedulers of diffusers sample it as well: {", ".join(pipeline_ncsn.SCHEDULERS)}. Others have another time or
+These schedulers of diffusers sample it as well: {", ".join(SCHEDULERS)}. Others have another time or
 scaling of the noise, and are refused. DDIM for example:
 
 ```python

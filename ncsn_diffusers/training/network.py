@@ -1,47 +1,74 @@
 """The network that is trained."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DModel
 
-from ..networks_ncsn import RefineNet2DModel
+from ..networks_ncsn import RefineNet2DModel, UNetNDModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig
 
 
-def check_size(config: TrainingConfig, height: int, width: int) -> None:
+def check_size(config: TrainingConfig, *size: int) -> None:
     """
-    Whether the network that `config` names takes images of this height and width, in pixels.
+    Whether the network that `config` names takes data of these sides, such as height and width.
 
     Raises:
-        ValueError: a side cannot be halved as often as `block_out_channels` requires.
+        ValueError: there are not 1 to 3 sides, or they cannot be halved as often as `block_out_channels` requires.
     """
-    num_levels = len(config.block_out_channels)
+    num_levels, sides = len(config.block_out_channels), "×".join(map(str, size))
     if config.architecture != "unet":
-        least = 2 ** (num_levels - 2)
-        if min(height, width) < least:
+        if len(size) != 2:
             raise ValueError(
-                f"`resolution`: images of {height}×{width} are halved {num_levels - 3} times by `block_out_channels`="
+                f"`architecture`={config.architecture!r} is for images, and these data have {len(size)} dimension(s), "
+                f"{sides}: 'unet' takes 1 to 3."
+            )
+        least = 2 ** (num_levels - 2)
+        if min(size) < least:
+            raise ValueError(
+                f"`resolution`: images of {sides} are halved {num_levels - 3} times by `block_out_channels`="
                 f"{config.block_out_channels}, and 2 pixels must be left; both sides must be at least {least}."
             )
         return
-    divisor = 2 ** (num_levels - 1)
-    if height % divisor or width % divisor:
+    if not 1 <= len(size) <= 3:
+        raise ValueError(f"The data must have 1 to 3 dimensions beside their channels, not {len(size)}, {sides}.")
+    least = 2 ** (num_levels - 2) + 1 if num_levels > 1 else 1
+    if max(size) < least:
         raise ValueError(
-            f"`resolution`: images of {height}×{width} cannot be halved {num_levels - 1} times, as "
-            f"`block_out_channels`={config.block_out_channels} requires; both sides must be multiples of {divisor}."
+            f"Data of {sides} are a single point before they are halved {num_levels - 1} times, as "
+            f"`block_out_channels`={config.block_out_channels} requires: the longest side must be at least {least}."
         )
 
 
+def network_class(config: TrainingConfig, *size: int) -> type[UNet2DModel | UNetNDModel | RefineNet2DModel]:
+    """
+    The class that `config.architecture` means for data of these sides. A unet is a [`UNet2DModel`] for images whose
+    sides can be halved as often as `block_out_channels` requires, and a [`UNetNDModel`] for all else.
+    """
+    if config.architecture != "unet":
+        return RefineNet2DModel
+    divisor = 2 ** (len(config.block_out_channels) - 1)
+    return UNet2DModel if len(size) == 2 and not any(side % divisor for side in size) else UNetNDModel
+
+
+def describe_choice(config: TrainingConfig, *size: int) -> str:
+    """A sentence that says which network is trained, and why where that is not the usual one."""
+    chosen, sides = network_class(config, *size).__name__, " × ".join(map(str, size))
+    if chosen != "UNetNDModel":
+        return f"The network is a {chosen} for images of {sides}."
+    if len(size) != 2:
+        return f"The network is a UNetNDModel for {'signals' if len(size) == 1 else 'volumes'} of {sides}."
+    return (
+        f"The network is a UNetNDModel for images of {sides}: a UNet2DModel needs sides that are multiples of "
+        f"{2 ** (len(config.block_out_channels) - 1)}."
+    )
+
+
 def make_network(
-    config: TrainingConfig,
-    scheduler: AnnealedLangevinScheduler,
-    channels: int,
-    height: int,
-    width: int,
-    num_classes: int | None = None,
-) -> UNet2DModel | RefineNet2DModel:
+    config: TrainingConfig, scheduler: AnnealedLangevinScheduler, shape: Sequence[int], num_classes: int | None = None
+) -> UNet2DModel | UNetNDModel | RefineNet2DModel:
     """
     The network that `config.architecture` names: that of [`make_unet`], or a [`RefineNet2DModel`]. As in the papers'
     networks, its last two stages have the dilations 2 and 4, and those between them and the first halve the image.
@@ -49,17 +76,18 @@ def make_network(
     Args:
         config ([`TrainingConfig`]): the settings of the network.
         scheduler ([`AnnealedLangevinScheduler`]): whose noise levels the network of 2019 has embeddings for.
-        channels (`int`), height (`int`), width (`int`), num_classes (`int`, *optional*): see [`make_unet`].
+        shape (`tuple[int, ...]`), num_classes (`int`, *optional*): see [`make_unet`].
 
     Raises:
-        ValueError: a side cannot be halved as often as `block_out_channels` requires.
+        ValueError: the sides do not fit; see [`check_size`].
     """
     if config.architecture == "unet":
-        return make_unet(config, channels, height, width, num_classes)
-    check_size(config, height, width)
+        return make_unet(config, shape, num_classes)
+    channels, *size = shape
+    check_size(config, *size)
     levels = torch.arange(len(scheduler), dtype=torch.float64).flip(0)
     return RefineNet2DModel(
-        sample_size=height if height == width else (height, width),
+        sample_size=size[0] if size[0] == size[1] else tuple(size),
         in_channels=channels,
         block_out_channels=config.block_out_channels,
         dilations=(1,) * (len(config.block_out_channels) - 2) + (2, 4),
@@ -68,36 +96,42 @@ def make_network(
 
 
 def make_unet(
-    config: TrainingConfig, channels: int, height: int, width: int, num_classes: int | None = None
-) -> UNet2DModel:
+    config: TrainingConfig, shape: Sequence[int], num_classes: int | None = None
+) -> UNet2DModel | UNetNDModel:
     """
-    A [`UNet2DModel`] for images of this shape, with attention on its last level.
+    A U-Net for data of this shape, with attention on its last level; [`network_class`] says of which class.
 
     Args:
         config ([`TrainingConfig`]): `block_out_channels`, `layers_per_block`, `conditioning`.
-        channels (`int`): of the images, and of what the network returns.
-        height (`int`): of the images, in pixels.
-        width (`int`): of the images, in pixels.
+        shape (`tuple[int, ...]`):
+            Of one sample: `(channels, length)`, `(channels, height, width)` or `(channels, depth, height, width)`. The
+            network returns as many channels.
         num_classes (`int`, *optional*): with it, the class embedding has `num_classes + 1` entries; the last one stands
             for no label.
 
     Raises:
-        ValueError: a side cannot be halved as often as `block_out_channels` requires.
+        ValueError: the sides do not fit; see [`check_size`].
     """
-    check_size(config, height, width)
+    channels, *size = shape
+    check_size(config, *size)
     num_levels = len(config.block_out_channels)
+    settings = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "time_embedding_type": "fourier" if config.conditioning == "sigma" else "positional",
+        "layers_per_block": config.layers_per_block,
+        "block_out_channels": config.block_out_channels,
+        # A group of one channel would cancel all that the embeddings of level and class add to it.
+        "norm_num_groups": math.gcd(32, math.gcd(*config.block_out_channels) // 4),
+        "attention_head_dim": math.gcd(64, config.block_out_channels[-1]),  # diffusers' default, heads of 8, is slow
+        "num_class_embeds": None if num_classes is None else num_classes + 1,
+    }
+    if network_class(config, *size) is UNetNDModel:
+        return UNetNDModel(tuple(size), **settings)
     return UNet2DModel(
-        sample_size=height if height == width else (height, width),
-        in_channels=channels,
-        out_channels=channels,
-        time_embedding_type="fourier" if config.conditioning == "sigma" else "positional",
-        layers_per_block=config.layers_per_block,
-        block_out_channels=config.block_out_channels,
+        sample_size=size[0] if size[0] == size[1] else tuple(size),
         down_block_types=("DownBlock2D",) * (num_levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
-        # A group of one channel would cancel all that the embeddings of level and class add to it.
-        norm_num_groups=math.gcd(32, math.gcd(*config.block_out_channels) // 4),
-        attention_head_dim=math.gcd(64, config.block_out_channels[-1]),  # diffusers' default, heads of 8, is slow
         resnet_time_scale_shift="scale_shift",  # after the norm, where nothing cancels the embeddings
-        num_class_embeds=None if num_classes is None else num_classes + 1,
+        **settings,
     )

@@ -42,7 +42,7 @@ from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_giv
 from .data import Data, choose_noise_levels, open_training_data, open_validation_data
 from .log import RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
-from .network import check_size, make_network
+from .network import check_size, describe_choice, make_network
 from .processes import interrupts, make_accelerator, together
 from .starting_point import check_images, fill_settings, find_starting_point
 
@@ -212,7 +212,8 @@ class Trainer:
         channels = config.channels or 1
         if network is None:
             check_size(config, config.resolution, config.resolution)
-            network = make_network(config, AnnealedLangevinScheduler(), channels, config.resolution, config.resolution)
+            shape = (channels, config.resolution, config.resolution)
+            network = make_network(config, AnnealedLangevinScheduler(), shape)
         else:
             channels = network.config.in_channels
         if not (config.compile or (config.compile is None and self.device.type == "cuda")):
@@ -256,7 +257,8 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         set_seed(config.seed)  # after the data is opened: data loaders draw from the same generator
         if self.starting_point is None:
-            unet = make_network(config, self.scheduler, *self.images.shape, self.num_classes)
+            unet = make_network(config, self.scheduler, self.images.shape, self.num_classes)
+            accelerator.print(describe_choice(config, *self.images.shape[1:]))
         else:
             unet = self.starting_point.network
         unet = unet.to(self.device, memory_format=self._memory_format())
@@ -270,7 +272,7 @@ class Trainer:
 
     def _memory_format(self) -> torch.memory_format:
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        return fast_memory_format(self.device, dtype)
+        return fast_memory_format(self.device, dtype, len(self.images.shape) - 1)
 
     def _compile(self) -> bool:
         """Compile the network if it is asked for, or pays; if not, check that a step fits in the memory."""

@@ -21,7 +21,6 @@ import numpy as np
 from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .. import pipeline_ncsn
 from ..foreign_configs import SCHEDULERS
 from ..networks_ncsn import (
     ACTIVATIONS,
@@ -31,6 +30,7 @@ from ..networks_ncsn import (
     SkipUNet2DModel,
     UNetNDModel,
 )
+from ..pipeline_network import SAVED_FORMAT, check_not_of_diffusers_ncsn
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units
 
@@ -300,10 +300,10 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
             f"The pipeline is a {_show(name)[1:-1]}, which an NCSNPipeline cannot take over; it can be an NCSNPipeline "
             f"or one of {', '.join(FOREIGN_PIPELINES)}. DiffusionPipeline.from_pretrained loads any."
         )
-    if index.get("_saved_format", 1) > pipeline_ncsn.SAVED_FORMAT:
+    if index.get("_saved_format", 1) > SAVED_FORMAT:
         raise ValueError(
             f"The pipeline was saved by a newer version of ncsn_diffusers, in format {index['_saved_format']}; this "
-            f"version reads formats up to {pipeline_ncsn.SAVED_FORMAT}. Update the package, or run the repository's "
+            f"version reads formats up to {SAVED_FORMAT}. Update the package, or run the repository's "
             "own code by DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
         )
     for part in CONFIGS:
@@ -312,7 +312,7 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
         if part not in index:
             raise OSError(unusable(INDEX, source, f"it has no `{part}`"))
         check_values({part: index[part]}, {part: _CLASS}, INDEX, source)
-        pipeline_ncsn.check_not_of_diffusers_ncsn(index[part][1], source)
+        check_not_of_diffusers_ncsn(index[part][1], source)
     # ours come from this package, wherever the index says that their code is
     if "unet" not in given and index["unet"] != ["diffusers", "UNet2DModel"] and index["unet"][1] not in OWN_NETWORKS:
         raise OSError(
@@ -339,7 +339,7 @@ def _check_index(index: dict, source: str, given: Collection[str]) -> None:
 
 
 def _check_unet_config(config: dict, name: str, source: str, expected: str) -> None:
-    pipeline_ncsn.check_not_of_diffusers_ncsn(config.get("_class_name"), source)
+    check_not_of_diffusers_ncsn(config.get("_class_name"), source)
     class_name = config.get("_class_name", expected)
     if class_name != expected:
         raise OSError(unusable(name, source, f'`_class_name` must be "{expected}", not {_show(class_name)}'))
@@ -382,7 +382,7 @@ def _check_levels(config: dict, name: str, source: str, scheduler: SchedulerMixi
 
 
 def _read_scheduler(config: dict, name: str, source: str, index: dict) -> SchedulerMixin:
-    pipeline_ncsn.check_not_of_diffusers_ncsn(config.get("_class_name"), source)
+    check_not_of_diffusers_ncsn(config.get("_class_name"), source)
     class_name = index["scheduler"][1]
     config = {"_class_name": class_name, **config}
     try:

@@ -43,13 +43,16 @@ _OWN_NOISE = (
 logger = logging.get_logger(__name__)
 
 
-class NCSNPipeline(NetworkPipeline):
+class UploadedNCSNPipeline(NetworkPipeline):
     """
     Draws samples with a noise conditional score network and any scheduler: `AnnealedLangevinScheduler`, or a stock one
     made by `from_config(pipe.scheduler.config)`. Samples are images, signals, fields or volumes.
 
     A class-conditional network of this package has `num_class_embeds` = number of classes + 1: the last embedding means
     "no label".
+
+    `NCSNPipeline` adds loading and publishing to `UploadedNCSNPipeline`, which repositories on the Hub carry, so that
+    their pipelines draw where the package is not installed.
 
     Args:
         unet ([`UNet2DModel`] or another network called like it):
@@ -125,7 +128,7 @@ class NCSNPipeline(NetworkPipeline):
         latents: torch.Tensor | None = None,
         output_type: str | None = None,
         return_dict: bool = True,
-        callback_on_step_end: Callable[["NCSNPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end: Callable[["UploadedNCSNPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
@@ -233,7 +236,7 @@ class NCSNPipeline(NetworkPipeline):
         guidance_max_sigma: float | None = None,
         output_type: str | None = None,
         return_dict: bool = True,
-        callback_on_step_end: Callable[["NCSNPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end: Callable[["UploadedNCSNPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """

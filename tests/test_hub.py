@@ -650,7 +650,7 @@ def test_without_the_package(hub, pipe, tmp_path):
                 "ann/digits", trust_remote_code=True, **({"local_files_only": True} if offline else {})
             )
             pipe.set_progress_bar_config(disable=True)
-            assert type(pipe).__name__ == "NCSNPipeline"
+            assert type(pipe).__name__ == "UploadedNCSNPipeline"
             images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
             torch.testing.assert_close(images, torch.load(sys.argv[1], weights_only=True), rtol=0, atol=1e-5)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -774,7 +774,7 @@ def test_modules_of_an_earlier_upload_do_not_stay(hub, pipe, tmp_path, monkeypat
 
 @pytest.mark.parametrize("arguments", [{"push_to_hub": True}, {"push_to_hub": True, "repo_id": "ann/copy"}])
 def test_code_of_a_repository_does_not_publish(hub, pipe, tmp_path, arguments):
-    uploaded = pipeline_ncsn.NCSNPipeline(**pipe.components)
+    uploaded = pipeline_ncsn.UploadedNCSNPipeline(**pipe.components)
     for publish in (
         lambda: uploaded.push_to_hub("ann/copy", private=True),
         lambda: uploaded.save_pretrained(tmp_path / "copy", **arguments),

@@ -553,7 +553,7 @@ def test_pipeline_of_the_package_diffusers_ncsn(hub, tmp_path):
     on_the_hub = other_package(tmp_path / "code")  # as its README has one upload it
     rewrite(
         on_the_hub / INDEX,
-        _class_name=["pipeline_ncsn", "NCSNPipeline"],
+        _class_name=["pipeline_ncsn", "UploadedNCSNPipeline"],
         unet=["unet_2d_ncsn", "UNet2DModelForNCSN"],
         scheduler=["scheduling_ncsn", "AnnealedLangevinDynamicsScheduler"],
     )

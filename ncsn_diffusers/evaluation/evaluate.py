@@ -29,11 +29,11 @@ from ..atomic_files import replacing
 from ..data import ImageReader, encode_labels, find_class_names, find_columns, load_training_data, open_images
 from ..dataset_settings import DatasetSettings
 from ..denoiser import Denoiser
+from ..hub.loading import NCSNPipeline
 from ..images import to_uint8
 from ..kept_batches import KeptBatches, fingerprint
 from ..ladder import Ladder
 from ..likelihood import bits_per_dim, loss_per_level
-from ..pipeline_ncsn import NCSNPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..pretrained import pretrained
 from ..sampling import NOISE_SEED, Sampler, describe_scheduler, make_generators

@@ -34,7 +34,7 @@ from ..pipeline_network import SAVED_FORMAT, check_not_of_diffusers_ncsn
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units
 
-OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline")
+OWN_PIPELINES = ("NCSNPipeline", "NCSNInpaintPipeline", "NCSNPosteriorPipeline", "UploadedNCSNPipeline")
 # Foreign pipelines that an NCSNPipeline can take over, each with the value of black in its data; white is 1.
 FOREIGN_PIPELINES = {"ScoreSdeVePipeline": 0.0, "DDPMPipeline": -1.0, "DDIMPipeline": -1.0, "PNDMPipeline": -1.0}
 

@@ -80,7 +80,7 @@ def collect_files(
 
     index.pop("_name_or_path", None)  # a path of this machine
     name, modules = collect_module(MODULES["pipeline"])
-    index["_class_name"] = [name, "NCSNPipeline"]
+    index["_class_name"] = [name, "UploadedNCSNPipeline"]
     files |= modules
     for part, class_names in (("scheduler", (OWN_SCHEDULER,)), ("unet", OWN_NETWORKS)):
         if index[part][1] in class_names:

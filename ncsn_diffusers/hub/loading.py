@@ -40,8 +40,8 @@ from .weights import check_complete, check_content, check_finite, check_weights,
 logger = logging.get_logger(__name__)
 
 
-class NCSNPipeline(pipeline_ncsn.NCSNPipeline):
-    __doc__ = pipeline_ncsn.NCSNPipeline.__doc__
+class NCSNPipeline(pipeline_ncsn.UploadedNCSNPipeline):
+    __doc__ = pipeline_ncsn.UploadedNCSNPipeline.__doc__
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "NCSNPipeline":

@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..pipeline_ncsn import NCSNPipeline
+from ..pipeline_ncsn import UploadedNCSNPipeline
 from .files import check_folder, collect_files, read_content, without_secrets
 from .modules import is_module
 from .space import PACKAGE, collect_space_files
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 def push_to_hub(
-    pipeline: NCSNPipeline | str | Path,
+    pipeline: UploadedNCSNPipeline | str | Path,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -157,7 +157,7 @@ class BackgroundPush:
         """
         _create_repository(self._api, self.repo_id, self._private, None)
 
-    def push(self, pipeline: NCSNPipeline, commit_message: str) -> Future:
+    def push(self, pipeline: UploadedNCSNPipeline, commit_message: str) -> Future:
         """
         Save the pipeline as it is now, and upload it when its turn comes.
 

@@ -40,7 +40,7 @@ from ncsn_diffusers.evaluation import (
     require_torch_fidelity,
     to_uint8,
 )
-from ncsn_diffusers.images import to_model_range
+from ncsn_diffusers.images import make_grid, to_model_range, to_pil
 from ncsn_diffusers.kept_batches import KeptBatches, fingerprint
 from ncsn_diffusers.sampling import cast, describe_scheduler, make_generators, open_processes
 from ncsn_diffusers.settings import DType
@@ -410,6 +410,87 @@ def samplers(
     accelerator.end_training()
 
 
+# Compositions of a class c, as the arguments of a call.
+COMPOSITIONS = {
+    "the class": lambda c: {"class_labels": {c: 1.0}},
+    "p(x|c)², scores summed at one level": None,  # by `draw_summed`
+    "p(x|c)²": lambda c: {"class_labels": {c: 2.0}},
+    "√p(x|c)": lambda c: {"class_labels": {c: 0.5}},
+    "guidance 3": lambda c: {"class_labels": c, "guidance_scale": 3.0},
+    "guidance 3 below sigma 1.5": lambda c: {"class_labels": c, "guidance_scale": 3.0, "guidance_max_sigma": 1.5},
+    "guidance 3, resampled": lambda c: {"class_labels": c, "guidance_scale": 3.0, "resample": True},
+    "and the next class": lambda c: {"class_labels": {c: 1.0, (c + 1) % 10: 1.0, None: -1.0}},
+}
+
+
+def draw_summed(pipe: NCSNPipeline, c: int, num: int, num_inference_steps: int, generator) -> torch.Tensor:
+    """Digits of p(x|c)² as it should not be done: the score is doubled at the network's own level."""
+    scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
+    scheduler.set_timesteps(num_inference_steps)
+    scheduler.set_begin_index(0)
+    x = scheduler.init_noise_sigma * torch.randn(num, *pipe.sample_shape, generator=generator)
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+        denoised = x + 2 * (pipe.denoise(x, sigma, c) - x)
+        x = scheduler.step(denoised, t, x, generator=generator).prev_sample
+    return pipe.units.to_data(x)
+
+
+@torch.no_grad()
+def compositions(
+    pipeline: PipelineName = None,
+    num_images: int = 200,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    dataset_name: str = "ylecun/mnist",
+    output: str = "compositions",
+) -> None:
+    """
+    Digits of each class by guidance, temperature, "and", and with weights: how many are named as asked by the
+    classifier, and how far they are from test digits; with a picture of ten of each.
+
+    Args:
+        pipeline: Folder of a class-conditional pipeline of digits; the one that comes with the package by default.
+        num_images: Digits of each row, a multiple of the number of classes.
+        num_inference_steps: Noise levels.
+        seed: Of the generators, one for each class.
+        dataset_name: The data set whose split "test" they are compared with.
+        output: Path of measurements and picture, without its ending.
+    """
+    check_output(output)
+    pipe, classifier, num = load(pipeline), load_digit_classifier(), num_images // 10
+    real = decode_images(load_dataset(dataset_name, split="test").select(range(10_000)))
+    real = extract_features(real, classifier.features)
+    rows, shown = [], []
+    for name, make_arguments in COMPOSITIONS.items():
+        images, ancestors = [], 0
+        for c in range(10):
+            generator = torch.Generator().manual_seed(seed + c)
+            if make_arguments is None:
+                drawn = draw_summed(pipe, c, num, num_inference_steps, generator)
+            else:
+                arguments = {"generator": generator, "output_type": "pt", **make_arguments(c)}
+                drawn = pipe(num, num_inference_steps, **arguments).images
+            ancestors += pipe.resampling_report.num_ancestors if "resampled" in name else num
+            images.append(drawn.cpu())
+        images = torch.cat(images)
+        shown += to_pil(to_uint8(images[::num]))
+        features = extract_features(images, classifier.features)
+        named = classifier.head(features.to(classifier.head.weight)).argmax(1)
+        asked = torch.arange(10).repeat_interleave(num)
+        rows.append(
+            {
+                "composition": name,
+                "named_as_asked": (named == asked).double().mean().item(),
+                "frechet_distance": frechet_distance(features, real),
+                "ancestors": ancestors,
+            }
+        )
+        row = rows[-1]
+        print(f"{name:36} {row['named_as_asked']:7.1%} {row['frechet_distance']:8.2f} {ancestors:5d} ancestors")
+    save_json(output, rows, num_images=num_images, num_inference_steps=num_inference_steps, seed=seed)
+    make_grid(shown, 10, margin=2, min_width=600).save(f"{output}.png")
+
+
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
     """uint8 images as features of shape `(n, channels · height · width)` in [0, 1], which no sampler was tuned on."""
     return images.flatten(1).float() / 255
@@ -661,6 +742,7 @@ if __name__ == "__main__":
         "memory": memory,
         "schedulers": schedulers,
         "samplers": samplers,
+        "compositions": compositions,
         "convergence": convergence,
         "training": training,
     }

@@ -11,7 +11,9 @@ def pretrained(name: str) -> str:
     network.
 
     Args:
-        name (`str`): `"mnist"`, 28×28 grayscale digits. The README.md in the folder is the pipeline's card.
+        name (`str`):
+            `"mnist"`, 28×28 grayscale digits, or `"temperature"`, maps of 37×49 points in kelvin. The README.md in the
+            folder is the pipeline's card.
 
     Raises:
         ValueError: there is no pipeline of that name.

@@ -26,7 +26,7 @@ class DatasetSettings:
 
 
 @dataclass
-class ArraySettings:
+class ArrayFiles:
     """Arrays"""
 
     train_arrays: str | None = None
@@ -43,32 +43,12 @@ class ArraySettings:
     column of images."""
     channel_axis: int | Literal["none"] | None = None
     """Number of the axis of channels, where that of samples is 0; none: the arrays have no channels. By default 1."""
-    value_range: tuple[float, float] | None = None
-    """Least and largest value that the data can have, which become -1 and 1 unless `data_mean` or `data_std` is given;
-    with it, images of more than 8 bits keep their values."""
-    data_mean: tuple[float, ...] | None = None
-    """Mean that is subtracted, one for all channels or one for each; by default that of the data."""
-    data_std: tuple[float, ...] | None = None
-    """Standard deviation that becomes 0.5, one for all channels or one for each; by default that of the data."""
-    data_unit: str | None = None
-    """Unit of the data, such as K, for labels and messages."""
 
-    def check_array_settings(self) -> None:
+    def check_array_files(self) -> None:
         """
         Raises:
             ValueError: a setting is out of its range, or contradicts another one.
         """
-        if self.value_range is not None:
-            low, high = self.value_range
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"`value_range` must be two rising numbers, not {low:g} {high:g}.")
-        for name in ("data_mean", "data_std"):
-            values = getattr(self, name)
-            if values is not None and not (
-                len(values) and all(math.isfinite(v) and (v > 0 or name == "data_mean") for v in values)
-            ):
-                wanted = "finite numbers" if name == "data_mean" else "numbers above 0"
-                raise ValueError(f"`{name}` must be {wanted}, one for all channels or one for each, not {values}.")
         if isinstance(self.channel_axis, str) and self.channel_axis != "none":
             raise ValueError(f"`channel_axis` must be the number of an axis or none, not {self.channel_axis!r}.")
         if self.train_arrays is None:
@@ -112,6 +92,39 @@ class ArraySettings:
                 f"`class_conditional` needs labels, which {where} has none of: a data set with a column of arrays and "
                 "one of labels has both."
             )
+
+
+@dataclass
+class ArraySettings(ArrayFiles):
+    """Units of arrays"""
+
+    value_range: tuple[float, float] | None = None
+    """Least and largest value that the data can have, which become -1 and 1 unless `data_mean` or `data_std` is given;
+    with it, images of more than 8 bits keep their values."""
+    data_mean: tuple[float, ...] | None = None
+    """Mean that is subtracted, one for all channels or one for each; by default that of the data."""
+    data_std: tuple[float, ...] | None = None
+    """Standard deviation that becomes 0.5, one for all channels or one for each; by default that of the data."""
+    data_unit: str | None = None
+    """Unit of the data, such as K, for labels and messages."""
+
+    def check_array_settings(self) -> None:
+        """
+        Raises:
+            ValueError: a setting is out of its range, or contradicts another one.
+        """
+        if self.value_range is not None:
+            low, high = self.value_range
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"`value_range` must be two rising numbers, not {low:g} {high:g}.")
+        for name in ("data_mean", "data_std"):
+            values = getattr(self, name)
+            if values is not None and not (
+                len(values) and all(math.isfinite(v) and (v > 0 or name == "data_mean") for v in values)
+            ):
+                wanted = "finite numbers" if name == "data_mean" else "numbers above 0"
+                raise ValueError(f"`{name}` must be {wanted}, one for all channels or one for each, not {values}.")
+        self.check_array_files()
 
     def refuse_array_settings(self, where: str) -> None:
         """

@@ -31,6 +31,7 @@ def read_data(
     units: Units,
     processor: VaeImageProcessor | None = None,
     missing: bool = False,
+    center: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """
     Args:
@@ -40,6 +41,8 @@ def read_data(
         units ([`Units`]): Their units.
         processor ([`VaeImageProcessor`], *optional*): For images in any of its formats; other data are arrays.
         missing (`bool`, defaults to `False`): Whether NaN may stand for what is unknown.
+        center (`torch.Tensor` of shape `shape`, or a number, defaults to 0.0):
+            What the training data lie around, in the network's units.
 
     Returns:
         `torch.Tensor` of shape `(n, *shape)`: float32, in the network's units.
@@ -63,7 +66,7 @@ def read_data(
             )
         return units.to_network(data.clamp(*limits)).float()
     data = units.to_network(data)
-    if data.nan_to_num().abs().max() > _SUSPICIOUS:
+    if (data - center).nan_to_num().abs().max() > _SUSPICIOUS:
         unit = f" {units.name}" if units.name else ""
         logger.warning(
             f"`{name}` holds {low:g} to {high:g}, but the network's training data have mean {units.data_mean} and "

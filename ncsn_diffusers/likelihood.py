@@ -193,15 +193,52 @@ def bits_per_dim(
         raise ValueError(f"`images` must be uint8, not {images.dtype}: the bits are those of 8-bit images.")
     if len(generators) != len(images):
         raise ValueError(f"`generators` must be one for each of the {len(images)} images, not {len(generators)}.")
-    if num_probes < 1:
-        raise ValueError(f"`num_probes` must be at least 1, not {num_probes}.")
-    shape = images.shape[1:]
-    offsets = torch.stack([torch.rand(shape, generator=g) for g in generators]) - 0.5
-    signs = torch.stack([torch.randint(2, (num_probes, *shape), generator=g) * 2.0 - 1 for g in generators], dim=1)
+    offsets = torch.stack([torch.rand(images.shape[1:], generator=g) for g in generators]) - 0.5
     x = units.to_network((images + offsets.to(images.device)) / 255)
-    log_p = log_likelihood(denoiser, x, signs.to(images.device), num_steps)
+    log_p = log_likelihood(denoiser, x, _draw_signs(x, generators, num_probes), num_steps)
     log_width = -units.scale(x).double().cpu().log2().mean().item() - math.log2(255)  # of a step, for the network
     return -log_p / (x[0].numel() * math.log(2)) - log_width
+
+
+def nats_per_number(
+    denoiser: Denoiser,
+    data: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    units: Units,
+    num_steps: int = 25,
+    num_probes: int = 1,
+) -> torch.Tensor:
+    """
+    -log p(x)/d of data in their own units, whose density is that of [`log_likelihood`] over the volume of a unit of
+    the network's, ∏ 2 data_std. It may be below 0, and changes with the unit of the data: by log 1000 from m to km.
+
+    Args:
+        denoiser ([`Denoiser`]): the network.
+        data (`torch.Tensor` of shape `(n, channels, ...)`): floating, in the units of the data.
+        generators, num_steps, num_probes: as of [`bits_per_dim`].
+        units ([`Units`]): of the pipeline.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: nats, float64, on the CPU.
+
+    Raises:
+        ValueError: the data are not floating, or there is not one generator for each.
+    """
+    if not data.is_floating_point():
+        raise ValueError(f"`data` must be floating, in the units of the pipeline, not {data.dtype}.")
+    x = units.to_network(data).float()
+    log_p = log_likelihood(denoiser, x, _draw_signs(x, generators, num_probes), num_steps)
+    return units.scale(x).double().cpu().log().mean().item() - log_p / x[0].numel()
+
+
+def _draw_signs(x: torch.Tensor, generators: Sequence[torch.Generator], num_probes: int) -> torch.Tensor:
+    """Random signs `(num_probes, *x.shape)`, of each sample by its own generator."""
+    if len(generators) != len(x):
+        raise ValueError(f"`generators` must be one for each of the {len(x)} samples, not {len(generators)}.")
+    if num_probes < 1:
+        raise ValueError(f"`num_probes` must be at least 1, not {num_probes}.")
+    shape = (num_probes, *x.shape[1:])
+    return torch.stack([torch.randint(2, shape, generator=g) * 2.0 - 1 for g in generators], dim=1).to(x.device)
 
 
 def _check_levels(denoiser: Denoiser, data: torch.Tensor, noise: torch.Tensor, sigmas: Sequence[float]) -> None:

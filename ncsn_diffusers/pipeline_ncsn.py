@@ -453,8 +453,10 @@ class UploadedNCSNPipeline(NetworkPipeline):
     def _scale_start(self, noise: torch.Tensor) -> torch.Tensor:
         """The first sample of a chain from noise: around the middle of the data, where sigma_1 is not much larger."""
         middle = 0.0
-        if is_langevin(self.scheduler) and self.units.value_range is not None:  # the others scale the data
-            middle = self.units.to_network(torch.full_like(noise[:1], sum(self.units.value_range) / 2))
+        if is_langevin(self.scheduler):  # the others scale the data
+            middle = self._center
+            if self.units.value_range is not None:
+                middle = self.units.to_network(torch.full_like(noise[:1], sum(self.units.value_range) / 2))
         return middle + noise * self.scheduler.init_noise_sigma
 
     # The loop and what surrounds it
@@ -574,12 +576,19 @@ class UploadedNCSNPipeline(NetworkPipeline):
                 samples = samples.numpy(force=True)
         return ImagePipelineOutput(images=samples) if return_dict else (samples,)
 
+    @property
+    def _center(self) -> torch.Tensor:
+        """What the data lie around, in the network's units: 0, or the mean map of a [`GaussianResidualModel`]."""
+        mean = getattr(self._network, "mean", None)
+        is_map = isinstance(mean, torch.Tensor) and tuple(mean.shape) == self.sample_shape
+        return mean.float() if is_map else torch.zeros((), device=self._execution_device)
+
     # What is given, in the network's units and checked: a ValueError for what cannot work
 
     def _read_data(self, name: str, data, missing: bool = False) -> torch.Tensor:
         """See [`read_data`]."""
         processor = self.image_processor if self.draws_images else None
-        return read_data(name, data, self.sample_shape, self.units, processor, missing)
+        return read_data(name, data, self.sample_shape, self.units, processor, missing, self._center.cpu())
 
     def _check_begins_anywhere(self, name: str) -> None:
         if isinstance(self.scheduler, PNDMScheduler):

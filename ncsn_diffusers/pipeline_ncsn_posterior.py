@@ -208,6 +208,8 @@ class NCSNPosteriorPipeline(NCSNPipeline):
             ends = torch.tensor(self.units.value_range, device=y.device, dtype=torch.float32).reshape(1, 1, 2)
             low, high = self.units.to_network(ends.expand(1, self.sample_shape[0], 2)).unbind(-1)
             low, high = low.min().item(), high.max().item()
+        else:
+            y = y - operator.A(self._center.to(y.device).expand(operator.shape))
         misfit = misfit_in_range(operator, y, low, high)
         allowed = 3 * noise_std + 0.02 * (high - low) * operator.norm
         if (misfit > allowed).any():
@@ -287,7 +289,8 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         return measurement.to(operator.device, torch.float32).expand(operator.measurement_shape)
 
 
-# Data without bounds are taken to be within so much of their mean, in the network's units: ten standard deviations.
+# Data without bounds are taken to be within so much of what they lie around, in the network's units: ten standard
+# deviations.
 _RANGE = 5.0
 
 

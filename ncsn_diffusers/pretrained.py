@@ -11,7 +11,9 @@ def pretrained(name: str) -> str:
     network.
 
     Args:
-        name (`str`): `"mnist"`, 28×28 grayscale digits. The README.md in the folder is the pipeline's card.
+        name (`str`):
+            `"mnist"`, 28×28 grayscale digits; `"avatars"`, 16×16 faces in color; `"temperature"`, maps of 37×49 points
+            in kelvin. The README.md in the folder is the pipeline's card.
 
     Raises:
         ValueError: there is no pipeline of that name.
@@ -20,3 +22,10 @@ def pretrained(name: str) -> str:
     if name not in names:
         raise ValueError(f"`name` must be one of {', '.join(names)}, not {name!r}.")
     return str(_ASSETS / name)
+
+
+def find_pipeline(name: str) -> str:
+    """What the commands take `name` for: a folder, else a pipeline of the package, else an id on the Hub."""
+    if not Path(name).is_dir() and (_ASSETS / name / "model_index.json").is_file():
+        return pretrained(name)
+    return name

@@ -35,6 +35,8 @@ def sample_images(config: SampleConfig) -> None:
     """
     sampler = Sampler(config)
     accelerator, pipe, folder = sampler.accelerator, sampler.pipe, Path(config.output_dir)
+    if config.animation is not None and not pipe.draws_images:
+        raise ValueError(f"`animation`={config.animation!r} is for images, and this pipeline draws other data.")
     num_columns, num_images = None, config.num_images
     if sampler.class_labels is None and pipe.num_classes is not None:
         sampler.class_labels, num_columns = tuple(range(pipe.num_classes)), class_columns(pipe.num_classes)
@@ -42,9 +44,6 @@ def sample_images(config: SampleConfig) -> None:
         in_turn = len(sampler.class_labels or [None])
         num_images = 64 // in_turn * in_turn or 64
     folder.mkdir(parents=True, exist_ok=True)
-
-    if config.animation is not None and not pipe.draws_images:
-        raise ValueError(f"`animation`={config.animation!r} is for images, and this pipeline draws other data.")
 
     def sample_batch(indices: range) -> dict[str, torch.Tensor]:
         batch = sample_frames(sampler, config, indices)

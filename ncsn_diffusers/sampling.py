@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from . import precision
 from .foreign_configs import SCHEDULERS, check_scheduler, readable_config
 from .hub.loading import NCSNPipeline
-from .pretrained import pretrained
+from .pretrained import find_pipeline, pretrained
 from .settings import DType, SamplingConfig, parse_settings
 
 # Added to the seed of the noise of measurements: far from the seeds of the chains, whose numbers must be others. A
@@ -71,7 +71,7 @@ def load_pipeline(
     if scheduler_class is not None:
         check_settings(scheduler_class, settings or {})
     try:
-        pipe = NCSNPipeline.from_pretrained(name)
+        pipe = NCSNPipeline.from_pretrained(find_pipeline(name))
     except OSError as error:
         if Path(name).exists():
             raise ValueError(f"`pipeline`={name!r} cannot be loaded: {error}") from error

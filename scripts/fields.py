@@ -7,8 +7,7 @@ The two examples of docs/fields.md: maps of temperature from a few stations, and
 
 Each trains two networks, draws from their posteriors for data that were held out, and prints a table beside what the
 field itself would use. `scores.json` and `picture.png` are written to the folder, and the pipeline of the network that
-proved best.
-Networks see (data - mean)/(2 std), whose standard deviation is ½; everything that is printed is in the data's units.
+proved best. Measurements, their noise and samples are in the data's units, which the pipelines know.
 """
 
 import copy
@@ -24,9 +23,17 @@ import numpy as np
 import torch
 import tyro
 
-from ncsn_diffusers import AnnealedLangevinScheduler, GaussianResidualModel, NCSNPosteriorPipeline, UNetNDModel
+from ncsn_diffusers import (
+    AnnealedLangevinScheduler,
+    GaussianResidualModel,
+    NCSNPipeline,
+    NCSNPosteriorPipeline,
+    UNetNDModel,
+)
+from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.networks_ncsn import localized_covariance
-from ncsn_diffusers.score_matching import draw_timesteps, score_matching_loss, stratified
+from ncsn_diffusers.score_matching import draw_sigmas, score_matching_loss, stratified
+from ncsn_diffusers.units import Units
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -121,6 +128,7 @@ def train_network(
 ) -> torch.nn.Module:
     """Denoising score matching; the moving average of the weights comes back."""
     average, start = copy.deepcopy(network).eval().requires_grad_(False), time.time()
+    denoiser = Denoiser.of(network, scheduler)
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-6)
     warm_up = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / num_steps)) / 2
@@ -129,8 +137,8 @@ def train_network(
     for i in range(num_steps):
         data = draw_batch()
         uniform = stratified(torch.rand(len(data)))
-        t = draw_timesteps(scheduler, uniform, "lognormal", log_sigma_mean, log_sigma_std)
-        loss = score_matching_loss(network, scheduler, data, torch.randn_like(data), t, weighting="edm").mean()
+        sigmas = draw_sigmas(scheduler.ladder, uniform, "lognormal", log_sigma_mean, log_sigma_std)
+        loss = score_matching_loss(denoiser, data, torch.randn_like(data), sigmas, weighting="edm").mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -179,38 +187,44 @@ def use_gaussian(network: GaussianResidualModel, other: GaussianResidualModel) -
     return network
 
 
+def make_pipeline(network, scheduler, units: Units) -> NCSNPosteriorPipeline:
+    pipe = NCSNPosteriorPipeline(network, scheduler, units.data_mean, units.data_std, units.value_range, units.name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def draw_posterior(
-    network, scheduler, known: np.ndarray, noise_std: np.ndarray, measured: np.ndarray, num_samples: int, steps: int
+    pipe: NCSNPosteriorPipeline,
+    known: np.ndarray,
+    noise_std: float | np.ndarray,
+    measured: np.ndarray,
+    num_samples: int,
+    num_inference_steps: int,
 ) -> np.ndarray:
     """
-    Samples given `measured`, all in the network's units. Each measurement is divided by its own noise, whose standard
-    deviation is then 1.
+    Samples given `measured`, all in the data's units.
 
-    Shapes: known `(channels, *sides)` of bool with m true, noise_std `(m,)`, measured `(n, m)`; result
+    Shapes: known `(channels, *sides)` of bool with m true, noise_std `(m,)` or a number, measured `(n, m)`; result
     `(num_samples, n, channels, *sides)`.
     """
-    pipe = NCSNPosteriorPipeline(network, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    mask, noise_std = torch.from_numpy(known), torch.from_numpy(noise_std).float()
-    y = torch.from_numpy(measured).float() / noise_std
+    mask = torch.from_numpy(known)
     drawn, at_once = [], max(1, 512 // num_samples)
-    for i, part in enumerate(y.split(at_once)):
-        images = pipe(
+    for i, part in enumerate(torch.from_numpy(measured).float().split(at_once)):
+        samples = pipe(
             part.repeat_interleave(num_samples, 0),
-            lambda x: x[:, mask] / noise_std,
-            noise_std=1.0,
-            batch_size=num_samples * len(part),
-            num_inference_steps=steps,
+            lambda x: x[:, mask],
+            noise_std,
+            num_inference_steps=num_inference_steps,
             generator=torch.Generator().manual_seed(i),
-            output_type="latent",
+            output_type="np",
         ).images
-        drawn.append(images.reshape(len(part), num_samples, *images.shape[1:]))
-    return torch.cat(drawn).transpose(0, 1).double().numpy()
+        drawn.append(samples.reshape(len(part), num_samples, *samples.shape[1:]))
+    return np.concatenate(drawn).swapaxes(0, 1).astype(np.float64)
 
 
-def save(network, scheduler, scores: dict, figure, output_dir: Path, **more) -> None:
+def save(pipe: NCSNPosteriorPipeline, scores: dict, figure, output_dir: Path, **more) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    NCSNPosteriorPipeline(network, scheduler).save_pretrained(output_dir)
+    NCSNPipeline(**pipe.components).save_pretrained(output_dir)
     (output_dir / "scores.json").write_text(json.dumps({**more, "scores": scores}, indent=2) + "\n")
     figure.savefig(output_dir / "picture.png", dpi=100)
     plt.close(figure)
@@ -286,7 +300,8 @@ def temperature(
     training, truths = fields[~test], fields[test]
     truths = truths[np.linspace(0, len(truths) - 1, num_fields).round().astype(int)]
     climate = training.mean(0)
-    mean, std = training.mean(), (training - climate).std()
+    # of departures from the climate, whose map is in the network
+    units = Units(float(training.mean()), float((training - climate).std()), None, "K")
 
     rng = np.random.default_rng(seed + 1)
     known = rng.random(climate.shape) < 0.05
@@ -318,32 +333,35 @@ def temperature(
         drawn = draw_gaussian(climate.ravel(), covariance, flat, noise_std, measured, num_samples, rng)
         samples[name] = drawn.reshape(num_samples, *truths.shape)
 
-    scheduler, unit = AnnealedLangevinScheduler(), 2 * std
-    data = torch.from_numpy((training - mean) / unit).float()[:, None]
+    scheduler = AnnealedLangevinScheduler()
+    data = units.to_network(torch.from_numpy(training)[:, None]).float()
     unet = {"block_out_channels": block_out_channels, "norm_num_groups": 4, "attention_head_dim": 16}
     fit = {"rank": rank, "correlation_length": length, "num_global_modes": num_modes}
-    networks = {"Gaussian network, no correction": (GaussianResidualModel.fit(data, scheduler, **fit), 0)}
+    gaussian = make_pipeline(GaussianResidualModel.fit(data, scheduler, **fit), scheduler, units)
     # the plain network is given departures from the climate, which suit it better
+    departures = Units(0.0, units.data_std, None, "K")
     offset = data.mean(0)
-    plain = UNetNDModel(climate.shape, **unet)
-    networks["plain network"] = (
-        train_network(plain, scheduler, lambda: data[torch.randint(len(data), (batch_size,))] - offset, num_steps),
-        offset[0].double().numpy(),
+    plain = train_network(
+        UNetNDModel(climate.shape, **unet),
+        scheduler,
+        lambda: data[torch.randint(len(data), (batch_size,))] - offset,
+        num_steps,
     )
     network = train_beside_gaussian(data, years[~test] // 10, scheduler, num_steps, batch_size, unet, num_folds, **fit)
-    networks["Gaussian network with correction"] = (network, 0)
-    for name, (model, shift) in networks.items():
-        shift = np.broadcast_to(shift, climate.shape)
-        y = (measured - mean) / unit - shift[known]
-        drawn = draw_posterior(model, scheduler, known[None], noise_std / unit, y, num_samples, num_inference_steps)
-        samples[name] = (drawn[:, :, 0] + shift) * unit + mean
+    for name, pipe, shift in (
+        ("Gaussian network, no correction", gaussian, np.zeros_like(climate)),
+        ("plain network", make_pipeline(plain, scheduler, departures), climate),
+        ("Gaussian network with correction", make_pipeline(network, scheduler, units), np.zeros_like(climate)),
+    ):
+        y = measured - shift[known]
+        samples[name] = (
+            draw_posterior(pipe, known[None], noise_std, y, num_samples, num_inference_steps)[:, :, 0] + shift
+        )
     scores = {name: score(drawn, truths) for name, drawn in samples.items()}
     figure = draw_maps(
         truths[-1], known, measured[-1], {name: drawn[:, -1] for name, drawn in samples.items()}, climate
     )
-    units = {"data_mean": float(mean), "data_std": float(std), "unit": "K"}
-    best = networks["Gaussian network, no correction"][0]
-    save(best, scheduler, scores, figure, output_dir, units=units, localization=[length, num_modes])
+    save(gaussian, scores, figure, output_dir, localization=[length, num_modes])
 
 
 def draw_maps(truth, known, measured, samples: dict[str, np.ndarray], climate):
@@ -426,17 +444,22 @@ def footfall(
     test, validation = months % 7 == 3, months % 7 == 0
     roots = np.sqrt(counts)  # a count's square root has a standard deviation of ½ at any count, if it is of Poisson's
     training, held_out = roots[~test], roots[test]
-    mean, std = training.mean((0, 2), keepdims=True), (training - training.mean(0)).std((0, 2), keepdims=True)
+    mean, std = training.mean((0, 2)), (training - training.mean(0)).std((0, 2))
+    units = Units(mean.tolist(), std.tolist(), None, "√(people/hour)")
     chosen = np.linspace(0, len(held_out) - 1, num_days).round().astype(int)
     truths, days = held_out[chosen], weekdays[test][chosen]
 
-    scheduler, unit = AnnealedLangevinScheduler(), 2 * std
-    data = torch.from_numpy((training - mean) / unit).float()
+    scheduler = AnnealedLangevinScheduler()
+    data = units.to_network(torch.from_numpy(training)).float()
     unet = {"block_out_channels": block_out_channels, "norm_num_groups": 16, "attention_head_dim": 32}
     network = train_beside_gaussian(data, months[~test], scheduler, num_steps, batch_size, unet, rank=rank)
     plain = UNetNDModel(data.shape[2:], data.shape[1], **unet)
     plain = train_network(plain, scheduler, lambda: data[torch.randint(len(data), (batch_size,))], num_steps)
 
+    pipes = {
+        name: make_pipeline(model, scheduler, units)
+        for name, model in {"plain network": plain, "Gaussian network with correction": network}.items()
+    }
     failed = np.ones(truths.shape[1:], bool)
     failed[rng.choice(len(names), 3, replace=False)] = False
     morning = np.broadcast_to(np.arange(24) < 12, failed.shape).copy()
@@ -445,16 +468,13 @@ def footfall(
         samples = draw_linear_and_analogues(
             training, weekdays[~test], validation[~test], truths, days, known, num_samples, rng
         )
-        noise_std = np.full(known.sum(), 0.01)  # in the network's units; next to nothing
-        measured = ((truths - mean) / unit)[:, known]
-        for name, model in {"plain network": plain, "Gaussian network with correction": network}.items():
-            z = draw_posterior(model, scheduler, known, noise_std, measured, num_samples, num_inference_steps)
-            samples[name] = z * unit + mean
+        noise_std = np.broadcast_to(0.02 * std[:, None], known.shape)[known]  # next to nothing
+        for name, pipe in pipes.items():
+            samples[name] = draw_posterior(pipe, known, noise_std, truths[:, known], num_samples, num_inference_steps)
         drawn[task] = {name: x[..., ~known].clip(0) ** 2 for name, x in samples.items()}
         scores |= {f"{task}: {name}": score(x, truths[..., ~known] ** 2) for name, x in drawn[task].items()}
     figure = draw_days(truths**2, days, names, morning, drawn["afternoon given the morning"])
-    units = {"data_mean": mean.ravel().tolist(), "data_std": std.ravel().tolist(), "unit": "√(people/hour)"}
-    save(network, scheduler, scores, figure, output_dir, units=units, sensors=names)
+    save(pipes["Gaussian network with correction"], scores, figure, output_dir, sensors=names)
 
 
 def draw_linear_and_analogues(training, weekdays, validation, truths, days, known, num_samples, rng) -> dict:

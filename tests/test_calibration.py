@@ -247,10 +247,10 @@ def test_operators(channels):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("blur", (1, 8, 8), "There is no operator 'blur'; there are missing-pixels, pixelated, blurred"),
+        ("blur", (1, 8, 8), "There is no operator 'blur'; there are missing-pixels, stations, pixelated, blurred"),
         ("pixelated", (1, 8, 10), "`pixelated` needs height and width in multiples of 4, not 8 × 10 pixels"),
         ("blurred", (1, 8, 4), "`blurred` needs more than 4 pixels each way, not 8 × 4"),
-        ("missing-pixels", (1, 1, 1), "`missing-pixels` leaves nothing of images of 1 × 1"),
+        ("missing-pixels", (1, 1, 1), "`missing-pixels` leaves nothing of 1 × 1 points"),
     ],
 )
 def test_operators_that_do_not_fit_are_refused(name, shape, message):

@@ -13,6 +13,7 @@ from networks import FieldUNet, Gaussian, quiet_pipeline, train_sigmas
 
 from ncsn_diffusers import (
     AnnealedLangevinScheduler,
+    GaussianResidualModel,
     NCSNDenoiser,
     NCSNInpaintPipeline,
     NCSNPipeline,
@@ -437,6 +438,36 @@ def test_data_in_another_unit_are_warned_about(monkeypatch):
     assert len(said) == 2
     assert all("`image` holds -10 to 25, but the network's training data have mean [280.0]" in s for s in said)
     pipe(image=celsius + 273.15, num_inference_steps=2)
+    assert len(said) == 2
+
+
+def make_climate(cls=NCSNPipeline):
+    """A Gaussian network with a map of means, from 230 K to 330 K, in units of departures of 2 K from it."""
+    climate = torch.linspace(230, 330, 24).reshape(1, 4, 6)
+    departures = torch.randn(2000, 1, 4, 6, generator=seeded())
+    scheduler = AnnealedLangevinScheduler()
+    unet = GaussianResidualModel.fit((climate - 280) / 4 + 0.5 * departures, scheduler, rank=23)
+    return climate, quiet_pipeline(unet, scheduler, cls, data_mean=280.0, data_std=2.0, value_range=None)
+
+
+def test_chains_begin_at_the_map_that_the_network_has_in_it():
+    climate, pipe = make_climate()
+    samples = pipe(2000, num_inference_steps=10, generator=seeded(), output_type="pt").images
+    assert (samples.mean(0) - climate).abs().max() < 0.3  # kelvin; the standard error is 0.05
+    assert samples.std(0).mean() == pytest.approx(2, rel=0.2)
+
+
+def test_data_of_a_map_are_judged_by_it(monkeypatch):
+    said = []
+    monkeypatch.setattr("ncsn_diffusers.inputs.logger.warning", said.append)
+    monkeypatch.setattr("ncsn_diffusers.pipeline_ncsn_posterior.logger.warning", said.append)
+    climate, posterior = make_climate(NCSNPosteriorPipeline)
+    inpaint = make_climate(NCSNInpaintPipeline)[1]
+    inpaint(climate + 3, torch.ones(4, 6), num_inference_steps=2)
+    posterior(climate[None, ..., ::2] + 3, lambda x: x[..., ::2], 0.1, num_inference_steps=2)
+    assert not said
+    inpaint(climate.flip(-1, -2), torch.ones(4, 6), num_inference_steps=2)  # within the range of all values
+    posterior(climate.flip(-1, -2)[None, ..., ::2], lambda x: x[..., ::2], 0.1, num_inference_steps=2)
     assert len(said) == 2
 
 

@@ -476,7 +476,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
         ({"bits_per_dim": 1}, "`bits_per_dim` must be 0 or at least 2, for a standard error, not 1"),
         (
             {"posterior": ("blur",)},
-            r"`posterior` must be different ones of missing-pixels, pixelated, blurred, not \('bl",
+            r"`posterior` must be different ones of missing-pixels, stations, pixelated, blurred, not \('bl",
         ),
         ({"posterior": ("blurred", "blurred")}, "`posterior` must be different ones of"),
         ({"posterior_images": 1}, "`posterior_images` must be at least 2, not 1"),
@@ -583,13 +583,14 @@ def test_the_runs_own_data_and_features_that_fit_are_the_default(tmp_path, colou
 def test_what_bfloat16_would_save_is_said_before_a_long_run(tmp_path, pipeline, monkeypatch, capsys):
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
     times = itertools.cycle(range(0, 10**6, 30))  # seconds: each evaluation takes 30 s
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(times))
-    evaluation = evaluate.Evaluation(evaluate.EvaluateConfig(str(pipeline), num_images=600, output_dir=str(tmp_path)))
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    config = evaluate.EvaluateConfig(str(pipeline), num_images=600, output_dir=str(tmp_path))
+    evaluation = evaluate.Evaluation(config, Sampler(config))
     capsys.readouterr()
     evaluation.suggest_bfloat16()
     assert capsys.readouterr().out == ""  # nothing would be saved
     steps = iter([0, 30, 30, 60, 60, 90, 0, 15, 15, 30, 30, 45])
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(steps))
+    monkeypatch.setattr("time.perf_counter", lambda: next(steps))
     evaluation.suggest_bfloat16()
     # 50 steps of 6 batches
     text = "The network's evaluations will take about 150 minutes; --dtype bfloat16 would save about 75 of them"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ncsn_diffusers import AnnealedLangevinScheduler, GaussianResidualModel, NCSNPipeline
+from ncsn_diffusers.units import Units
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,13 +71,17 @@ def test_the_linear_answer_is_the_conditional_gaussian(fields, problem):
 
 
 def test_posterior_samples_are_the_conditional_gaussians(fields, problem):
-    """Noise of two sizes, whitened; the data's own Gaussian as the network, in one dimension and two channels."""
+    """Noise of two sizes; the data's own Gaussian as the network, in one dimension and two channels of two units."""
     mean, covariance, known, noise_std, _, measured, (means, conditional) = problem
     rng, scheduler = np.random.default_rng(2), AnnealedLangevinScheduler()
     data = mean + rng.multivariate_normal(np.zeros(12), covariance, 20_000)
+    units = Units([300.0, -5.0], [2.0, 0.5], None, "K")
+    scale, shift = np.repeat([4.0, 1.0], 6), np.repeat([300.0, -5.0], 6)
     network = GaussianResidualModel.fit(torch.from_numpy(data).reshape(-1, 2, 6).float(), scheduler, rank=12)
-    drawn = fields.draw_posterior(network, scheduler, known.reshape(2, 6), noise_std, measured[:2], 2000, 40)
-    drawn = drawn.reshape(2000, 2, 12)
+    pipe = fields.make_pipeline(network, scheduler, units)
+    y, noise_std = measured[:2] * scale[known] + shift[known], noise_std * scale[known]
+    drawn = fields.draw_posterior(pipe, known.reshape(2, 6), noise_std, y, 2000, 40)
+    drawn = (drawn.reshape(2000, 2, 12) - shift) / scale
     np.testing.assert_allclose(drawn.mean(0), means[:2], atol=0.05)
     np.testing.assert_allclose(np.cov(drawn[:, 0].T), conditional, atol=0.05)
 
@@ -135,9 +140,14 @@ def test_temperature(fields, tmp_path, capsys, monkeypatch):
     linear, network = scores["optimal interpolation"], scores["Gaussian network, no correction"]
     assert linear["RMSE of the mean"] < 0.6 < 1 < scores["climatology"]["RMSE of the mean"]
     assert network["RMSE of the mean"] == pytest.approx(linear["RMSE of the mean"], rel=0.15)
-    assert result["units"]["unit"] == "K"
     assert "| optimal interpolation |" in capsys.readouterr().out
-    assert type(NCSNPipeline.from_pretrained(tmp_path).unet) is GaussianResidualModel
+    pipe = NCSNPipeline.from_pretrained(tmp_path)
+    assert type(pipe.unet) is GaussianResidualModel
+    assert pipe.units.name == "K" and pipe.units.value_range is None
+    drawn = pipe(32, 20, generator=torch.Generator().manual_seed(0)).images[:, 0]
+    climate = x[years % 10 >= 2][:, ::2, ::2].mean(0)
+    assert np.abs(drawn.mean(0) - climate).mean() < 0.5  # kelvin; the standard error is 0.3
+    assert (drawn - climate).std() == pytest.approx(pipe.units.data_std, rel=0.15)
     assert (tmp_path / "picture.png").exists()
 
 
@@ -160,4 +170,5 @@ def test_footfall(fields, tmp_path, capsys):
         assert crps["Gaussian conditional"] < 0.8 * crps["days of the same weekday"]
         # not trained, this network is the Gaussian, though not that of the same shrinkage
         assert crps["Gaussian network with correction"] < 1.3 * crps["Gaussian conditional"]
-    assert NCSNPipeline.from_pretrained(tmp_path).image_shape == (18, 24)
+    pipe = NCSNPipeline.from_pretrained(tmp_path)
+    assert pipe.sample_shape == (18, 24) and pipe.units.name == "√(people/hour)"

@@ -1,16 +1,17 @@
-"""The digits that come with the package."""
+"""The digits and the maps of temperature that come with the package."""
 
 import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from networks import AnyClassUNet
 
 import ncsn_diffusers
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
+from ncsn_diffusers import AnnealedLangevinScheduler, GaussianResidualModel, NCSNPipeline, pretrained
 from ncsn_diffusers.evaluation import class_entropy, extract_features, load_digit_classifier
 
 
@@ -30,6 +31,41 @@ def test_loads_without_a_network(monkeypatch):
     assert isinstance(pipe.scheduler, AnnealedLangevinScheduler)
     assert pipe.unet.dtype == torch.float32  # saved in half precision, and computed in single
     assert pipe.unet.config.sample_size == 28
+    assert type(NCSNPipeline.from_pretrained(pretrained("temperature")).unet) is GaussianResidualModel
+
+
+def test_maps_of_temperature():
+    folder = Path(pretrained("temperature"))
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2e6
+    assert "_name_or_path" not in (folder / "unet" / "config.json").read_text()
+    pipe = NCSNPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    maps = pipe(200, generator=torch.Generator().manual_seed(0)).images[:, 0].astype(float)
+    assert maps.shape == (200, 37, 49) and pipe.units.name == "K"
+    # of the 384 training maps: mean and standard deviation at three points, and of all departures and maps' means
+    for place, mean, std in (((18, 24), 288.379, 1.972), ((0, 0), 297.477, 1.242), ((36, 48), 274.561, 1.681)):
+        values = maps[(slice(None), *place)]
+        assert values.mean() == pytest.approx(mean, abs=3 * std / 200**0.5)
+        assert values.std() == pytest.approx(std, rel=0.17)  # three standard errors, and 2 % of the chain
+    assert maps.mean() == pytest.approx(286.2746, abs=0.32)
+    assert maps.std() == pytest.approx(10.634, rel=0.02)
+    assert (maps - maps.mean(0)).std() == pytest.approx(1.718, rel=0.12)
+    assert maps.mean((1, 2)).std() == pytest.approx(1.469, rel=0.17)
+
+
+def test_the_samples_of_maps_are_those_of_the_data():
+    pytest.importorskip("iris_sample_data")
+    netCDF4 = pytest.importorskip("netCDF4")  # noqa: N806
+    import iris_sample_data
+
+    files = [Path(iris_sample_data.path) / f"{name}_north_america.nc" for name in ("A1B", "E1")]
+    data = np.concatenate([netCDF4.Dataset(file).variables["air_temperature"][:] for file in files]).astype(float)
+    data = data[np.tile(np.arange(1860, 2100), 2) % 10 > 1]
+    pipe = NCSNPipeline.from_pretrained(pretrained("temperature"))
+    assert pipe.units.data_mean == pytest.approx(data.mean(), abs=1e-6)
+    assert pipe.units.data_std == pytest.approx((data - data.mean(0)).std(), abs=1e-6)
+    mean = pipe.units.to_data(pipe.unet.mean[None])[0, 0].numpy()
+    np.testing.assert_allclose(mean, data.mean(0), atol=0.01)  # kelvin, in half precision
 
 
 def test_what_is_shipped():
@@ -47,7 +83,7 @@ def test_what_is_shipped():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="`name` must be one of mnist, not 'cifar10'"):
+    with pytest.raises(ValueError, match="`name` must be one of avatars, mnist, temperature, not 'cifar10'"):
         pretrained("cifar10")
     with pytest.raises(ValueError, match=r"not '\.\./assets/mnist'"):
         pretrained("../assets/mnist")

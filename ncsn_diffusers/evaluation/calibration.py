@@ -67,6 +67,7 @@ from .metrics import Metric, mean_and_error, to_dict
 
 IMAGE_TOLERANCE = 0.05  # of images in [0, 1]
 MISSING = 0.7  # of the pixels
+STATIONS = 0.05  # of the points
 BLOCK = 4  # pixels, along each axis
 BLUR_STD, BLUR_RADIUS = 1.5, 4  # pixels
 NUM_SIMULATIONS = 20  # of the floor
@@ -74,13 +75,17 @@ NUM_SIMULATIONS = 20  # of the floor
 # Operators
 
 
-def make_missing_pixels(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    height, width = shape[1:]
-    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(0))
-    kept = order[round(MISSING * height * width) :].sort().values
+def make_missing_pixels(shape: tuple[int, ...], name: str = "missing-pixels", share: float = 1 - MISSING):
+    size = math.prod(shape[1:])
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    kept = order[size - round(share * size) :].sort().values
     if not len(kept):
-        raise ValueError(f"`missing-pixels` leaves nothing of images of {height} × {width} pixels.")
+        raise ValueError(f"`{name}` leaves nothing of {' × '.join(map(str, shape[1:]))} points.")
     return lambda x: x.flatten(2)[..., kept.to(x.device)]
+
+
+def make_stations(shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return make_missing_pixels(shape, "stations", STATIONS)
 
 
 def make_pixelated(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -97,8 +102,13 @@ def make_blurred(shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.
     return make_gaussian_blur(BLUR_STD, BLUR_RADIUS)
 
 
-# Each makes an operator for images of a shape `(channels, height, width)`.
-OPERATORS = {"missing-pixels": make_missing_pixels, "pixelated": make_pixelated, "blurred": make_blurred}
+# Each makes an operator for images or fields of a shape `(channels, ...)`.
+OPERATORS = {
+    "missing-pixels": make_missing_pixels,
+    "stations": make_stations,
+    "pixelated": make_pixelated,
+    "blurred": make_blurred,
+}
 
 
 def make_operator(name: str, shape: tuple[int, int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -107,19 +117,21 @@ def make_operator(name: str, shape: tuple[int, int, int]) -> Callable[[torch.Ten
 
     Args:
         name (`str`):
-            `"missing-pixels"` measures 30 % of the pixels, always the same ones; `"pixelated"` the means of blocks of
-            4 × 4 pixels; `"blurred"` every pixel after a Gaussian blur of standard deviation 1.5 pixels, with
-            reflection at the edges.
-        shape (`tuple[int, int, int]`): `(channels, height, width)` of the images.
+            `"missing-pixels"` measures 30 % of the pixels, always the same ones; `"stations"` 5 % of them;
+            `"pixelated"` the means of blocks of 4 × 4 pixels; `"blurred"` every pixel after a Gaussian blur of standard
+            deviation 1.5 pixels, with reflection at the edges. The last two are for two dimensions.
+        shape (`tuple` of ints): `(channels, ...)` of the images or fields.
 
     Returns:
-        function: A, from `(batch_size, channels, height, width)` to `(batch_size, ...)`.
+        function: A, from `(batch_size, channels, ...)` to `(batch_size, channels, ...)`.
 
     Raises:
         ValueError: there is no such operator, or it does not fit the images.
     """
     if name not in OPERATORS:
         raise ValueError(f"There is no operator {name!r}; there are {', '.join(OPERATORS)}.")
+    if name in ("pixelated", "blurred") and len(shape) != 3:
+        raise ValueError(f"`{name}` is for two dimensions, not for fields of {' × '.join(map(str, shape[1:]))} points.")
     return OPERATORS[name](shape)
 
 
@@ -498,12 +510,14 @@ def calibrate_exact(
     noise_std: float,
     num_images: int,
     num_samples: int,
+    judge: Callable[..., Calibration] = calibrate,
 ) -> Calibration:
     """
     What [`calibrate`] says of exact samples: the floor.
 
     Args:
         images, operator, noise_std, num_images, num_samples: as of [`simulate_exact`].
+        judge (function): instead of [`calibrate`], of the same arguments.
 
     Returns:
         [`Calibration`]: means of 20 simulations; each standard error is the standard deviation of one of them. There is
@@ -512,7 +526,7 @@ def calibrate_exact(
     runs = []
     simulations = simulate_exact(images, operator, noise_std, num_images, num_samples)
     for samples, truths, measurements in islice(simulations, NUM_SIMULATIONS):
-        runs.append(calibrate(samples, truths, measurements, operator, noise_std))
+        runs.append(judge(samples, truths, measurements, operator, noise_std))
 
     def mean_and_deviation(values):
         values = torch.tensor(values, dtype=torch.float64)

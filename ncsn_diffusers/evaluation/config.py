@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..dataset_settings import DatasetSettings
+from ..dataset_settings import ArrayFiles, DatasetSettings
 from ..settings import DType, SamplingConfig
 
-OperatorName = Literal["missing-pixels", "pixelated", "blurred"]
+OperatorName = Literal["missing-pixels", "stations", "pixelated", "blurred"]
 FeaturesName = Literal["digits", "random", "inception"]
 
 
@@ -60,7 +60,8 @@ class MetricSettings:
     """Held-out images that the network's loss at each noise level is averaged over; 0 for none."""
 
     bits_per_dim: int = 0
-    """Held-out images whose likelihood is estimated, with 4 evaluations and backward passes per step; 0 for none."""
+    """Held-out images whose likelihood is estimated, with 4 evaluations and backward passes per step; 0 for none. Of
+    other data than images it is reported as nats per number."""
 
     likelihood_steps: int = 25
     """Integration steps of the likelihood."""
@@ -82,8 +83,9 @@ class PosteriorSettings:
     posterior_samples: int = 8
     """Samples for each measurement."""
 
-    posterior_noise_std: float = 0.025
-    """Standard deviation of the measurements' noise, of images in [0, 1]."""
+    posterior_noise_std: float | None = None
+    """Standard deviation of the measurements' noise, in units of the data; by default 0.025 for images, which are in
+    [0, 1], and a tenth of each channel's standard deviation for other data."""
 
     posterior_steps: int = 25
     """Noise levels of these samples, each of which takes two network evaluations."""
@@ -92,18 +94,22 @@ class PosteriorSettings:
 # Fields come in the reverse order of the bases: `pipeline`, of SamplingConfig, is the first.
 @dataclass
 class EvaluateConfig(
-    PosteriorSettings, MetricSettings, ReferenceSettings, DatasetSettings, ReportSettings, SamplingConfig
+    PosteriorSettings, MetricSettings, ReferenceSettings, ArrayFiles, DatasetSettings, ReportSettings, SamplingConfig
 ):
     """
     Evaluate a trained pipeline: its samples against real images, and its network on held-out ones.
 
     Writes metrics.json and report.md, and keeps the samples and their features, so that a run that was cut short goes
     on where it stopped. With no data set named, samples are compared with the images that the pipeline was trained on,
-    as its folder records them, or else with the embedded digits.
+    as its folder records them, or else with the embedded digits. Signals, maps and volumes are compared without
+    features, in their own units.
 
     Raises:
         ValueError: a setting is out of its range.
     """
+
+    validation_arrays: str | None = None
+    """The same for held-out arrays, instead of `held_out_split`."""
 
     num_images: int = 5000
     """Number of samples."""
@@ -124,11 +130,17 @@ class EvaluateConfig(
                 raise ValueError(f"`posterior` must be different ones of {', '.join(operators)}, not {self.posterior}.")
         if self.features not in (None, *get_args(FeaturesName)):
             raise ValueError(f"`features` must be one of {', '.join(get_args(FeaturesName))}, not {self.features!r}.")
-        if not 0 < self.posterior_noise_std < math.inf:
+        if self.posterior_noise_std is not None and not 0 < self.posterior_noise_std < math.inf:
             raise ValueError(f"`posterior_noise_std` must be above 0, not {self.posterior_noise_std}.")
         for name in ("loss_images", "bits_per_dim", "branch_images"):
             if getattr(self, name) < 0 or getattr(self, name) == 1:
                 raise ValueError(f"`{name}` must be 0 or at least 2, for a standard error, not {getattr(self, name)}.")
+        if self.validation_arrays is not None and self.held_out_split is not None:
+            raise ValueError(
+                f"Give `validation_arrays` or `held_out_split`, not both ({self.validation_arrays!r} and "
+                f"{self.held_out_split!r})."
+            )
+        self.check_array_files()
         if self.channels not in (None, 1, 3, 4):
             raise ValueError(f"`channels` must be 1, 3 or 4, not {self.channels}.")
         super().__post_init__()
@@ -148,7 +160,7 @@ def evaluation_command(config: EvaluateConfig) -> str:
         if isinstance(value, bool):
             words.append(f"--{field.name}" if value else f"--no_{field.name}")
             continue
-        if field.name in ("dataset_name", "train_data_dir", "output_dir"):
+        if field.name in ("dataset_name", "train_data_dir", "train_arrays", "validation_arrays", "output_dir"):
             value = without_parents(value)
         words += [f"--{field.name}", *(map(str, value) if isinstance(value, tuple | list) else [str(value)])]
     return shlex.join(words)

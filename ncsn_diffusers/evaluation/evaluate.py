@@ -6,12 +6,9 @@ kept in the output folder: a run that was cut short goes on where it stopped, an
 computes only what is missing. The batches do not depend on the number of processes, so neither does any metric.
 """
 
-import copy
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
@@ -24,16 +21,12 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel
 
-from .. import precision
 from ..atomic_files import replacing
 from ..data import ImageReader, encode_labels, find_class_names, find_columns, load_training_data, open_images
 from ..dataset_settings import DatasetSettings
-from ..denoiser import Denoiser
-from ..hub.loading import NCSNPipeline
 from ..images import to_uint8
-from ..kept_batches import KeptBatches, fingerprint
-from ..ladder import Ladder
-from ..likelihood import bits_per_dim, loss_per_level
+from ..kept_batches import fingerprint
+from ..likelihood import bits_per_dim
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..pretrained import pretrained
 from ..sampling import NOISE_SEED, Sampler, describe_scheduler, make_generators
@@ -42,6 +35,7 @@ from .branches import log_class_ratio
 from .calibration import calibrate, calibrate_exact, make_operator
 from .config import EvaluateConfig, evaluation_command, without_parents
 from .features import InceptionFeatures, RandomFeatures, extract_features, load_digit_classifier
+from .field_evaluation import FieldEvaluation
 from .metrics import (
     NUM_BLOCKS,
     Metric,
@@ -56,9 +50,7 @@ from .record import (
     ClassRecord,
     DataRecord,
     EvaluationRecord,
-    LevelLoss,
     LikelihoodRecord,
-    LossRecord,
     PosteriorRecord,
     SamplingRecord,
 )
@@ -71,13 +63,13 @@ from .report import (
     plot_reliability,
     update_model_card,
 )
+from .run import RealSource, Run, count_evaluations, find_source
 
 _FEATURE_BATCH = 100  # images
-_NUM_LEVELS = 12  # of the loss
 _BRANCH_LEVELS = 40  # of the integral over noise levels
 _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
 _MAX_GAUSSIAN = 500  # images that the floor's Gaussian has its mean and covariance from
-_LONG_RUN = 600  # seconds of network evaluations, from which on a way to save some is worth a line
+_NOISE_STD = 0.025  # of measurements of images in [0, 1]
 _GO_ON = "Make room and start the same command again: it goes on where it stopped."
 _DIGITS = (1, 28, 28)
 
@@ -95,57 +87,25 @@ class RealImages:
     class_names: list[str]
 
 
-@dataclass(frozen=True)
-class RealSource:
-    """Where the real images come from: the settings of the data set, its splits, and whose choice that is."""
-
-    settings: DatasetSettings
-    reference_split: str
-    held_out_split: str | None
-    is_recorded: bool = False
-
-    @property
-    def name(self) -> str | None:
-        """The data set's name or its folder, without the folders around it; `None` for the embedded digits."""
-        name = self.settings.dataset_name or self.settings.train_data_dir
-        return None if name is None else without_parents(name)
-
-
 def find_real_source(config: EvaluateConfig, pipeline: str, shape: tuple[int, int, int]) -> RealSource:
     """
-    The data set that the config names; else the one that the pipeline was trained on, as training_config.json in its
-    folder records it, with the config's own settings before the recorded ones; else the embedded digits.
+    As [`find_source`], or else the embedded digits.
 
     Raises:
         ValueError: there is none that fits images of this shape, or the recorded folder is not there.
     """
-    names = [field.name for field in fields(DatasetSettings)]
-    settings = DatasetSettings(**{name: getattr(config, name) for name in names})
-    splits = {"reference_split": config.reference_split or "train", "held_out_split": config.held_out_split}
-    if settings.dataset_name or settings.train_data_dir:
-        return RealSource(settings, **splits)
-    path = Path(pipeline) / "training_config.json"
-    if path.is_file():
-        recorded = json.loads(path.read_text())
-        own = {name: value for name, value in vars(settings).items() if value is not None}
-        settings = DatasetSettings(**{name: recorded.get(name) for name in names} | own)
-        splits["reference_split"] = config.reference_split or recorded.get("train_split") or "train"
-        if config.held_out_split is None and config.reference_split is None:
-            splits["held_out_split"] = recorded.get("validation_split")
-        folder = settings.train_data_dir
-        if folder is not None and not Path(folder).is_dir():
-            raise ValueError(
-                f"The pipeline was trained on {folder!r}, which is not a folder here: name it with `train_data_dir`."
-            )
-        return RealSource(settings, **splits, is_recorded=True)
-    if shape != _DIGITS and settings.resolution is None:
+    found = find_source(config, pipeline)
+    if found is None and shape != _DIGITS and config.resolution is None:
         channels, height, width = shape
         raise ValueError(
             f"The pipeline draws images of {height}×{width} pixels and {channels} channels, and its folder does not "
             "record what it was trained on: name images like these with `train_data_dir` or `dataset_name`. Features "
             f"that fit: {', '.join(fitting_features(shape))}."
         )
-    return RealSource(settings, **splits)
+    if found is None:
+        settings = DatasetSettings(**{field.name: getattr(config, field.name) for field in fields(DatasetSettings)})
+        return RealSource(settings, config.reference_split or "train", config.held_out_split)
+    return found
 
 
 def fitting_features(shape: tuple[int, int, int]) -> list[str]:
@@ -268,17 +228,6 @@ def check_numbers(config: EvaluateConfig, source: RealSource, real: RealImages, 
             )
 
 
-@contextmanager
-def count_evaluations(pipe: NCSNPipeline, num: int) -> Iterator[Callable[[], torch.Tensor]]:
-    """How often each of `num` images has gone through the network, for each of them."""
-    rows = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    try:
-        yield lambda: torch.full((num,), sum(rows) // num)
-    finally:
-        hook.remove()
-
-
 def sample_images(sampler: Sampler, indices: range) -> dict[str, torch.Tensor]:
     """uint8 samples, and how often each went through the network."""
     with count_evaluations(sampler.pipe, len(indices)) as evaluations:
@@ -286,12 +235,16 @@ def sample_images(sampler: Sampler, indices: range) -> dict[str, torch.Tensor]:
     return {"images": to_uint8(images).cpu(), "evaluations": evaluations()}
 
 
+def noise_std_of(config: EvaluateConfig) -> float:
+    return _NOISE_STD if config.posterior_noise_std is None else config.posterior_noise_std
+
+
 def measure(config: EvaluateConfig, images: torch.Tensor, operator: Callable) -> torch.Tensor:
     """Measurements `(n, ...)` of images in [0, 1]. The noise of image i is the same whatever n."""
     measured = operator(images)
     shape, seed = measured.shape[1:], config.seed + NOISE_SEED
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(images))]
-    return measured + config.posterior_noise_std * torch.stack(noise)
+    return measured + noise_std_of(config) * torch.stack(noise)
 
 
 def sample_posterior(
@@ -305,7 +258,7 @@ def sample_posterior(
         images = pipe(
             measurements[[i // config.posterior_samples for i in indices]],
             operator,
-            config.posterior_noise_std,
+            noise_std_of(config),
             num_inference_steps=config.posterior_steps,
             num_langevin_steps=config.num_langevin_steps,
             generator=make_generators(config.seed, indices),
@@ -314,30 +267,28 @@ def sample_posterior(
     return {"images": images.float().cpu(), "evaluations": evaluations()}
 
 
-class Evaluation:
-    """One run of [`evaluate`]."""
+class Evaluation(Run):
+    """One run of [`evaluate`] on images."""
 
-    def __init__(self, config: EvaluateConfig):
-        self.config, self.folder = config, Path(config.output_dir)
-        self.sampler = Sampler(config)
-        self.accelerator, self.pipe = self.sampler.accelerator, self.sampler.pipe
-        self.pipe.unet.requires_grad_(False)
+    def __init__(self, config: EvaluateConfig, sampler: Sampler):
+        super().__init__(config, sampler)
         shape = self.pipe.sample_shape
-        self.weights = fingerprint(*self.pipe.unet.state_dict().values())
         self.features = load_features(config.features, self.accelerator, shape)
         self.source = find_real_source(config, self.sampler.name, shape)
-        if self.source.is_recorded:
-            self.accelerator.print(
-                f"Compared with what the pipeline was trained on: {self.source.reference_split!r} of "
-                f"{self.source.name or 'the embedded digits'}."
-            )
+        self.say_source(self.source, "the embedded digits")
         if config.features is None:
             self.accelerator.print(f"Features: {self.features.name}; others: {', '.join(fitting_features(shape))}.")
         self.real = load_real_images(config, self.source, self.accelerator, shape)
         check_numbers(config, self.source, self.real, self.features)
         self.operators = {name: make_operator(name, shape) for name in config.posterior}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.kept = KeptBatches(self.accelerator, self.folder)
+
+    @property
+    def held_out(self) -> torch.Tensor:
+        return self.real.held_out
+
+    def to_network(self, data: torch.Tensor) -> torch.Tensor:
+        return self.pipe.units.to_network(data / 255)
 
     def run(self) -> dict[str, Any] | None:
         config, real = self.config, self.real
@@ -369,41 +320,6 @@ class Evaluation:
         self.accelerator.end_training()
         return found
 
-    @torch.no_grad()
-    def suggest_bfloat16(self) -> None:
-        """Say what `--dtype bfloat16` would save in a long run, by the time of one evaluation in each."""
-        config, pipe, device = self.config, self.pipe, self.accelerator.device
-        is_fast = precision.cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda"
-        if self.sampler.dtype != "float32" or not is_fast or not self.accelerator.is_main_process:
-            return
-        x = torch.zeros(min(config.batch_size, config.num_images), *pipe.sample_shape, device=device)
-
-        def seconds(unet: torch.nn.Module) -> float:
-            whole, times = pipe.unet, []
-            pipe.unet = unet
-            try:
-                for _ in range(3):  # the first to warm up
-                    start = time.perf_counter()
-                    pipe.denoise(x, 1.0).cpu()
-                    times.append(time.perf_counter() - start)
-            finally:
-                pipe.unet = whole
-            return min(times[1:])
-
-        half = copy.deepcopy(pipe.unet).bfloat16()
-        half.to(memory_format=precision.fast_memory_format(device, torch.bfloat16, len(pipe.sample_shape) - 1))
-        steps = self.sampler.num_inference_steps if config.sigmas is None else len(config.sigmas)
-        calls = steps * config.num_images / len(x) / self.accelerator.num_processes
-        whole, saving = calls * seconds(pipe.unet), 0.0
-        if whole > _LONG_RUN:
-            saving = whole - calls * seconds(half)
-        if saving > 0.2 * whole:
-            compiled = "" if config.compile else " `--compile` saves time in a run this long, too."
-            print(
-                f"The network's evaluations will take about {whole / 60:.0f} minutes; --dtype bfloat16 would save "
-                f"about {saving / 60:.0f} of them.{compiled}"
-            )
-
     def describe(self, sets: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """See [`Features`]."""
         described = {
@@ -434,7 +350,7 @@ class Evaluation:
         pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
         held_out = self.real.held_out[: config.posterior_images]
         images, reference = held_out / 255, self.real.reference[:_MAX_GAUSSIAN] / 255
-        num, k, noise_std = len(images), config.posterior_samples, config.posterior_noise_std
+        num, k, noise_std = len(images), config.posterior_samples, noise_std_of(config)
         record = PosteriorRecord(num, k, noise_std, config.posterior_steps)
         depends_on = {
             "pipeline": self.weights,
@@ -486,44 +402,6 @@ class Evaluation:
         mean, error = mean_and_error(table["log_ratios"])
         metric = Metric("mean_log_class_ratio", "mean of log p(c|x)/p(c)", mean, "{:.2f}", standard_error=error)
         return BranchRecord(metric, config.branch_images, math.log(pipe.num_classes))
-
-    def held_out_batch(self, rows: range) -> tuple[torch.Tensor, list[torch.Generator], Denoiser]:
-        """uint8 images, their generators, and the denoiser of as many that are told no class."""
-        images = self.real.held_out[rows.start : rows.stop].to(self.accelerator.device)
-        generators = make_generators(self.config.seed, rows)
-        return images, generators, self.pipe.make_denoiser(batch_size=len(images))
-
-    def in_full_precision(self) -> tuple[Ladder, dict[str, Any]]:
-        """The levels that the network, now in float32, was trained on; what results of held-out images depend on."""
-        self.pipe.unet.float()  # a likelihood needs more digits than half precision has
-        ladder = AnnealedLangevinScheduler.from_config(self.pipe.scheduler.config)
-        depends_on = {
-            "pipeline": self.weights,
-            "ladder": dict(ladder.config),
-            "images": fingerprint(self.real.held_out),
-            "seed": self.config.seed,
-            "batch_size": self.config.batch_size,
-        }
-        return ladder.ladder, depends_on
-
-    def evaluate_losses(self) -> LossRecord | None:
-        """The network's loss at each noise level, of held-out images."""
-        number = min(self.config.loss_images, len(self.real.held_out))
-        if not number:
-            return None
-        ladder, depends_on = self.in_full_precision()
-        sigmas = np.geomspace(ladder.largest, ladder.smallest, _NUM_LEVELS).tolist()
-
-        def compute_losses(rows: range) -> dict[str, torch.Tensor]:
-            images, generators, denoiser = self.held_out_batch(rows)
-            noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators]).to(images.device)
-            x0 = self.pipe.units.to_network(images / 255)
-            return {"losses": loss_per_level(denoiser, x0, noise, sigmas).T.cpu()}
-
-        depends_on |= {"sigmas": sigmas}
-        table = self.kept.compute("losses", depends_on, number, self.config.batch_size, compute_losses)
-        columns = zip(sigmas, table["losses"].T, strict=True)
-        return LossRecord(number, [LevelLoss(sigma, *mean_and_error(column)) for sigma, column in columns])
 
     def evaluate_likelihood(self) -> LikelihoodRecord | None:
         """Bits per dimension of held-out images."""
@@ -646,7 +524,7 @@ class Evaluation:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """
-    Draw samples with a trained pipeline and measure how far they are from real images.
+    Draw samples with a trained pipeline and measure how far they are from real images, or other real data.
 
     Writes metrics.json, report.md, its plots and kept batches into `config.output_dir`, and draws only what is not
     there yet. Under `accelerate launch` the processes share the work, and each of them makes this call.
@@ -666,4 +544,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         FloatingPointError: a sample is not finite.
     """
     require_torch_fidelity()
-    return Evaluation(config).run()
+    sampler = Sampler(config)
+    kind = Evaluation if sampler.pipe.draws_images else FieldEvaluation
+    return kind(config, sampler).run()

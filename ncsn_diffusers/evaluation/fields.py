@@ -6,8 +6,8 @@ and any units. Three questions are asked of n samples and a reference:
 
 * **Marginals**: is each channel's distribution of values right? The Wasserstein-1 distance, in the units of the data:
   how far values have to be moved on average. See [`marginal_distances`].
-* **Spectrum**: is the variance at each wavenumber right? The power spectrum, averaged over directions, over that of the
-  reference, for each channel. See [`power_spectrum`] and [`spectrum_ratio`].
+* **Spectrum**: is the variance at each wavenumber right? The power spectrum of departures from the mean field, averaged
+  over directions, over that of the reference, for each channel. See [`power_spectrum`] and [`spectrum_ratio`].
 * **Everything at once**: the kernel distance of [`kernel_distance`](metrics.py) on values that are standardized by the
   reference, averaged over blocks so that a field has few numbers. See [`standardize`].
 
@@ -116,7 +116,9 @@ def power_spectrum(fields: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def spectrum_ratio(reference: torch.Tensor, fields: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The mean [`power_spectrum`] of fields over that of the reference.
+    The mean [`power_spectrum`] of fields over that of the reference, both less the reference's mean field, whose power
+    would hide everything else. The reference's own departures from its mean are a little too small, by 1/m, and those
+    of other fields too large: the ratio is corrected for both.
 
     Args:
         reference, fields: see [`marginal_distances`].
@@ -129,8 +131,9 @@ def spectrum_ratio(reference: torch.Tensor, fields: torch.Tensor) -> tuple[torch
         ValueError: see [`marginal_distances`] and [`power_spectrum`].
     """
     _check(reference=reference, fields=fields)
-    (wavenumbers, real), (_, power) = power_spectrum(reference), power_spectrum(fields)
-    ratio = power.mean(0) / real.mean(0)
+    mean, num = reference.double().mean(0), len(reference)
+    (wavenumbers, real), (_, power) = power_spectrum(reference - mean), power_spectrum(fields - mean)
+    ratio = (num - 1) / (num + 1) * power.mean(0) / real.mean(0)
     relative = [(x.std(0) / (len(x) ** 0.5 * x.mean(0))).square() for x in (real, power)]
     return wavenumbers, ratio, ratio * (relative[0] + relative[1]).sqrt()
 

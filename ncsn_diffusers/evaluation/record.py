@@ -65,7 +65,7 @@ class LossRecord:
 
 @dataclass
 class LikelihoodRecord:
-    """Bits per dimension of `number` held-out images, in `steps` integration steps."""
+    """Bits per dimension of `number` held-out images, or nats per number of other data, in `steps` steps."""
 
     bits: Metric
     number: int
@@ -83,11 +83,14 @@ class BranchRecord:
 
 @dataclass
 class PosteriorRecord:
-    """Samples given measurements, for each operator those of the pipeline and exact ones."""
+    """
+    Samples given measurements, for each operator (and channel of data that are no images) those of the pipeline and
+    exact ones. `noise_std` is that of all channels or of each.
+    """
 
     images: int
     samples: int
-    noise_std: float
+    noise_std: float | list[float]
     steps: int
     evaluations: int = 0
     operators: dict[str, tuple[Calibration, Calibration]] = field(default_factory=dict)
@@ -99,6 +102,24 @@ class PosteriorRecord:
             name: samples.to_dict() | {"exact": exact.to_dict()} for name, (samples, exact) in self.operators.items()
         }
         return settings | {"operators": operators}
+
+
+@dataclass
+class SpectrumRecord:
+    """
+    The power spectra of data that are no images over that of the reference.
+
+    Args:
+        unit (`str`, *optional*): of the data.
+        wavenumbers (`list[float]` of length `bins`): in cycles per grid step.
+        samples, floor (`dict`):
+            Of samples and of held-out data, `"ratios"` and their standard errors `"errors"`, `(channels, bins)`.
+    """
+
+    unit: str | None
+    wavenumbers: list[float]
+    samples: dict[str, list[list[float]]]
+    floor: dict[str, list[list[float]]]
 
 
 @dataclass
@@ -114,6 +135,7 @@ class EvaluationRecord:
         sampling, data: what the metrics depend on.
         samples, floor (`list[Metric]`): of the samples and of held-out real images, in the same order.
         classes, losses, likelihood, branches, posterior: what else was asked for.
+        spectrum ([`SpectrumRecord`], *optional*): of data that are no images.
     """
 
     pipeline: str
@@ -130,6 +152,7 @@ class EvaluationRecord:
     likelihood: LikelihoodRecord | None = None
     branches: BranchRecord | None = None
     posterior: PosteriorRecord | None = None
+    spectrum: SpectrumRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As metrics.json has it: what was not asked for is left out."""
@@ -142,11 +165,13 @@ class EvaluationRecord:
             entries |= {"loss_images": self.losses.number, "loss_per_level": [vars(x) for x in self.losses.levels]}
         if self.likelihood is not None:
             bits = self.likelihood.bits
-            entries["bits_per_dim"] = {"mean": bits.value, "standard_error": bits.standard_error}
-            entries["bits_per_dim"] |= {"number": self.likelihood.number, "steps": self.likelihood.steps}
+            entries[bits.key] = {"mean": bits.value, "standard_error": bits.standard_error}
+            entries[bits.key] |= {"number": self.likelihood.number, "steps": self.likelihood.steps}
         if self.branches is not None:
             entries["branches"] = self.branches.log_ratio.to_dict()
             entries["branches"] |= {"number": self.branches.number, "most": self.branches.most}
         if self.posterior is not None:
             entries["posterior"] = self.posterior.to_dict()
+        if self.spectrum is not None:
+            entries["spectrum"] = asdict(self.spectrum)
         return entries

@@ -172,7 +172,7 @@ def make_report(record: EvaluationRecord) -> str:
     ]
     for part, describe in (
         (record.classes, _class_lines),
-        (record.losses, _loss_lines),
+        (record.losses, loss_lines),
         (record.likelihood, _likelihood_lines),
         (record.branches, _branch_lines),
         (record.posterior, _posterior_lines),
@@ -188,11 +188,12 @@ def _class_lines(classes: ClassRecord) -> list[str]:
     return ["## Classes", "", f"By {classes.classes_by}.{named}", "", "![shares of the classes](classes.png)"]
 
 
-def _loss_lines(losses: LossRecord) -> list[str]:
+def loss_lines(losses: LossRecord, what: str = "images") -> list[str]:
+    """The section on the network's loss, of so many `what`."""
     return [
         "## The network",
         "",
-        f"Denoising score matching loss ½ ‖sigma score + z‖² per dimension, mean of {losses.number:,} held-out images:",
+        f"Denoising score matching loss ½ ‖sigma score + z‖² per dimension, mean of {losses.number:,} held-out {what}:",
         "",
         "![loss at each noise level](losses.png)",
         "",
@@ -227,7 +228,8 @@ def _branch_lines(branches: BranchRecord) -> list[str]:
     ]
 
 
-def _posterior_lines(posterior: PosteriorRecord) -> list[str]:
+def calibration_table(posterior: PosteriorRecord) -> list[str]:
+    """A row for each operator, and one for exact samples."""
     found = {}
     for name, (samples, exact) in posterior.operators.items():
         found[name], found[f"{name}, exact"] = samples.metrics, exact.metrics
@@ -236,6 +238,10 @@ def _posterior_lines(posterior: PosteriorRecord) -> list[str]:
     for name, metrics in found.items():
         values = {metric.key: str(metric) for metric in metrics}
         table.append([name, *(values.get(key, "") for key in columns)])
+    return [f"| {' | '.join(cells)} |" for cells in table]
+
+
+def _posterior_lines(posterior: PosteriorRecord) -> list[str]:
     return [
         "## Given a measurement",
         "",
@@ -243,7 +249,7 @@ def _posterior_lines(posterior: PosteriorRecord) -> list[str]:
         f"deviation {posterior.noise_std:g} in units of the data, {posterior.evaluations:,} network evaluations "
         "for each sample.",
         "",
-        *(f"| {' | '.join(cells)} |" for cells in table),
+        *calibration_table(posterior),
         "",
         "± is the standard error over the images. CRPS is the continuous ranked probability score, for a range of 1: "
         "the less, the better. Coverage is the share of the pixels whose true value lies between the least and the "

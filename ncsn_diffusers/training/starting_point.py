@@ -5,7 +5,6 @@ A run that resumes takes both from its checkpoint, so the pipeline may be gone b
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -14,7 +13,7 @@ from diffusers import ModelMixin
 from ..hub.configs import NETWORKS
 from ..hub.loading import NCSNPipeline
 from ..networks_ncsn import RefineNet2DModel
-from ..pretrained import pretrained
+from ..pretrained import find_pipeline
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import Units
 from .config import GIVEN_BY_PIPELINE, TrainingConfig
@@ -72,7 +71,7 @@ def find_starting_point(config: TrainingConfig, manifest: dict | None) -> Starti
     if name is None:
         return None
     try:
-        pipe = NCSNPipeline.from_pretrained(_find_source(name))
+        pipe = NCSNPipeline.from_pretrained(find_pipeline(name))
     except (OSError, ValueError) as error:
         raise ValueError(f"{_NAME}={name!r} cannot be loaded: {error}") from error
     network = pipe.unet.float().train().requires_grad_(True)  # float16 rounds small updates away
@@ -83,15 +82,6 @@ def find_starting_point(config: TrainingConfig, manifest: dict | None) -> Starti
         )
     scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config)
     return StartingPoint(name, network, scheduler, pipe.config.num_inference_steps, pipe.units)
-
-
-def _find_source(name: str) -> str:
-    if os.path.isdir(name):
-        return name
-    try:
-        return pretrained(name)
-    except ValueError:
-        return name  # an id on the Hub
 
 
 def fill_settings(config: TrainingConfig, start: StartingPoint) -> TrainingConfig:

@@ -1,0 +1,195 @@
+"""What evaluations of images and of other data share: where real data are, kept batches, the network's loss."""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import precision
+from ..dataset_settings import DatasetSettings
+from ..denoiser import Denoiser
+from ..hub.loading import NCSNPipeline
+from ..kept_batches import KeptBatches, fingerprint
+from ..ladder import Ladder
+from ..likelihood import loss_per_level
+from ..sampling import Sampler, make_generators
+from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
+from .config import EvaluateConfig, without_parents
+from .metrics import mean_and_error
+from .record import LevelLoss, LossRecord
+
+SOURCES = ("train_arrays", "dataset_name", "train_data_dir")  # settings that name data
+_NUM_LEVELS = 12  # of the loss
+_LONG_RUN = 600  # seconds of network evaluations, from which on a way to save some is worth a line
+
+
+@dataclass(frozen=True)
+class RealSource:
+    """Where the real images come from: the settings of the data set, its splits, and whose choice that is."""
+
+    settings: DatasetSettings
+    reference_split: str
+    held_out_split: str | None
+    is_recorded: bool = False
+
+    @property
+    def name(self) -> str | None:
+        """The data's name or their place, without the folders around it; `None` for the embedded digits."""
+        name = next((found for key in SOURCES if (found := getattr(self.settings, key, None))), None)
+        return None if name is None else without_parents(name)
+
+
+def find_source(
+    config: EvaluateConfig, pipeline: str, kind: type[DatasetSettings] = DatasetSettings
+) -> RealSource | None:
+    """
+    The data that the config names; else those that the pipeline was trained on, as training_config.json in its folder
+    records them, with the config's own settings before the recorded ones; else `None`. `kind` has the settings.
+
+    Raises:
+        ValueError: the recorded file or folder is not there.
+    """
+    names = [field.name for field in fields(kind)]
+    settings = kind(**{name: getattr(config, name) for name in names})
+    splits = {"reference_split": config.reference_split or "train", "held_out_split": config.held_out_split}
+    if any(getattr(settings, name, None) for name in SOURCES):
+        return RealSource(settings, **splits)
+    path = Path(pipeline) / "training_config.json"
+    if not path.is_file():
+        return None
+    recorded = json.loads(path.read_text())
+    defaults = kind()
+    own = {name: value for name, value in vars(settings).items() if value != getattr(defaults, name)}
+    settings = kind(**{name: recorded.get(name, getattr(defaults, name)) for name in names} | own)
+    splits["reference_split"] = config.reference_split or recorded.get("train_split") or "train"
+    if config.held_out_split is None and config.reference_split is None:
+        splits["held_out_split"] = recorded.get("validation_split")
+    for name in ("train_data_dir", "train_arrays", "validation_arrays"):
+        place = getattr(settings, name, None)
+        if place is not None and not Path(place).exists():
+            what = "folder" if name == "train_data_dir" else "file or folder"
+            raise ValueError(
+                f"The pipeline was trained on {place!r}, which is not a {what} here: name it with `{name}`."
+            )
+    return RealSource(settings, **splits, is_recorded=True)
+
+
+@contextmanager
+def count_evaluations(pipe: NCSNPipeline, num: int) -> Iterator[Callable[[], torch.Tensor]]:
+    """How often each of `num` images has gone through the network, for each of them."""
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    try:
+        yield lambda: torch.full((num,), sum(rows) // num)
+    finally:
+        hook.remove()
+
+
+class Run:
+    """
+    A run of [`evaluate`].
+
+    Args:
+        config ([`EvaluateConfig`]): what to evaluate, and how.
+        sampler ([`Sampler`]): with the pipeline.
+    """
+
+    held_out: torch.Tensor  # real data in the form in which they are kept
+
+    def __init__(self, config: EvaluateConfig, sampler: Sampler):
+        self.config, self.sampler, self.folder = config, sampler, Path(config.output_dir)
+        self.accelerator, self.pipe = sampler.accelerator, sampler.pipe
+        self.pipe.unet.requires_grad_(False)
+        self.weights = fingerprint(*self.pipe.unet.state_dict().values())
+        self.kept = KeptBatches(self.accelerator, self.folder)
+
+    def to_network(self, data: torch.Tensor) -> torch.Tensor:
+        """Some of `held_out` in the network's units, float32."""
+        raise NotImplementedError
+
+    def say_source(self, source: RealSource, otherwise: str) -> None:
+        if source.is_recorded:
+            self.accelerator.print(
+                f"Compared with what the pipeline was trained on: {source.reference_split!r} of "
+                f"{source.name or otherwise}."
+            )
+
+    @torch.no_grad()
+    def suggest_bfloat16(self) -> None:
+        """Say what `--dtype bfloat16` would save in a long run, by the time of one evaluation in each."""
+        config, pipe, device = self.config, self.pipe, self.accelerator.device
+        is_fast = precision.cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda"
+        if self.sampler.dtype != "float32" or not is_fast or not self.accelerator.is_main_process:
+            return
+        x = torch.zeros(min(config.batch_size, config.num_images), *pipe.sample_shape, device=device)
+
+        def seconds(unet: torch.nn.Module) -> float:
+            whole, times = pipe.unet, []
+            pipe.unet = unet
+            try:
+                for _ in range(3):  # the first to warm up
+                    start = time.perf_counter()
+                    pipe.denoise(x, 1.0).cpu()
+                    times.append(time.perf_counter() - start)
+            finally:
+                pipe.unet = whole
+            return min(times[1:])
+
+        half = copy.deepcopy(pipe.unet).bfloat16()
+        half.to(memory_format=precision.fast_memory_format(device, torch.bfloat16, len(pipe.sample_shape) - 1))
+        steps = self.sampler.num_inference_steps if config.sigmas is None else len(config.sigmas)
+        calls = steps * config.num_images / len(x) / self.accelerator.num_processes
+        whole, saving = calls * seconds(pipe.unet), 0.0
+        if whole > _LONG_RUN:
+            saving = whole - calls * seconds(half)
+        if saving > 0.2 * whole:
+            compiled = "" if config.compile else " `--compile` saves time in a run this long, too."
+            print(
+                f"The network's evaluations will take about {whole / 60:.0f} minutes; --dtype bfloat16 would save "
+                f"about {saving / 60:.0f} of them.{compiled}"
+            )
+
+    def held_out_batch(self, rows: range) -> tuple[torch.Tensor, list[torch.Generator], Denoiser]:
+        """Held-out data, their generators, and the denoiser of as many that are told no class."""
+        data = self.held_out[rows.start : rows.stop].to(self.accelerator.device)
+        generators = make_generators(self.config.seed, rows)
+        return data, generators, self.pipe.make_denoiser(batch_size=len(data))
+
+    def in_full_precision(self) -> tuple[Ladder, dict[str, Any]]:
+        """The levels that the network, now in float32, was trained on; what results of held-out data depend on."""
+        self.pipe.unet.float()  # a likelihood needs more digits than half precision has
+        ladder = AnnealedLangevinScheduler.from_config(self.pipe.scheduler.config)
+        depends_on = {
+            "pipeline": self.weights,
+            "ladder": dict(ladder.config),
+            "images": fingerprint(self.held_out),
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size,
+        }
+        return ladder.ladder, depends_on
+
+    def evaluate_losses(self) -> LossRecord | None:
+        """The network's loss at each noise level, of held-out data."""
+        number = min(self.config.loss_images, len(self.held_out))
+        if not number:
+            return None
+        ladder, depends_on = self.in_full_precision()
+        sigmas = np.geomspace(ladder.largest, ladder.smallest, _NUM_LEVELS).tolist()
+
+        def compute_losses(rows: range) -> dict[str, torch.Tensor]:
+            data, generators, denoiser = self.held_out_batch(rows)
+            x0 = self.to_network(data)
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
+            return {"losses": loss_per_level(denoiser, x0, noise, sigmas).T.cpu()}
+
+        depends_on |= {"sigmas": sigmas}
+        table = self.kept.compute("losses", depends_on, number, self.config.batch_size, compute_losses)
+        columns = zip(sigmas, table["losses"].T, strict=True)
+        return LossRecord(number, [LevelLoss(sigma, *mean_and_error(column)) for sigma, column in columns])

@@ -672,8 +672,8 @@ def test_errors_on_the_command_line(monkeypatch, tmp_path, pipeline):
 
 
 def test_the_noise_of_measurements_is_not_that_of_a_chain():
-    config = evaluate.EvaluateConfig("nowhere", posterior_noise_std=1.0, seed=3)
-    noise = evaluate.measure(config, torch.zeros(4, 1, 28, 28), lambda x: x)
+    config = evaluate.EvaluateConfig("nowhere", seed=3)
+    noise = evaluate.measure(config, torch.zeros(4, 1, 28, 28), lambda x: x, 1.0)
     chains = torch.stack([torch.randn((1, 28, 28), generator=torch.Generator().manual_seed(3 + i)) for i in range(4)])
     correlations = (noise.flatten(1) @ chains.flatten(1).T) / 784
     assert correlations.abs().max() < 5 / 28  # five standard errors

@@ -86,7 +86,9 @@ def given(pipelines: Path) -> dict[str, object]:
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_blocks(page, pipelines, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ncsn_diffusers, "pretrained", lambda name: str(pipelines / "classes"))
+    shipped = ncsn_diffusers.pretrained
+    untrained = {"mnist": str(pipelines / "classes")}
+    monkeypatch.setattr(ncsn_diffusers, "pretrained", lambda name: untrained.get(name) or shipped(name))
     (tmp_path / "my-ncsn").symlink_to(pipelines / "plain")
     for block in blocks(page, "python"):
         where = f"{page.name}, line {block.line}"

@@ -63,7 +63,7 @@ from .report import (
     plot_reliability,
     update_model_card,
 )
-from .run import RealSource, Run, count_evaluations, find_source
+from .run import RealSource, Run, count_evaluations, find_source, measure
 
 _FEATURE_BATCH = 100  # images
 _BRANCH_LEVELS = 40  # of the integral over noise levels
@@ -239,14 +239,6 @@ def noise_std_of(config: EvaluateConfig) -> float:
     return _NOISE_STD if config.posterior_noise_std is None else config.posterior_noise_std
 
 
-def measure(config: EvaluateConfig, images: torch.Tensor, operator: Callable) -> torch.Tensor:
-    """Measurements `(n, ...)` of images in [0, 1]. The noise of image i is the same whatever n."""
-    measured = operator(images)
-    shape, seed = measured.shape[1:], config.seed + NOISE_SEED
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(images))]
-    return measured + noise_std_of(config) * torch.stack(noise)
-
-
 def sample_posterior(
     pipe: NCSNPosteriorPipeline, config: EvaluateConfig, operator: Callable, measurements: torch.Tensor, indices: range
 ) -> dict[str, torch.Tensor]:
@@ -363,7 +355,7 @@ class Evaluation(Run):
             **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "batch_size")},
         }
         for name, operator in self.operators.items():
-            y = measure(config, images, operator)
+            y = measure(config, images, operator, noise_std)
             function = partial(sample_posterior, pipe, config, operator, y)
             table = self.kept.compute(f"posterior-{name}", depends_on, num * k, config.batch_size, function)
             record.evaluations = table["evaluations"].max().item()

@@ -33,7 +33,7 @@ from ..dataset_settings import ArrayFiles, DatasetSettings
 from ..kept_batches import fingerprint
 from ..likelihood import nats_per_number
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
-from ..sampling import NOISE_SEED, Sampler, describe_scheduler, make_generators
+from ..sampling import Sampler, describe_scheduler, make_generators
 from ..sheets import plot_fields
 from .calibration import Calibration, calibrate_exact, calibrate_values, make_operator
 from .config import EvaluateConfig, evaluation_command, without_parents
@@ -42,7 +42,7 @@ from .fields import compare_fields, nearest_fields
 from .metrics import Metric, mean_and_error
 from .record import DataRecord, EvaluationRecord, LikelihoodRecord, PosteriorRecord, SamplingRecord, SpectrumRecord
 from .report import plot_losses, plot_reliability
-from .run import RealSource, Run, count_evaluations, find_source
+from .run import RealSource, Run, count_evaluations, find_source, measure
 
 _LEAST = 20  # samples, and real ones
 _MOST_REFERENCE = 10_000  # real samples that are compared with, unless it is said how many
@@ -246,10 +246,7 @@ class FieldEvaluation(Run):
             **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "batch_size")},
         }
         for name, operator in self.operators.items():
-            measured, generators = operator(truths), make_generators(config.seed + NOISE_SEED, range(num))
-            noise = [torch.randn(measured.shape[1:], generator=g) for g in generators]
-            per_channel = noise_std.float().reshape(-1, *[1] * (measured.ndim - 2))
-            y = measured + per_channel * torch.stack(noise)
+            y = measure(config, truths, operator, noise_std.float())
             function = partial(self.draw_posterior, pipe, operator, y, noise_std.flatten().float())
             table = self.kept.compute(f"posterior-{name}", depends_on, num * k, config.batch_size, function)
             record.evaluations = table["evaluations"].max().item()

@@ -19,7 +19,7 @@ from ..hub.loading import NCSNPipeline
 from ..kept_batches import KeptBatches, fingerprint
 from ..ladder import Ladder
 from ..likelihood import loss_per_level
-from ..sampling import Sampler, make_generators
+from ..sampling import NOISE_SEED, Sampler, make_generators
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import EvaluateConfig, without_parents
 from .metrics import mean_and_error
@@ -90,6 +90,20 @@ def count_evaluations(pipe: NCSNPipeline, num: int) -> Iterator[Callable[[], tor
         yield lambda: torch.full((num,), sum(rows) // num)
     finally:
         hook.remove()
+
+
+def measure(
+    config: EvaluateConfig, data: torch.Tensor, operator: Callable, noise_std: float | torch.Tensor
+) -> torch.Tensor:
+    """
+    Measurements `(n, ...)` of data in their own units, with noise of one standard deviation or of one for each channel.
+    The noise of sample i is the same whatever n, and not that of the chains.
+    """
+    measured = operator(data)
+    shape, generators = measured.shape[1:], make_generators(config.seed + NOISE_SEED, range(len(data)))
+    if isinstance(noise_std, torch.Tensor):
+        noise_std = noise_std.reshape(-1, *[1] * (measured.ndim - 2))
+    return measured + noise_std * torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 class Run:

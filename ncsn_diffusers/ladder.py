@@ -73,8 +73,7 @@ class Ladder:
         log_sigmas = self._logs(index)
         index = index.clamp(0, len(self) - 1)
         lower = index.floor().clamp(max=len(self) - 2)
-        # `take`, since indexing by a tensor without dimensions would wait for the device
-        below, above = log_sigmas.take(lower.long()), log_sigmas.take(lower.long() + 1)
+        below, above = _look_up(log_sigmas, lower.long()), _look_up(log_sigmas, lower.long() + 1)
         return torch.lerp(below, above, index - lower).exp()
 
     def index_of(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
@@ -93,7 +92,7 @@ class Ladder:
         log_sigmas = self._logs(sigma)
         values = sigma.log().clamp(log_sigmas[0], log_sigmas[-1])
         upper = torch.searchsorted(log_sigmas, values).clamp(1, len(self) - 1)
-        below, above = log_sigmas.take(upper - 1), log_sigmas.take(upper)
+        below, above = _look_up(log_sigmas, upper - 1), _look_up(log_sigmas, upper)
         return upper - 1 + (values - below) / (above - below)
 
     def _logs(self, like: torch.Tensor) -> torch.Tensor:
@@ -102,6 +101,14 @@ class Ladder:
         if key not in self._log_sigmas:
             self._log_sigmas[key] = torch.from_numpy(np.log(self.sigmas)).to(like.dtype).to(like.device)
         return self._log_sigmas[key]
+
+
+def _look_up(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """
+    `values[index]`, which for an index without dimensions would wait for the device. `take` has no kernel for Apple's
+    GPUs.
+    """
+    return values.index_select(0, index.flatten()).reshape(index.shape)
 
 
 def betas_to_sigmas(betas: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def test_images_that_become_too_small_are_refused_before_they_are_read(small, mo
     deep = {"architecture": "ncsnv2", "block_out_channels": (8,) * 5}
     with pytest.raises(ValueError, match=r"8×4 are halved 2 times by .*; both sides must be at least 8"):
         make_network(small(**deep), AnnealedLangevinScheduler(), (1, 8, 4))
-    monkeypatch.setattr(training, "open_training_images", None)
+    monkeypatch.setattr(training, "open_training_data", None)
     with pytest.raises(ValueError, match=r"4×4 are halved 2 times by .*; both sides must be at least 8"):
         train(small(**deep, resolution=4))
     with pytest.raises(ValueError, match=r"2×2 are a single point before .* halved 2 times.* side must be at least 3"):
@@ -144,7 +144,7 @@ def test_the_command_repeats_the_run(architecture):
     config = TrainingConfig(architecture=architecture, sigma_min=0.05, mixed_precision="bf16")
     words = training_command(config).split()
     assert words[4:] == ["--architecture", architecture, "--sigma_min", "0.05", "--mixed_precision", "bf16"]
-    assert cli.parse(TrainingConfig, words[4:], "name", "example") == config
+    assert TrainingConfig(**cli.parse(TrainingConfig, words[4:], "name", "example")) == config
 
 
 # The networks and their loss
@@ -338,6 +338,6 @@ def test_its_loss_at_each_level_is_below_that_of_the_score_0(run):
     pixels, noise = torch.randn(2, 100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(MEAN).float() + DEVIATION * pixels
     sigmas = [1.0, 0.3, 0.1]
-    losses = loss_per_level(pipe.unet, pipe.scheduler, images, noise, sigmas).mean(1)
+    losses = loss_per_level(pipe.make_denoiser(), images, noise, sigmas).mean(1)
     least = [0.5 * DEVIATION**2 / (DEVIATION**2 + sigma**2) for sigma in sigmas]
     assert losses.tolist() == pytest.approx(least, abs=0.1)

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
+from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.networks_ncsn import (
     GaussianResidualModel,
     InstanceNorm2dPlus,
@@ -19,7 +20,6 @@ from ncsn_diffusers.networks_ncsn import (
     RefineNet2DModel,
     UNetNDModel,
 )
-from ncsn_diffusers.score_matching import denoise
 from ncsn_diffusers.training import TrainingConfig, make_unet, train
 from ncsn_diffusers.training.network import describe_choice
 
@@ -320,7 +320,7 @@ def test_pipelines_of_any_dimension_come_back(size, tmp_path):
     NCSNPipeline(network, AnnealedLangevinScheduler()).save_pretrained(tmp_path)
     pipe = NCSNPipeline.from_pretrained(tmp_path)
     assert type(pipe.unet) is UNetNDModel
-    assert pipe.image_shape == (2, *size)
+    assert pipe.sample_shape == (2, *size)
     x = torch.randn(2, 2, *size)
     assert torch.equal(pipe.unet(x, 3.5).sample, network(x, 3.5).sample)
 
@@ -421,17 +421,19 @@ def test_the_gaussians_denoiser_is_exact_at_every_level(gaussian, sigma):
     size = gaussian[0].numel()
     covariance = torch.cov(gaussian.double().flatten(1).T)
     x = gaussian[:3] + sigma * torch.randn(3, *gaussian.shape[1:])
-    t = scheduler.sigma_to_t(torch.full((3,), sigma))
+    sigmas = torch.full((3,), sigma)
     network = GaussianResidualModel.fit(gaussian, scheduler, rank=size)
     expected = exact_denoised(gaussian, covariance, x, sigma)
-    torch.testing.assert_close(denoise(network, scheduler, x, t), expected, rtol=0, atol=3e-4 * max(1, sigma**0.5))
+    denoised = Denoiser.of(network, scheduler)(x, sigmas)
+    torch.testing.assert_close(denoised, expected, rtol=0, atol=3e-4 * max(1, sigma**0.5))
 
     network = GaussianResidualModel.fit(gaussian, scheduler, rank=4)  # the rest is the same in all directions
     values, vectors = torch.linalg.eigh(covariance)
     rest = values[:-4].mean()
     low_rank = vectors[:, -4:] @ torch.diag(values[-4:] - rest) @ vectors[:, -4:].T + rest * torch.eye(size)
     expected = exact_denoised(gaussian, low_rank, x, sigma)
-    torch.testing.assert_close(denoise(network, scheduler, x, t), expected, rtol=0, atol=3e-4 * max(1, sigma**0.5))
+    denoised = Denoiser.of(network, scheduler)(x, sigmas)
+    torch.testing.assert_close(denoised, expected, rtol=0, atol=3e-4 * max(1, sigma**0.5))
 
 
 def test_far_apart_points_are_taken_to_be_independent():

@@ -63,8 +63,8 @@ def test_train_from_a_folder(tmp_path, images, launcher):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prediction_type", "noise"], "`prediction_type` must be one of v_prediction"),
-        (["--train_data_dir", "nowhere"], "`train_data_dir`='nowhere' is not a folder"),
+        (["--prediction_type", "noise"], "--prediction_type must be one of v_prediction"),
+        (["--train_data_dir", "nowhere"], "--train_data_dir='nowhere' is not a folder"),
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--num_epochs", "many"], "many"),
     ],

@@ -16,6 +16,7 @@ from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, pretrained
 from ncsn_diffusers.networks_ncsn import RefineNet2DModel
 from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, train
 from ncsn_diffusers.training.config import training_command
+from ncsn_diffusers.units import Units, image_units
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_it_resumes_without_the_pipeline(small, tmp_path, kind):
     assert configs[0] == configs[1]
     if kind == "ddpm":  # its own levels, which are not geometric
         alphas = DDPMScheduler(num_train_timesteps=50, beta_end=0.2).alphas_cumprod.double()
-        sigmas = resumed.scheduler.index_to_sigma(torch.arange(50.0)).double()
+        sigmas = resumed.scheduler.ladder.sigma_at(torch.arange(50, dtype=torch.float64))
         torch.testing.assert_close(sigmas, ((1 - alphas) / alphas).sqrt(), rtol=1e-4, atol=0)
     assert checkpoints.latest(tmp_path / "out").name == "checkpoint-3"
     for name in (None, str(tmp_path / "other")):
@@ -208,8 +209,16 @@ def test_images_that_do_not_fit_are_refused(small, tmp_path):
         ValueError, match=r"variance'.*(takes 1 channels and returns 2|`out_channels` must equal `in_channels`=1)"
     ):
         Trainer(small(pretrained_model_name_or_path=str(tmp_path / "variance")))
-    save(tmp_path / "range", data_min=0.0)
-    with pytest.raises(ValueError, match=r"range': its data are in \[0, 1\], and those here in \[-1, 1\]"):
+    save(tmp_path / "range", **image_units(0.0))  # [0, 1] to the network, too
+    with pytest.raises(ValueError, match=r"the data set holds images, .* `data_mean`=0.0, `data_std`=0.5, .*as arrays"):
         Trainer(small(pretrained_model_name_or_path=str(tmp_path / "range")))
     with pytest.raises(ValueError, match=r"_path`='nothing' cannot be loaded: "):
         Trainer(small(pretrained_model_name_or_path="nothing"))
+
+
+def test_arrays_keep_the_units_of_the_pipeline(small, tmp_path):
+    save(tmp_path / "range", **image_units(0.0))
+    images = torch.rand(30, 1, 8, 8)
+    trainer = Trainer(small(pretrained_model_name_or_path=str(tmp_path / "range"), train_data_dir=None), images)
+    assert trainer.images.units == Units(data_mean=0.0, data_std=0.5, value_range=(0, 1))
+    torch.testing.assert_close(trainer.images.arrays, images)  # [0, 1] to the network

@@ -91,7 +91,10 @@ def open_training_data(
         config ([`TrainingConfig`]): the run's settings.
         accelerator (`Accelerator`): the run's processes.
         data (*optional*): instead of those that `config` names; see [`train`].
-        units ([`Units`], *optional*): those of the run to go on with, which are kept even if data have been added.
+        units ([`Units`], *optional*): those of the network to go on with, which are kept even if data have been added.
+
+    Raises:
+        ValueError: the data cannot be read, do not fit a setting, or are images and the units are not theirs.
     """
     split = _open_split(config, accelerator, data, config.train_split, config.streaming)
     classes = f"of {split.classes.number:,} classes" if split.classes else "without classes"
@@ -109,6 +112,8 @@ def open_training_data(
             )
         return arrays, split.classes
     config.refuse_array_settings(split.where)
+    if units is not None:
+        _refuse_other_units(split.where, units)
     images = open_images(
         split.data,
         _make_reader(config, split, config.channels, config.random_crop),
@@ -194,6 +199,16 @@ def _describe(classes: Classes) -> str:
     names = classes.names or []
     examples = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
     return f"{classes.number} classes" + (f" ({examples})" if names else ", which are numbers")
+
+
+def _refuse_other_units(where: str, units: Units) -> None:
+    settings = {name: getattr(units, name) for name in ("data_mean", "data_std", "value_range")}
+    if Units(**settings) != Units():
+        found = ", ".join(f"`{name}`={value}" for name, value in settings.items())
+        raise ValueError(
+            f"{where} holds images, which a network sees in [-1, 1], and the one to go on with was trained on data of "
+            f"{found}: give the images in these units, as arrays."
+        )
 
 
 def _describe_units(units: Units) -> str:

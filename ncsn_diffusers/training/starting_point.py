@@ -63,7 +63,7 @@ def find_starting_point(config: TrainingConfig, manifest: dict | None) -> Starti
     """
     name = config.pretrained_model_name_or_path
     if manifest is not None:
-        before = manifest["config"].get("pretrained_model_name_or_path")
+        before = manifest["config"]["pretrained_model_name_or_path"]
         if before != name:
             began = "random weights" if before is None else f"those of {before!r}"
             raise ValueError(f"{_NAME}={name!r}: the run to resume began with {began}, and goes on with them alone.")

@@ -42,7 +42,7 @@ from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_giv
 from .data import Data, choose_noise_levels, open_training_data, open_validation_data
 from .log import RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
-from .network import check_size, describe_choice, make_network
+from .network import describe_choice, make_network
 from .processes import interrupts, make_accelerator, together
 from .starting_point import check_images, fill_settings, find_starting_point
 
@@ -199,7 +199,7 @@ class Trainer:
 
     def _kept_units(self, manifest: dict | None) -> Units | None:
         """The units of the run to go on with or of the pipeline to begin with, kept even if data have been added."""
-        if manifest is not None and "units" in manifest:
+        if manifest is not None:
             return Units(**manifest["units"])
         return None if self.starting_point is None else self.starting_point.units
 
@@ -209,15 +209,12 @@ class Trainer:
         if config.resolution is None:
             return
         network = None if self.starting_point is None else self.starting_point.network
-        channels = config.channels or 1
+        shape = (config.channels or 1, config.resolution, config.resolution)
         if network is None:
-            check_size(config, config.resolution, config.resolution)
-            shape = (channels, config.resolution, config.resolution)
-            network = make_network(config, AnnealedLangevinScheduler(), shape)
+            network = make_network(config, AnnealedLangevinScheduler(), shape)  # which checks the size
         else:
-            channels = network.config.in_channels
+            shape = (network.config.in_channels, *shape[1:])
         if not (config.compile or (config.compile is None and self.device.type == "cuda")):
-            shape = (channels, config.resolution, config.resolution)
             check_memory(config, self.accelerator, network.to(self.device), shape)
 
     def _count_steps_per_epoch(self) -> int | None:
@@ -442,7 +439,7 @@ class Trainer:
 
         Args:
             batches (iterator of `torch.Tensor` pairs):
-                uint8 images of shape `(train_batch_size, channels, height, width)`, and labels; a step takes
+                Data of shape `(train_batch_size, channels, ...)`, as `self.images` has them, and labels; a step takes
                 `gradient_accumulation_steps` of them.
         """
         config, accelerator = self.config, self.accelerator
@@ -715,7 +712,7 @@ class Trainer:
         changes = "; ".join(f"{name}: {change['before']} → {change['now']}" for name, change in changed.items())
         if changes:
             self.accelerator.print(f"Going on with other settings than before: {changes}.")
-        before = manifest.get("class_names") or self.class_names
+        before = manifest["class_names"] or self.class_names
         if before != self.class_names and len(before) == self.num_classes:  # with another number the weights do not fit
             raise ValueError(
                 f"`resume_from_checkpoint`: the classes of {checkpoint} are {', '.join(before)}, and those of the data "

@@ -222,3 +222,9 @@ def test_arrays_keep_the_units_of_the_pipeline(small, tmp_path):
     trainer = Trainer(small(pretrained_model_name_or_path=str(tmp_path / "range"), train_data_dir=None), images)
     assert trainer.images.units == Units(data_mean=0.0, data_std=0.5, value_range=(0, 1))
     torch.testing.assert_close(trainer.images.arrays, images)  # [0, 1] to the network
+    for name, given in (("data_std", (0.25,)), ("value_range", (0, 2))):
+        settings = {"pretrained_model_name_or_path": str(tmp_path / "range"), "train_data_dir": None, name: given}
+        with pytest.raises(ValueError, match=f"`{name}`=.* does not fit the network to go on with, which has"):
+            Trainer(small(**settings), images)
+    trainer = Trainer(small(**settings | {"data_mean": (0.0,), "value_range": (0, 1), "data_unit": "lx"}), images)
+    assert trainer.images.units.name == "lx"

@@ -18,7 +18,7 @@ import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -765,13 +765,36 @@ def open_arrays(
     statistics = _measure_once(rows, axis)
     if units is None:
         units = choose_units(statistics, **units_settings)
-    else:  # that the values fit them
-        units.check_channels(len(statistics.mean))
-        choose_units(statistics, units.value_range, units.data_mean, units.data_std, units.name)
+    else:
+        channels = len(statistics.mean)
+        for values in (units.data_mean, units.data_std):
+            if isinstance(values, list) and len(values) != channels:
+                raise ValueError(
+                    f"{rows.parts[0].name} has {channels} channels, and the units to go on with are of {len(values)}."
+                )
+        units = replace(units, name=units.name or units_settings.get("data_unit"))
+        _check_settings(units, **units_settings)
+        mean, std = np.atleast_1d(units.data_mean), np.atleast_1d(units.data_std)
+        choose_units(statistics, units.value_range, mean, std, units.name)  # that the values fit them
     labels = np.zeros(len(rows), dtype=np.int64) if labels is None else labels
     arrays = LoadedArrays(rows, axis, labels, units, device)
     num_bytes = 4 * len(rows) * math.prod(rows.shape)
     return arrays.cache() if num_bytes <= max_cache_gb * 1e9 / PartialState().num_processes else arrays
+
+
+def _check_settings(units: Units, **settings) -> None:
+    """
+    Raises:
+        ValueError: a setting of [`choose_units`] is given, and differs from what the units to go on with have.
+    """
+    for name, given in settings.items():
+        kept = units.name if name == "data_unit" else getattr(units, name)
+        if given is None:
+            continue
+        values, expected = np.atleast_1d(given), np.atleast_1d(kept)
+        same_number = 1 in (len(values), len(expected)) or len(values) == len(expected)
+        if not same_number or np.any(values != expected):
+            raise ValueError(f"`{name}`={given!r} does not fit the network to go on with, which has {kept!r}.")
 
 
 def _measure_once(rows: ArrayRows, channel_axis: int | None) -> Statistics:

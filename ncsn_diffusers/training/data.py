@@ -213,6 +213,7 @@ def _refuse_other_units(where: str, units: Units) -> None:
 
 def _describe_units(units: Units) -> str:
     def several(values):
+        values = values if isinstance(values, list) else [values]
         words = [f"{value:g}" for value in values[:8]] + ["…"] * (len(values) > 8)
         return " ".join(words) + (f" {units.name}" if units.name else "")
 

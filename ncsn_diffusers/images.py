@@ -25,9 +25,9 @@ __all__ = [
 TITLE_HEIGHT = 20  # pixels
 
 
-def to_model_range(images: torch.Tensor, data_min: float = -1.0) -> torch.Tensor:
-    """Images in [0, 255] as float32 in [data_min, 1], in units of the data; any shape."""
-    return images.float() / (255 / (1 - data_min)) + data_min
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 255] as float32 in [-1, 1]; any shape."""
+    return images.float() / 127.5 - 1
 
 
 def exceeds_pixels(image: Image.Image) -> bool:

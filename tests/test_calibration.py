@@ -288,9 +288,9 @@ def test_simulation_is_of_the_exact_posterior():
 
 
 def test_the_floor_is_right_and_its_scatter_is_that_of_one_simulation():
-    images = (0.25 * normal(60, 1, 8, 8) + 0.25 * normal(60, 1, 1, 1, seed=1)).float()
+    images = (0.5 + 0.125 * normal(60, 1, 8, 8) + 0.125 * normal(60, 1, 1, 1, seed=1)).float()
     operator = make_operator("pixelated", (1, 8, 8))
-    exact = calibrate_exact(images, operator, 0.1, 12, 6)
+    exact = calibrate_exact(images, operator, 0.05, 12, 6)
     found, reliability = {metric.key: metric for metric in exact.metrics}, exact.reliability
     assert exact.ranks == pytest.approx([1 / 7] * 7, abs=0.02)
     assert list(found) == ["misfit", "largest_misfit", "coverage", "spread_over_error"]
@@ -301,8 +301,8 @@ def test_the_floor_is_right_and_its_scatter_is_that_of_one_simulation():
     for interval in reliability:
         assert abs(interval["actual"] - interval["nominal"]) < 3.5 * interval["standard_error"] / 20**0.5
     # one more simulation, and its own standard errors over the images
-    samples, truths, y = next(simulate_exact(images, operator, 0.1, 12, 6, seed=1))
-    for metric in calibrate(samples / 2 + 0.5, truths / 2 + 0.5, y, operator, 0.1).metrics:
+    samples, truths, y = next(simulate_exact(images, operator, 0.05, 12, 6, seed=1))
+    for metric in calibrate(samples, truths, y, operator, 0.05).metrics:
         if metric.key in ("misfit", "coverage", "spread_over_error"):
             assert metric.standard_error == pytest.approx(found[metric.key].standard_error, rel=0.8)
 

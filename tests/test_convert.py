@@ -66,7 +66,7 @@ def test_ncsn(tmp_path, said):
     torch.save([weights("ncsn"), OPTIMIZER], tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # as in 2019
     pipe = convert(tmp_path / "old.pth")
     assert_same(pipe.unet(x, sigmas).sample, expected, 1e-5)
-    assert pipe.config.data_min == 0
+    assert (pipe.units.data_mean, pipe.units.data_std) == (0, 0.5)  # the network sees [0, 1]
     assert (pipe.unet.config.sample_size, pipe.unet.config.in_channels) == (28, 1)
     assert "the optimizer's state (1 tensors)" in said.text
     assert "10 of them are assumed, from 1 to 0.01" in said.text
@@ -150,7 +150,7 @@ def test_diffusers_ncsn(tmp_path):
     # x + ε/2 (sigma/sigma_L)² score, with ε = 1e-5
     config = pipe.scheduler.config
     assert (config.step_size, config.num_langevin_steps, config.denoise_final) == (0.2, 100, False)
-    assert pipe.config.data_min == 0
+    assert (pipe.units.data_mean, pipe.units.data_std) == (0, 0.5)  # the network sees [0, 1]
     pipe.save_pretrained(tmp_path / "pipeline")
     loaded = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
     assert torch.equal(loaded.unet(x, 0.5).sample, pipe.unet(x, 0.5).sample)
@@ -689,5 +689,5 @@ def test_command(tmp_path):
     assert "Saved a RefineNet2DModel of 117,323 parameters" in result.stdout
     assert "the optimizer's state (1 tensors)" in result.stderr
     pipe = NCSNPipeline.from_pretrained(tmp_path / "pipeline")
-    assert pipe.config.data_min == -1
+    assert (pipe.units.data_mean, pipe.units.data_std) == (0.5, 0.25)  # the network sees [-1, 1]
     assert not pipe.unet.config.center_input_sample

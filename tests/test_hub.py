@@ -327,6 +327,10 @@ def test_a_space_beside_the_model(hub, folder):
     assert f"Version: {ncsn_diffusers.__version__}\n" in next(
         content.decode() for name, content in files.items() if name.endswith(".dist-info/METADATA")
     )
+    modules = {name for name in files if name.startswith("ncsn_diffusers/")}
+    assert {f"ncsn_diffusers/{name}.py" for name in ("demo/page", "ladder", "hub/loading", "twisted")} <= modules
+    unused = ("sample_images", "sheets", "likelihood", "score_matching")
+    assert not modules & {f"ncsn_diffusers/{name}.py" for name in unused}
     for name, content in files.items():  # the package's own code, and none of the training's
         if name.startswith("ncsn_diffusers/"):
             assert content == (ROOT / name).read_bytes()
@@ -336,6 +340,9 @@ def test_a_space_beside_the_model(hub, folder):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom) and not node.level:
                     names = [node.module]
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    module = Path(name).parents[node.level - 1].joinpath(*node.module.split("."))
+                    assert {f"{module}.py", f"{module}/__init__.py"} & modules, (name, module)
                 for module in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names}:
                     module = {"PIL": "pillow"}.get(module, module)
                     assert module in {requirement.name for requirement in requirements}, (name, module)
@@ -383,6 +390,7 @@ def test_a_space_that_cannot_be_made_is_found_before_any_upload(hub, pipe):
 
 def test_background_push_uploads_what_was_pushed_last(hub, folder, pipe):
     uploads = BackgroundPush("digits", folder, private=True)
+    uploads.create_repository()
     assert uploads.repo_id == "ann/digits" and hub.repositories["ann/digits"].private
     with hub.lock:  # no request is answered: the first is under way, and those behind it give way to the last
         futures = []
@@ -750,7 +758,12 @@ def test_names_of_modules(tmp_path):
     # the same sibling has one name, whichever module it goes with; a change deep below renames all above it
     siblings = {file for file in files if file.startswith("tin")}
     assert len(siblings) == 2 and siblings <= collect_module(paths["scheduler"])[1].keys()
-    assert not collect_module(write_modules(tmp_path / "two", 2)["scheduler"])[1].keys() & files.keys()
+    changed = collect_module(write_modules(tmp_path / "two", 2)["scheduler"])[1].keys() - files.keys()
+    assert {re.sub(r"_[0-9a-f]{8}\.py", "", file) for file in changed} == {
+        "scheduling_annealed_langevin",
+        "tinier",
+        "tiny",
+    }
     # diffusers copies what the file itself imports
     imported = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", files[f"{name}.py"].decode(), flags=re.MULTILINE))
     assert {f"{module}.py" for module in imported} == files.keys() - {f"{name}.py"}
@@ -899,13 +912,13 @@ def test_ncsnpp_repository(hub, tmp_path, caplog, flat):
     assert type(pipe.scheduler) is AnnealedLangevinScheduler
     assert pipe.scheduler.config.conditioning == "sigma" and pipe.scheduler.config.prediction_type == "score"
     assert pipe.scheduler.config.sigma_max == pytest.approx(378.0)
-    assert pipe.config.data_min == 0
+    assert (pipe.units.data_mean, pipe.units.data_std) == (0, 0.5)
     for name, weight in unet.state_dict().items():
         assert torch.equal(pipe.unet.state_dict()[name], weight)
     # its data range is kept, in the own format too
     pipe.push_to_hub("ann/pp")
     again = NCSNPipeline.from_pretrained("ann/pp")
-    assert again.config.data_min == 0 and "in [0, 1]" in hub.files("ann/pp")["README.md"].decode()
+    assert again.units == pipe.units and "in [0, 1]" in hub.files("ann/pp")["README.md"].decode()
     check_same(again, pipe)
 
 

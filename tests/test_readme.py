@@ -175,6 +175,7 @@ def start_and_arguments(words: list[str]) -> tuple[Callable[[], object], list[st
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if commands(page)])
 def test_commands_have_these_flags(page, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # where a script finds its siblings
     for words in commands(page):
         try:
             start, arguments = start_and_arguments(words)

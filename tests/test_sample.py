@@ -253,8 +253,12 @@ def test_the_default_number_of_images(tmp_path, num_classes, num_images):
     config = SampleConfig(str(tmp_path / "pipeline"), sigmas=(1.0,), output_dir=str(tmp_path / "out"))
     sample(config)
     side = math.isqrt(num_images) if num_classes != 10 else None
-    size = (8 * side, 8 * side) if side else (80, 48)  # ten columns of six rows
-    assert Image.open(tmp_path / "out" / "samples.png").size == size
+    rows, columns = (side, side) if side else (6, 10)
+    image = Image.open(tmp_path / "out" / "samples.png")
+    # pixels of images enlarged to 600 or more, and 2 between them
+    scale = -(-600 // (8 * columns))
+    assert image.size == tuple(8 * scale * num + 2 * (num + 1) for num in (columns, rows))
+    assert read_sheet(image, columns, 8).shape == (8 * rows, 8 * columns)
     assert config == SampleConfig(str(tmp_path / "pipeline"), sigmas=(1.0,), output_dir=str(tmp_path / "out"))
 
 

@@ -115,40 +115,44 @@ def fitting_features(shape: tuple[int, int, int]) -> list[str]:
 
 
 def load_real_images(
-    config: EvaluateConfig, source: RealSource, accelerator: Accelerator, shape: tuple[int, int, int]
+    config: EvaluateConfig,
+    source: RealSource,
+    accelerator: Accelerator,
+    shape: tuple[int, int, int],
+    num_classes: int | None,
 ) -> RealImages:
     """
-    The reference, and the held-out images.
+    The reference, with its labels, and the held-out images. A class of the network may be without an image.
 
     Raises:
         ValueError: they do not have the shape that the network draws, or cannot be read.
     """
     settings = source.settings
 
-    def load(split: str, num: int | None, seed: int):
+    def load(split: str, num: int | None, seed: int, is_labeled: bool = True):
         with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
             dataset = load_training_data(
                 settings.dataset_name, settings.dataset_config_name, settings.train_data_dir, split
             )
         dataset, image_column, label_column = find_columns(dataset, settings.image_column, settings.label_column)
-        names, num_classes = [], None
+        names, num_labels = [], None
         if settings.label_column is None and not isinstance(dataset.features.get(label_column), ClassLabel):
             label_column = None  # numbers under such a name may be anything
+        if not is_labeled:
+            label_column = None
         if label_column is not None:
             with accelerator.main_process_first():
-                dataset, num_classes = encode_labels(dataset, label_column)
-            names = find_class_names(dataset, label_column) or [str(k) for k in range(num_classes)]
+                dataset, num_labels = encode_labels(dataset, label_column, num_classes=num_classes)
+            names = find_class_names(dataset, label_column) or [str(k) for k in range(num_labels)]
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:num]
-        reader = ImageReader(
-            image_column, label_column, settings.resolution, settings.channels, num_classes=num_classes
-        )
+        reader = ImageReader(image_column, label_column, settings.resolution, settings.channels, num_classes=num_labels)
         found = open_images(dataset.select(order.tolist()), reader, accelerator.device, max_cache_gb=math.inf)
         if found.shape != shape:
             raise ValueError(
                 f"{split!r} has images of shape {found.shape}, and the network draws {shape} (channels, height, "
                 "width): `resolution` and `channels` make them agree."
             )
-        if names and (found.labels == num_classes).any():
+        if names and (found.labels == num_labels).any():
             accelerator.print(f"{split!r} has images without a label: no classes are counted.")
             names = []
         return found.images.cpu(), found.labels.cpu() if names else None, names
@@ -156,7 +160,7 @@ def load_real_images(
     images, labels, names = load(source.reference_split, config.max_reference_images, config.seed)
     if source.held_out_split is not None:
         # another order: two splits sorted alike would be paired in the same one, and seem nearer than they are
-        held_out = load(source.held_out_split, config.num_images, config.seed + 1)[0]
+        held_out = load(source.held_out_split, config.num_images, config.seed + 1, is_labeled=False)[0]
         return RealImages(images, held_out, labels, names)
     num = min(config.num_images, len(images) // 2)
     return RealImages(images[num:], images[:num], None if labels is None else labels[num:], names)
@@ -270,7 +274,7 @@ class Evaluation(Run):
         self.say_source(self.source, "the embedded digits")
         if config.features is None:
             self.accelerator.print(f"Features: {self.features.name}; others: {', '.join(fitting_features(shape))}.")
-        self.real = load_real_images(config, self.source, self.accelerator, shape)
+        self.real = load_real_images(config, self.source, self.accelerator, shape, self.pipe.num_classes)
         check_numbers(config, self.source, self.real, self.features)
         self.operators = {name: make_operator(name, shape) for name in config.posterior}
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """
 The files of a Gradio Space that shows the demo page of a published pipeline.
 
-They stand alone: this package is on no index, so its modules go along, as an installed package has them, and
-requirements.txt names the packages that these import.
+They stand alone: this package is on no index, so that the modules that the page imports go along, as an installed
+package has them, and requirements.txt names the packages that these import.
 """
 
+import ast
 import json
 import re
 from importlib.metadata import distribution
@@ -12,11 +13,7 @@ from pathlib import Path
 
 GRADIO = "6.31.0"  # the version that the page was made with, which the extra `demo` asks for at least
 PACKAGE = Path(__file__).parent.parent
-# The page needs no other part of the package, and of its dependencies no other than these.
-LEFT_OUT = (
-    *("assets", "commands", "convert", "evaluation", "training", "checked_files.py", "data", "dataset_settings.py"),
-    *("likelihood.py", "noise_levels.py", "score_matching.py"),
-)
+# Of the package's dependencies, those that these modules import.
 REQUIREMENTS = ("accelerate", "diffusers", "huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "tyro")
 
 
@@ -30,10 +27,8 @@ def collect_space_files(repo_id: str, license: str | None = None) -> dict[str, b
     """
     installed = distribution("ncsn_diffusers")
     files: dict[str, bytes | Path] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE)
-        if name.parts[0] not in LEFT_OUT:
-            files[f"{PACKAGE.name}/{name.as_posix()}"] = path
+    for path in sorted(_find_imported(PACKAGE / "demo" / "__init__.py")):
+        files[f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}"] = path
     # by which the package knows its version
     metadata = f"Metadata-Version: 2.1\nName: {PACKAGE.name}\nVersion: {installed.version}\n"
     files[f"{PACKAGE.name}-{installed.version}.dist-info/METADATA"] = metadata.encode()
@@ -41,6 +36,22 @@ def collect_space_files(repo_id: str, license: str | None = None) -> dict[str, b
     files["requirements.txt"] = _make_requirements(installed.requires or []).encode()
     files["README.md"] = _make_card(repo_id, license).encode()
     return files
+
+
+def _find_imported(path: Path, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
+    """`found` with a module of the package and all of the package's that it imports, however deep."""
+    found |= {path}
+    parent = path.parent if path.name != "__init__.py" else path.parent.parent
+    near = [parent / "__init__.py"] if parent.is_relative_to(PACKAGE) else []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            source = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for module in (source, *(source / alias.name for alias in node.names)):
+                near += [module.with_suffix(".py"), module / "__init__.py"]
+    for module in near:
+        if module not in found and module.is_file():
+            found = _find_imported(module, found)
+    return found
 
 
 def _make_app(repo_id: str) -> str:

@@ -302,7 +302,7 @@ def test_the_floor_is_right_and_its_scatter_is_that_of_one_simulation():
         assert abs(interval["actual"] - interval["nominal"]) < 3.5 * interval["standard_error"] / 20**0.5
     # one more simulation, and its own standard errors over the images
     samples, truths, y = next(simulate_exact(images, operator, 0.1, 12, 6, seed=1))
-    for metric in calibrate(samples / 2 + 0.5, truths / 2 + 0.5, y, operator, 0.1).metrics:
+    for metric in calibrate(samples, truths, y, operator, 0.1).metrics:
         if metric.key in ("misfit", "coverage", "spread_over_error"):
             assert metric.standard_error == pytest.approx(found[metric.key].standard_error, rel=0.8)
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, NCSNPosteriorPipeline, precision
 from ncsn_diffusers.commands.evaluate import main
 from ncsn_diffusers.data import decode_images, load_training_data
+from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.evaluation import (
     RandomFeatures,
     class_shares,
@@ -156,8 +157,9 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
     assert abs(floor["kernel_distance"]) < 4 * floor["kernel_distance_standard_error"]
     assert metrics["samples"]["frechet_distance"] > 10 * floor["frechet_distance"]
 
+    denoiser = Denoiser.of(pipe.unet, pipe.scheduler)
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
-    bits = bits_per_dim(pipe.unet, pipe.scheduler, held_out[:4], generators, num_steps=2)
+    bits = bits_per_dim(denoiser, held_out[:4], generators, pipe.units, num_steps=2)
     given = metrics["bits_per_dim"]
     assert (given["number"], given["steps"]) == (4, 2)
     assert given["mean"] == pytest.approx(bits.mean().item(), rel=1e-5)
@@ -166,7 +168,7 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
     levels = metrics["loss_per_level"]
     sigmas = [level["sigma"] for level in levels]
     assert (max(sigmas), min(sigmas)) == (50, pytest.approx(0.01))
-    losses = loss_per_level(pipe.unet, pipe.scheduler, to_model_range(held_out[:30]), torch.stack(noise), sigmas)
+    losses = loss_per_level(denoiser, to_model_range(held_out[:30]), torch.stack(noise), sigmas)
     assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
 
 
@@ -186,7 +188,7 @@ def test_calibration_is_the_librarys(pipeline, evaluation):
     truths = decode_images(load_training_data().select(rows.tolist())) / 255
     for name, found in calibration["operators"].items():
         operator = make_operator(name, (1, 28, 28))
-        y = operator(2 * truths - 1)
+        y = operator(truths)
         seeds = range(NOISE_SEED, NOISE_SEED + 9)
         y = y + 0.2 * torch.stack([torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(i)) for i in seeds])
         samples = [
@@ -377,7 +379,7 @@ def coloured(tmp_path_factory):
     """A class-conditional pipeline of 3 × 8 × 8 images in [0, 1], and 120 such images: 40 are blue and 80 red."""
     folder = tmp_path_factory.mktemp("coloured")
     unet = small_unet(channels=3, out_channels=3, num_class_embeds=3)
-    NCSNPipeline(unet, AnnealedLangevinScheduler(), data_min=0).save_pretrained(folder / "pipeline")
+    NCSNPipeline(unet, AnnealedLangevinScheduler(), 0.0, 0.5).save_pretrained(folder / "pipeline")
     random = np.random.default_rng(0)
     for name, channel, number in (("blue", 2, 40), ("red", 0, 80)):
         for split in ("train", "test"):
@@ -429,7 +431,8 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     images = decode_images(dataset.select(order[:4].tolist())) / 255
     noise = torch.stack([torch.randn((3, 8, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)])
     no_label, levels = torch.full((4,), 2), metrics["loss_per_level"]
-    losses = loss_per_level(pipe.unet, pipe.scheduler, images, noise, [level["sigma"] for level in levels], no_label)
+    denoiser = Denoiser.of(pipe.unet, pipe.scheduler, no_label)
+    losses = loss_per_level(denoiser, images, noise, [level["sigma"] for level in levels])
     assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
     # the samples are those of the pipeline with that scheduler
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

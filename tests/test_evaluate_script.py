@@ -158,6 +158,7 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
     assert abs(floor["kernel_distance"]) < 4 * floor["kernel_distance_standard_error"]
     assert metrics["samples"]["frechet_distance"] > 10 * floor["frechet_distance"]
 
+    denoiser = Denoiser.of(pipe.unet, pipe.scheduler)
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     bits = bits_per_dim(Denoiser.of(pipe.unet, pipe.scheduler), held_out[:4], generators, pipe.units, num_steps=2)
     given = metrics["bits_per_dim"]
@@ -432,7 +433,8 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     images = decode_images(dataset.select(order[:4].tolist())) / 255
     noise = torch.stack([torch.randn((3, 8, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)])
     no_label, levels = torch.full((4,), 2), metrics["loss_per_level"]
-    losses = loss_per_level(pipe.unet, pipe.scheduler, images, noise, [level["sigma"] for level in levels], no_label)
+    denoiser = Denoiser.of(pipe.unet, pipe.scheduler, no_label)
+    losses = loss_per_level(denoiser, images, noise, [level["sigma"] for level in levels])
     assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
     # the samples are those of the pipeline with that scheduler
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

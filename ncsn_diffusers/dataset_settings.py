@@ -22,7 +22,7 @@ class DatasetSettings:
     resolution: int | None = None
     """Side of the square that images are resized and cropped to; by default their own size."""
     channels: int | None = None
-    """1 (gray), 3 (colour) or 4 (colour and transparency); by default 1 if all images are gray, otherwise 3."""
+    """1 (gray), 3 (color) or 4 (color and transparency); by default 1 if all images are gray, otherwise 3."""
 
 
 @dataclass

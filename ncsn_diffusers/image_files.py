@@ -4,6 +4,28 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+def exceeds_pixels(image: Image.Image) -> bool:
+    """Whether an image that is not yet decoded has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, which may be None."""
+    return Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS
+
+
+def check_pixels(image: Image.Image) -> None:
+    """
+    Refuse an image that is not yet decoded if it has too many pixels: a small file can take gigabytes of memory.
+
+    Args:
+        image (`PIL.Image.Image`): as `PIL.Image.open` returns it.
+
+    Raises:
+        ValueError: it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, the one limit, by default 89,478,485.
+    """
+    if exceeds_pixels(image):
+        raise ValueError(
+            f"the image has {image.width}×{image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}. "
+            "Make it smaller; where it is to be trusted, PIL.Image.MAX_IMAGE_PIXELS raises the limit."
+        )
+
+
 def find_white(image: Image.Image) -> float | None:
     """
     The value of white in an image of more than 8 bits, whose black is 0.
@@ -57,7 +79,7 @@ def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
     Any PIL image with 8 bits a channel, as training, image to image, inpainting and evaluation all see it.
 
     It is turned upright as its EXIF orientation says; more than 8 bits are scaled (see [`find_white`]) and rounded;
-    palettes become colours; what is transparent is laid on white, unless `channels` is 4. An image without transparency
+    palettes become colors; what is transparent is laid on white, unless `channels` is 4. An image without transparency
     is opaque in 4 channels.
 
     Args:
@@ -68,14 +90,20 @@ def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
         `PIL.Image.Image` of mode L, RGB or RGBA.
 
     Raises:
-        ValueError: the range of the image's values is not certain, or PIL cannot convert its mode.
+        ValueError:
+            The image has too many pixels, see [`check_pixels`], the range of its values is not certain, or PIL cannot
+            convert its mode.
     """
+    check_pixels(image)
     white = find_white(image)  # first: the upright copy lacks the file's tags
     if image.getexif().get(0x0112, 1) != 1:  # Orientation
         image = ImageOps.exif_transpose(image)
     if _is_deep(image):
-        values, transparent = np.asarray(image, dtype=np.float64), image.info.get("transparency")
-        image = Image.fromarray(np.rint(values * (255 / (white or 1))).astype(np.uint8))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        eight_bits = np.empty(values.shape, dtype=np.uint8)
+        for rows in np.array_split(np.arange(len(values)), -(-len(values) // 256)):  # without a copy of all in float64
+            eight_bits[rows] = np.rint(values[rows].astype(np.float64) * (255 / (white or 1)))
+        image = Image.fromarray(eight_bits)
         if transparent is not None:  # the one gray value that a PNG names
             image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     if image.mode in ("La", "LAB"):  # La goes to LA alone, and LAB would have no opacity in RGBA

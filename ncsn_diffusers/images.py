@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image, ImageDraw, ImageFont
 
-from .image_files import find_white, read_image
+from .image_files import check_pixels, exceeds_pixels, find_white, read_image
 
 __all__ = [
     "check_pixels",
@@ -30,31 +30,9 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def exceeds_pixels(image: Image.Image) -> bool:
-    """Whether an image that is not yet decoded has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, which may be None."""
-    return Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS
-
-
-def check_pixels(image: Image.Image) -> None:
-    """
-    Refuse an image that is not yet decoded if it has too many pixels: a small file can take gigabytes of memory.
-
-    Args:
-        image (`PIL.Image.Image`): as `PIL.Image.open` returns it.
-
-    Raises:
-        ValueError: it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, the one limit, by default 89,478,485.
-    """
-    if exceeds_pixels(image):
-        raise ValueError(
-            f"the image has {image.width}×{image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}. "
-            "Make it smaller; where it is to be trusted, PIL.Image.MAX_IMAGE_PIXELS raises the limit."
-        )
-
-
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """
-    Quantise images to 8 bits, as writing them to a PNG file would.
+    Quantize images to 8 bits, as writing them to a PNG file would.
 
     Args:
         images (`torch.Tensor` of any shape): floating in [0, 1], or uint8 already.

@@ -141,7 +141,7 @@ def train_sigmas(num_train_timesteps, sigma_min, sigma_max, beta_schedule, beta_
                 check_end(name, value, actual)
 
     low, high = SIGMA_LIMITS
-    # between neighbours that are equal in float32 no level could be interpolated
+    # between neighbors that are equal in float32 no level could be interpolated
     rise = all(np.all(np.diff(a.astype(np.float32)) > 0) for a in (sigmas, np.log(sigmas)))
     if not (rise and low <= sigmas[0] and sigmas[-1] <= high):
         raise ValueError(

@@ -172,7 +172,7 @@ def bits_per_dim(
 
     The density p of [`log_likelihood`] gives an image x the probability ∫ p over the cube around it, whose side w is
     one 8-bit step in units of the data. By Jensen's inequality that is at least w^d exp E[log p(x + n)], n
-    uniform in the cube (uniform dequantisation: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each image.
+    uniform in the cube (uniform dequantization: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each image.
 
     Args:
         denoiser ([`Denoiser`]): the network.

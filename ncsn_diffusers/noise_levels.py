@@ -3,7 +3,7 @@ Noise levels chosen from the data: techniques 1, 2 and 4 of NCSNv2 (Song & Ermon
 
 The largest level must let a chain move from any image to any other, so sigma_max is the largest distance between two
 images ([`choose_sigma_max`]). In D dimensions, noise of level sigma lies in a shell of radius √D sigma and width
-sigma/√2. The shells of neighbouring levels must overlap, which gives their ratio and, with sigma_max/sigma_min, their
+sigma/√2. The shells of neighboring levels must overlap, which gives their ratio and, with sigma_max/sigma_min, their
 number L ([`choose_num_train_timesteps`]). The T steps of a level must then reduce the previous level's noise to its own
 ([`choose_step_size`]):
 
@@ -103,7 +103,7 @@ def choose_sigma_max(
 
 def choose_num_train_timesteps(sigma_min: float, sigma_max: float, dim: int, overlap: float = 0.5668) -> int:
     """
-    Technique 2: the number L of levels in geometric progression of which neighbours overlap. Their ratio gamma solves
+    Technique 2: the number L of levels in geometric progression of which neighbors overlap. Their ratio gamma solves
 
         Phi(√(2D) (gamma - 1) + 3 gamma) - Phi(√(2D) (gamma - 1) - 3 gamma) = overlap,
 

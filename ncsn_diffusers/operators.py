@@ -26,7 +26,7 @@ v + c A Aᵀ are raised to 10⁻⁶ c ‖A‖² (10⁻¹² where A Aᵀ is diago
 with conjugate gradients v to c ‖A‖²/`CG_CONDITION`. Who iterates on the residual, as [`NCSNPosteriorPipeline`] does,
 ends at the same point.
 
-Functions that are not linear are refused. To linearise them at D was tried, in one dimension with the exact D of
+Functions that are not linear are refused. To linearize them at D was tried, in one dimension with the exact D of
 N(0, 1), 20,000 chains of 400 levels, noise 0.2 and 0.05: for x0² + n = 0.49 all chains diverge, and for
 clip(x0, -0.5, 0.5) + n = 0.5 the mean is off by 0.5 and 0.1 posterior deviations and the squared misfit by factors of
 5 and 200: where the function is flat, there is no slope to follow.
@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
-MAX_SPECTRAL = 3072  # 32 × 32 pixels in colour
+MAX_SPECTRAL = 3072  # 32 × 32 pixels in color
 MAX_MATRIX = 2**24  # entries of the whole matrix
 FLOOR = 1e-6
 CG_ITERATIONS = 100

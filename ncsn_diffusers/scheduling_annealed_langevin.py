@@ -539,7 +539,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """
         Begin the chain at row `begin_index`: a pipeline that says so spares the search for the first timestep (a
-        host–device synchronisation), and one that starts from a noised image skips the levels above it.
+        host–device synchronization), and one that starts from a noised image skips the levels above it.
 
         Raises:
             ValueError: there is no such row.

@@ -351,7 +351,7 @@ def posterior(
             samples, calls, seconds = sample_counted(method, problem, batch_size, seed, chosen)
             samples = samples.unflatten(0, (-1, num_samples))
             y, physics = problem.y[::num_samples].cpu()[:, measured], problem.physics
-            std = problem.noise_std or 1 / 255  # without noise, in units of a grey level
+            std = problem.noise_std or 1 / 255  # without noise, in units of a gray level
             fits = misfit(samples, y, lambda x: physics.A(x.to(pipe.device)).cpu()[:, measured], std)  # noqa: B023
             clipped = samples.clamp(0, 1)
             classes = extract_features(clipped.flatten(0, 1), classifier).argmax(1).reshape(-1, num_samples)

@@ -96,7 +96,7 @@ def test_arrays_survive_the_way_to_the_network_and_back(dims, channels, mean, st
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.float64])
 @pytest.mark.parametrize("max_cache_gb", [1, 0])
 def test_numbers_are_rounded_only_after_the_mean_is_subtracted(dtype, max_cache_gb, tmp_path):
-    """256 neighbouring values stay 256; of float64, ones that float32 cannot tell apart at their height."""
+    """256 neighboring values stay 256; of float64, ones that float32 cannot tell apart at their height."""
     ramp = np.arange(256).reshape(64, 1, 4)
     data = 1e9 + ramp if dtype is np.float64 else (30_000 + ramp).astype(dtype)
     source = opened(saved(tmp_path, data), max_cache_gb=max_cache_gb)
@@ -384,13 +384,13 @@ def test_which_column_holds_arrays():
 def test_what_python_holds():
     data = fields()
     expected = opened(data).sample(9)
-    labelled = SimpleNamespace(values=data, shape=data.shape, dims=("time", "level", "latitude", "longitude"))
-    for given in (torch.from_numpy(data), torch.from_numpy(data).requires_grad_(), labelled, np.asfortranarray(data)):
+    labeled = SimpleNamespace(values=data, shape=data.shape, dims=("time", "level", "latitude", "longitude"))
+    for given in (torch.from_numpy(data), torch.from_numpy(data).requires_grad_(), labeled, np.asfortranarray(data)):
         assert torch.equal(opened(given).sample(9), expected)
     assert opened(torch.from_numpy(data).bfloat16()).shape == (2, 5, 7)
     data[3, 0, 1, 2] = np.nan
     with pytest.raises(ValueError, match=r"index \(3, 0, 1, 2\) of `data` \(SimpleNamespace of time 40, level 2, "):
-        opened(labelled)
+        opened(labeled)
 
 
 # Batches
@@ -474,7 +474,7 @@ def test_training_on_a_tensor(run, tmp_path):
         Trainer(run(train_data_dir="x"), torch.from_numpy(square()))
 
 
-def test_training_on_a_labelled_data_set_of_arrays(run):
+def test_training_on_a_labeled_data_set_of_arrays(run):
     features = Features(field=Array3D((1, 4, 4), "float32"), kind=ClassLabel(names=["calm", "storm"]))
     kinds = [0, 1, None, 1] * 10
     dataset = Dataset.from_dict({"field": list(square()), "kind": kinds}, features)

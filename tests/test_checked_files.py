@@ -241,7 +241,7 @@ def test_findings_of_each_file():
     files = CheckedFiles([path, "missing.png", None, "/no/such/file.png", os.path.dirname(path)], "tests", [])
     findings = [[[3, 8, 8], None], [[1, 2, 9], ["F", 0.1]]]
     records = files.records(np.array([1, 0, 0, 0, -1]), findings)
-    assert records["path"].to_pylist() == [path]  # what is no file has nothing by which it could be recognised
+    assert records["path"].to_pylist() == [path]  # what is no file has nothing by which it could be recognized
     files.save([records])
     numbers, found = files.find()
     assert numbers.tolist() == [0, -1, -1, -1, -1]

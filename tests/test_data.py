@@ -68,12 +68,12 @@ def test_folder_of_gray_images_stays_gray(tmp_path):
 
 @pytest.mark.parametrize("modes", [["RGB", "RGB"], ["L", "RGB"], ["P", "L"], ["RGBA", "L"]])
 def test_other_images_become_rgb(tmp_path, modes):
-    images = decode_images(load_training_data(train_data_dir=str(save_images(tmp_path / "colour", modes))))
+    images = decode_images(load_training_data(train_data_dir=str(save_images(tmp_path / "color", modes))))
     assert images.shape == (2, 3, 8, 12)
     assert images[:, :, 0].tolist() == [[[40] * 6 + [200] * 6] * 3] * 2
 
 
-def test_resolution_resizes_and_crops_the_centre(tmp_path):
+def test_resolution_resizes_and_crops_the_center(tmp_path):
     folder = save_images(tmp_path / "wide", ["L"], size=(24, 8))
     save_images(folder / "tall", ["L"], size=(10, 30))
     images = decode_images(load_training_data(train_data_dir=str(folder)), resolution=8)
@@ -150,7 +150,7 @@ def test_transparent_pixels_are_laid_on_white():
     assert read(image.convert("LA"))[:, 0].tolist() == [[255, 224, 100]]
 
 
-def test_palettes_become_colours():
+def test_palettes_become_colors():
     image = PILImage.fromarray(np.array([[0, 1]], dtype=np.uint8), mode="P")
     image.putpalette([10, 20, 30, 40, 50, 60])
     assert read(image)[:, 0].tolist() == [[10, 40], [20, 50], [30, 60]]
@@ -158,7 +158,7 @@ def test_palettes_become_colours():
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
 def test_of_an_animation_the_first_image_is_read(tmp_path, name):
-    frames = [PILImage.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    frames = [PILImage.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
     lossless = {"lossless": True} if name == "a.webp" else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
     assert decode_images(load_training_data(train_data_dir=str(tmp_path)))[:, :, 0, 0].tolist() == [[255, 0, 0]]
@@ -676,7 +676,7 @@ def test_processes_take_turns(monkeypatch):
         assert (first.start, first.stop, second.stop) == (whole.start, second.start, whole.stop)
 
 
-def test_gray_and_colour_share_a_shape():
+def test_gray_and_color_share_a_shape():
     dataset = gray_images(2)
     mixed = Dataset.from_dict({"image": [dataset[1]["image"], PILImage.new("RGB", (4, 4), "red")]})
     mixed = mixed.cast_column("image", Image())
@@ -774,8 +774,8 @@ def test_stream_that_begins_gray_is_not_taken_for_gray():
     mixed = Dataset.from_dict({"image": images}).cast_column("image", Image())
     with pytest.raises(ValueError, match="`streaming` needs `channels`, 1 or 3: the first image is gray"):
         opened(mixed.to_iterable_dataset(), resolution=4)
-    colour = opened(mixed.select([1, 0]).to_iterable_dataset(), resolution=4)
-    assert sorted(next(colour.batches(2, 0))[0][:, :, 0, 0].tolist()) == [[9, 9, 9], [255, 0, 0]]
+    color = opened(mixed.select([1, 0]).to_iterable_dataset(), resolution=4)
+    assert sorted(next(color.batches(2, 0))[0][:, :, 0, 0].tolist()) == [[9, 9, 9], [255, 0, 0]]
 
 
 def test_first_image_of_a_stream_may_be_corrupt(tmp_path):

@@ -32,7 +32,7 @@ from ncsn_diffusers.evaluation import (
     frechet_distance,
     kernel_distance,
     load_digit_classifier,
-    nearest_neighbours,
+    nearest_neighbors,
     precision_recall,
     to_uint8,
 )
@@ -147,7 +147,7 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
         assert given == pytest.approx(list(kernel), rel=1e-4, abs=1e-4)
         precision = precision_recall(features["reference"][:66], described)
         assert [values["precision"], values["recall"]] == pytest.approx(list(precision), abs=0.02)
-        nearest = nearest_neighbours(described, features["reference"])[0].median().item()
+        nearest = nearest_neighbors(described, features["reference"])[0].median().item()
         assert values["median_distance_to_nearest_reference"] == pytest.approx(nearest, rel=1e-4)
         shares = class_shares(classifier(images).argmax(1), 10).tolist()
         key = {"samples": "samples", "floor": "held-out"}[name]
@@ -158,7 +158,6 @@ def test_metrics_are_the_librarys(pipeline, evaluation):
     assert abs(floor["kernel_distance"]) < 4 * floor["kernel_distance_standard_error"]
     assert metrics["samples"]["frechet_distance"] > 10 * floor["frechet_distance"]
 
-    denoiser = Denoiser.of(pipe.unet, pipe.scheduler)
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     bits = bits_per_dim(Denoiser.of(pipe.unet, pipe.scheduler), held_out[:4], generators, pipe.units, num_steps=2)
     given = metrics["bits_per_dim"]
@@ -286,7 +285,7 @@ def test_the_report_states_what_the_metrics_depend_on(pipeline, evaluation):
         assert fact in report
     assert metrics["sampling"]["scheduler_config"]["sigma_max"] == 50
     assert "trained_betas" not in metrics["sampling"]["scheduler_config"]  # they follow from it
-    for name in ("samples", "neighbours", "classes", "losses", "reliability"):
+    for name in ("samples", "neighbors", "classes", "losses", "reliability"):
         assert f"({name}.png)" in report
         with Image.open(evaluation / f"{name}.png") as image:
             image.verify()
@@ -312,7 +311,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, pipeline, evaluation)
     assert result.stdout.count("66 samples differ from real images (Fréchet distance ") == 1
     assert "samples:" in result.stderr  # the progress bar
     assert read(tmp_path) == read(evaluation)
-    assert (tmp_path / "neighbours.png").read_bytes() == (evaluation / "neighbours.png").read_bytes()
+    assert (tmp_path / "neighbors.png").read_bytes() == (evaluation / "neighbors.png").read_bytes()
 
 
 # --- How it goes on ---
@@ -377,9 +376,9 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path, pipeline, evaluation)
 
 
 @pytest.fixture(scope="module")
-def coloured(tmp_path_factory):
+def colored(tmp_path_factory):
     """A class-conditional pipeline of 3 × 8 × 8 images in [0, 1], and 120 such images: 40 are blue and 80 red."""
-    folder = tmp_path_factory.mktemp("coloured")
+    folder = tmp_path_factory.mktemp("colored")
     unet = small_unet(channels=3, out_channels=3, num_class_embeds=3)
     NCSNPipeline(unet, AnnealedLangevinScheduler(), **image_units(0)).save_pretrained(folder / "pipeline")
     random = np.random.default_rng(0)
@@ -403,19 +402,19 @@ class Means:
         return images.to(self.device).double().mean((2, 3)) / 10
 
 
-def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
+def test_other_images_features_and_schedulers(monkeypatch, tmp_path, colored):
     monkeypatch.setattr(evaluate, "InceptionFeatures", Means)
     card = ModelCard.from_template(ModelCardData(license="mit"), template_str="---\n{{ card_data }}\n---\n\n# Mine")
     data = {"task_type": "unconditional-image-generation", "dataset_type": "other", "dataset_name": "other"}
     card.data.eval_results = [EvalResult(**data, metric_type="fid", metric_value=3.0)]
     card.data.model_name = "mine"
-    card_path = coloured / "pipeline" / "README.md"
+    card_path = colored / "pipeline" / "README.md"
     card.save(card_path)
-    arguments = {"train_data_dir": str(coloured / "data"), "held_out_split": "test", "features": "inception"}
+    arguments = {"train_data_dir": str(colored / "data"), "held_out_split": "test", "features": "inception"}
     arguments |= {"num_images": 40, "scheduler": "DDIMScheduler"}
     arguments |= {"class_labels": (0, 1), "guidance_scale": 2.0, "num_inference_steps": 3, "loss_images": 4}
     arguments |= {"posterior": ("blurred",), "posterior_images": 2, "posterior_samples": 2, "posterior_steps": 2}
-    metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
+    metrics = run(colored / "pipeline", tmp_path, update_model_card=True, **arguments)
 
     assert metrics["sampling"]["scheduler"] == "DDIMScheduler"
     assert metrics["sampling"]["evaluations"] == 6  # guidance asks the network twice
@@ -428,7 +427,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))[:40]
     assert shares == {"blue": (order < 40).sum().item() / 40, "red": (order >= 40).sum().item() / 40}
     # the network is evaluated without a class, in units of its data
-    pipe = NCSNPipeline.from_pretrained(coloured / "pipeline")
+    pipe = NCSNPipeline.from_pretrained(colored / "pipeline")
     dataset = load_training_data(train_data_dir=arguments["train_data_dir"], split="test")
     images = decode_images(dataset.select(order[:4].tolist())) / 255
     noise = torch.stack([torch.randn((3, 8, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)])
@@ -446,7 +445,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     assert torch.equal(kept, to_uint8(images))
 
     # the card holds the metrics, once, beside what was there
-    metrics = run(coloured / "pipeline", tmp_path, update_model_card=True, **arguments)
+    metrics = run(colored / "pipeline", tmp_path, update_model_card=True, **arguments)
     card = ModelCard.load(card_path)
     results = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
     assert len(results) == len(card.data.eval_results) == 7
@@ -524,17 +523,17 @@ def test_the_statistics_library_is_asked_for_before_anything_is_loaded(monkeypat
         ({"class_labels": (1,), "max_reference_images": 200, "num_images": 66}, "`class_labels` are for a class-cond"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path, pipeline, coloured, arguments, message):
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path, pipeline, colored, arguments, message):
     if "train_data_dir" in arguments:
-        arguments = {"train_data_dir": str(coloured / "data")}
+        arguments = {"train_data_dir": str(colored / "data")}
     with pytest.raises(ValueError, match=message):
         run(pipeline, tmp_path, **arguments)
     assert not list(tmp_path.glob("samples/*.safetensors"))
 
 
-def test_the_runs_own_data_and_features_that_fit_are_the_default(tmp_path, coloured, capsys):
+def test_the_runs_own_data_and_features_that_fit_are_the_default(tmp_path, colored, capsys):
     folder = tmp_path / "pipeline"
-    shutil.copytree(coloured / "pipeline", folder)
+    shutil.copytree(colored / "pipeline", folder)
     quick = {"num_images": 129, "num_inference_steps": 2, "loss_images": 0, "branch_images": 0}
     # nothing says what it was trained on
     message = (
@@ -548,12 +547,12 @@ def test_the_runs_own_data_and_features_that_fit_are_the_default(tmp_path, colou
     (folder / "training_config.json").write_text(json.dumps(recorded))
     with pytest.raises(ValueError, match="trained on 'elsewhere', which is not a folder here: name it with `train_da"):
         run(folder, tmp_path / "out", **quick)
-    recorded |= {"train_data_dir": str(coloured / "all"), "validation_split": "test"}
+    recorded |= {"train_data_dir": str(colored / "all"), "validation_split": "test"}
     for split in ("train", "test"):  # enough for 128 features
-        for source in (coloured / "data" / split).iterdir():
+        for source in (colored / "data" / split).iterdir():
             for i, path in enumerate(source.iterdir()):
                 for flipped in (False, True):
-                    target = coloured / "all" / split / source.name / f"{i}-{flipped}.png"
+                    target = colored / "all" / split / source.name / f"{i}-{flipped}.png"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     image = Image.open(path)
                     (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image).save(target)
@@ -646,20 +645,20 @@ def test_the_two_branches_of_a_class_conditional_network_are_compared(tmp_path):
     assert "## With and without a class" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_digit_features_of_other_images(tmp_path, coloured):
-    arguments = {"train_data_dir": str(coloured / "data"), "num_images": 40}
+def test_digit_features_of_other_images(tmp_path, colored):
+    arguments = {"train_data_dir": str(colored / "data"), "num_images": 40}
     message = (
         r"`features`='digits' do not fit images of shape \(3, 8, 8\) \(channels, height, width\), but random, incep"
     )
     with pytest.raises(ValueError, match=message):
-        run(coloured / "pipeline", tmp_path, features="digits", **arguments)
+        run(colored / "pipeline", tmp_path, features="digits", **arguments)
 
 
-def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(monkeypatch, tmp_path, coloured):
+def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(monkeypatch, tmp_path, colored):
     monkeypatch.setattr(evaluate, "InceptionFeatures", Means)
     unet = small_unet(channels=3, out_channels=3, sample_size=10)
     NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
-    arguments = {"train_data_dir": str(coloured / "data"), "resolution": 10, "num_images": 40, "features": "inception"}
+    arguments = {"train_data_dir": str(colored / "data"), "resolution": 10, "num_images": 40, "features": "inception"}
     with pytest.raises(ValueError, match="`pixelated` needs height and width in multiples of 4, not 10 × 10 pixels"):
         run(tmp_path / "pipeline", tmp_path, posterior=("blurred", "pixelated"), **arguments)
     assert not (tmp_path / "samples").exists()

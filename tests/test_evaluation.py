@@ -26,7 +26,7 @@ from ncsn_diffusers.evaluation import (
     frechet_distance,
     kernel_distance,
     load_digit_classifier,
-    nearest_neighbours,
+    nearest_neighbors,
     precision_recall,
     require_torch_fidelity,
     to_uint8,
@@ -47,7 +47,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def standardised(count, dim, seed=0):
+def standardized(count, dim, seed=0):
     """Features whose sample mean is 0 and whose sample covariance is the identity, exactly."""
     x = normal(count, dim, seed=seed)
     x = x - x.mean(0)
@@ -59,8 +59,8 @@ def standardised(count, dim, seed=0):
 
 def test_frechet_distance_of_aligned_gaussians():
     # closed form where the covariances commute: |mu_a - mu_b|² + Σ (s_a - s_b)²
-    a = standardised(50, 3) * torch.tensor([1.0, 2.0, 0.5])
-    b = standardised(80, 3, seed=1) * torch.tensor([3.0, 2.0, 0.125]) + torch.tensor([0.0, 1.0, -2.0])
+    a = standardized(50, 3) * torch.tensor([1.0, 2.0, 0.5])
+    b = standardized(80, 3, seed=1) * torch.tensor([3.0, 2.0, 0.125]) + torch.tensor([0.0, 1.0, -2.0])
     assert frechet_distance(a, b) == pytest.approx(5 + 4 + 0.375**2, abs=1e-9)
     assert frechet_distance(b, a) == pytest.approx(5 + 4 + 0.375**2, abs=1e-9)
 
@@ -73,12 +73,12 @@ def test_frechet_distance_of_rotated_gaussians():
     product = cov_a @ cov_b
     trace = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
     expected = (cov_a.trace() + cov_b.trace()).item() - 2 * trace
-    distance = frechet_distance(standardised(40, 2) @ matrix_a.T, standardised(30, 2, seed=1) @ matrix_b.T)
+    distance = frechet_distance(standardized(40, 2) @ matrix_a.T, standardized(30, 2, seed=1) @ matrix_b.T)
     assert distance == pytest.approx(expected, abs=1e-9)
 
 
 def test_frechet_distance_of_one_feature():
-    a, b = 2.0 * standardised(40, 1), 0.5 * standardised(30, 1, seed=1) + 3
+    a, b = 2.0 * standardized(40, 1), 0.5 * standardized(30, 1, seed=1) + 3
     assert frechet_distance(a, b) == pytest.approx(9 + 1.5**2, abs=1e-9)
 
 
@@ -164,13 +164,13 @@ def test_class_shares():
     assert class_shares(torch.tensor([0, 2, 2, 2]), 4).tolist() == [0.25, 0, 0.75, 0]
 
 
-# --- Neighbours ---
+# --- Neighbors ---
 
 
-def test_nearest_neighbours_against_their_definition():
+def test_nearest_neighbors_against_their_definition():
     features, among = normal(25, 3), normal(40, 3, seed=1)
     among[7] = features[3]
-    distances, indices = nearest_neighbours(features, among, k=2, batch_size=10)
+    distances, indices = nearest_neighbors(features, among, k=2, batch_size=10)
     expected = (features[:, None] - among).norm(dim=2).sort(dim=1)
     assert torch.equal(indices, expected.indices[:, :2])
     torch.testing.assert_close(distances, expected.values[:, :2], rtol=0, atol=1e-6)
@@ -191,8 +191,8 @@ def test_nearest_neighbours_against_their_definition():
         (frechet_distance, torch.zeros(20), torch.zeros(20, 8), r"`features_a` must be of shape .*, not \(20,\)"),
         (precision_recall, torch.zeros(20, 8), torch.zeros(0, 8), r"`fake` must be of shape .*, not \(0, 8\)"),
         (frechet_distance, torch.zeros(20, 8), torch.full((20, 8), math.nan), "`features_b` .* not finite"),
-        (nearest_neighbours, torch.zeros(20, 8), torch.zeros(20, 9), "`features` has 8 features and `among` 9"),
-        (nearest_neighbours, torch.zeros(20, 8), torch.zeros(0, 8), r"`among` must be of shape .*, not \(0, 8\)"),
+        (nearest_neighbors, torch.zeros(20, 8), torch.zeros(20, 9), "`features` has 8 features and `among` 9"),
+        (nearest_neighbors, torch.zeros(20, 8), torch.zeros(0, 8), r"`among` must be of shape .*, not \(0, 8\)"),
         (kernel_distance, torch.zeros(19, 8), torch.zeros(30, 8), "`num_blocks`=10 blocks of 19 and 30 images"),
         (precision_recall, torch.zeros(3, 8), torch.zeros(30, 8), "`k`=3 must be at least 1 and below .* 3 and 30"),
     ],
@@ -221,7 +221,7 @@ def test_wrong_class_shares():
         with pytest.raises(ValueError, match=r"`labels` must be from 0 to 2, of shape \(n,\)"):
             class_shares(labels, 3)
     with pytest.raises(ValueError, match="`k`=5 must be at least 1 and at most the number of images in `among`, 4"):
-        nearest_neighbours(torch.zeros(20, 8), torch.zeros(4, 8), k=5)
+        nearest_neighbors(torch.zeros(20, 8), torch.zeros(4, 8), k=5)
 
 
 def test_wrong_images():
@@ -246,7 +246,7 @@ def test_statistics_without_their_library(monkeypatch, function):
 # --- Features ---
 
 
-def test_features_are_those_of_the_quantised_images_in_order():
+def test_features_are_those_of_the_quantized_images_in_order():
     images = torch.rand(7, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     features = extract_features(images, lambda batch: batch.flatten(1), batch_size=3)
     assert features.dtype == torch.float64
@@ -369,7 +369,7 @@ def test_compared_metrics_are_the_statistics():
         "precision": precision,
         "recall": recall,
         "class_entropy": pytest.approx(math.log(2)),
-        "median_distance_to_nearest_reference": nearest_neighbours(features, reference)[0].median().item(),
+        "median_distance_to_nearest_reference": nearest_neighbors(features, reference)[0].median().item(),
     }
     assert metrics["kernel_distance"].standard_error == kernel_error
     assert [metric.card_type for metric in compare(reference, features) if metric.card_type] == [

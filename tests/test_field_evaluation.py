@@ -109,7 +109,7 @@ def test_the_exact_network_is_called_right(case, capsys):
     report = (folder / "out" / "report.md").read_text()
     assert "held out: 200 of `held_out.npy`" in report and "Reference: 400 of `train` of train.npy" in report
     assert "CRPS (K)" in report and "nats per number" in report
-    for name in ("samples", "neighbours", "spectrum", "losses", "reliability"):
+    for name in ("samples", "neighbors", "spectrum", "losses", "reliability"):
         assert Image.open(folder / "out" / f"{name}.png").width > 400
         assert f"({name}.png)" in report
 

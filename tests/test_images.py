@@ -16,7 +16,7 @@ def random_images(n, channels=1, height=3, width=5):
     return torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-def test_images_are_quantised_as_in_a_file():
+def test_images_are_quantized_as_in_a_file():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(levels), levels)
     for offset in (-0.49, 0.49):

@@ -135,8 +135,8 @@ def test_bits_per_dim_of_images_whose_probability_is_known(data_min):
     values = 0.1 + 0.3 * torch.randn(50, 1, 2, 4, generator=generator())
     images = ((values - data_min) / width).round().clamp(0, 255).to(torch.uint8)
     normal = Normal(0.1, math.sqrt(0.3**2 + scheduler.config.sigma_min**2))
-    centres = data_min + width * images.double()
-    probabilities = normal.cdf(centres + width / 2) - normal.cdf(centres - width / 2)
+    centers = data_min + width * images.double()
+    probabilities = normal.cdf(centers + width / 2) - normal.cdf(centers - width / 2)
     exact = -probabilities.log2().flatten(1).mean(1)
 
     bits = bits_per_dim(Denoiser.of(model, scheduler), images, [generator(i) for i in range(50)], units)

@@ -29,14 +29,14 @@ def brute_force(points):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40, 1000])
-@pytest.mark.parametrize("kind", ["gaussian", "sphere", "two clusters", "off centre", "line"])
+@pytest.mark.parametrize("kind", ["gaussian", "sphere", "two clusters", "off center", "line"])
 def test_sigma_max_equals_brute_force(kind, batch_size):
     points = torch.randn(40, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     if kind == "sphere":  # where all are equally far from the mean
         points = points / points.flatten(1).norm(dim=1)[:, None, None, None]
     elif kind == "two clusters":
         points[20:] += 50
-    elif kind == "off centre":
+    elif kind == "off center":
         points += 1000
     elif kind == "line":
         points[:, :, 0] = 0
@@ -99,7 +99,7 @@ def test_number_of_levels_is_the_papers(name):
 
 
 @pytest.mark.parametrize(("dim", "overlap"), [(784, 0.5), (3072, 0.5668), (3072, 0.9)])
-def test_neighbouring_levels_overlap_as_asked(dim, overlap):
+def test_neighboring_levels_overlap_as_asked(dim, overlap):
     # the share of N(0, I) in `dim` dimensions whose radius lies within three deviations of that of gamma times N(0, I):
     # asymptotic in 1/√D, to which the normal approximation of the radius's distribution is exact
     num_levels = choose_num_train_timesteps(0.01, 100, dim, overlap)

@@ -67,7 +67,7 @@ def gray_and_alpha(values, alpha):
     return Image.merge("LA", [Image.fromarray(rows(*values)), Image.fromarray(rows(*alpha))])
 
 
-def colour(*pixels):
+def color(*pixels):
     return Image.fromarray(np.array([pixels] * SIDE, "uint8"))
 
 
@@ -90,9 +90,9 @@ GRAY = {
     "gray and alpha": (encode(gray_and_alpha([100] * 4, [0, 51, 255, 255])), [255, 224, 100, 100]),
 }
 COLOUR = {
-    "RGB": (encode(colour((1, 2, 3), (4, 5, 6), (7, 8, 9), (0, 0, 0))), [(1, 2, 3), (4, 5, 6), (7, 8, 9), (0, 0, 0)]),
+    "RGB": (encode(color((1, 2, 3), (4, 5, 6), (7, 8, 9), (0, 0, 0))), [(1, 2, 3), (4, 5, 6), (7, 8, 9), (0, 0, 0)]),
     "RGBA": (
-        encode(colour((100, 0, 50, 0), (100, 0, 50, 51), (100, 0, 50, 255), (0, 0, 0, 0))),
+        encode(color((100, 0, 50, 0), (100, 0, 50, 51), (100, 0, 50, 255), (0, 0, 0, 0))),
         [(255, 255, 255), (224, 204, 214), (100, 0, 50), (255, 255, 255)],
     ),
     "palette": (palette(), [(10, 20, 30), (40, 50, 60), (70, 80, 90), (10, 20, 30)]),

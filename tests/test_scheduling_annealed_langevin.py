@@ -1140,7 +1140,7 @@ def test_attributes_that_diffusers_reads():
     assert scheduler.timesteps.tolist() == pytest.approx([3, 2, 1, 0], abs=1e-5)
     assert scheduler.sigmas.tolist() == pytest.approx([100, 10, 1, 0.1, 0.1], rel=1e-6)
     assert (scheduler.order, scheduler.num_inference_steps, len(scheduler)) == (1, 4, 4)
-    # alphas_cumprod is 1/(1 + sigma²) at each level, and 1 - beta the ratio of neighbours
+    # alphas_cumprod is 1/(1 + sigma²) at each level, and 1 - beta the ratio of neighbors
     assert scheduler.alphas_cumprod.tolist() == pytest.approx([1 / 1.01, 1 / 2, 1 / 101, 1 / 10_001], rel=1e-6)
     assert scheduler.betas.tolist() == pytest.approx([0.01 / 1.01, 0.99 / 2, 99 / 101, 9900 / 10_001], rel=1e-6)
     assert scheduler.init_noise_sigma == pytest.approx(10_001**0.5, rel=1e-6)

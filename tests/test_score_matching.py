@@ -62,7 +62,7 @@ def test_loss_of_the_exact_score_is_known(prediction_type, conditioning):
         assert losses.mean().item() == pytest.approx(expected, rel=3 * math.sqrt(2 / (count * dims)))
 
 
-def test_exact_score_of_a_mixture_beats_its_neighbours():
+def test_exact_score_of_a_mixture_beats_its_neighbors():
     scheduler = AnnealedLangevinScheduler()
     generator = torch.Generator().manual_seed(0)
     x0 = MIXTURE.sample(4000, generator).float()

@@ -231,11 +231,11 @@ def test_ema_averages_the_weights(small):
     torch.testing.assert_close(no_memory, last)
 
 
-def test_colour_and_oblong_images(small, tmp_path):
-    (tmp_path / "colour").mkdir()
+def test_color_and_oblong_images(small, tmp_path):
+    (tmp_path / "color").mkdir()
     for i in range(20):
-        Image.new("RGB", (12, 8), (i, 100, 200)).save(tmp_path / "colour" / f"{i}.png")
-    folder = str(tmp_path / "colour")
+        Image.new("RGB", (12, 8), (i, 100, 200)).save(tmp_path / "color" / f"{i}.png")
+    folder = str(tmp_path / "color")
     pipe = train(small(train_data_dir=folder, num_epochs=1))
     assert pipe(num_inference_steps=2).images[0].size == (12, 8)
     pipe = train(small(train_data_dir=folder, num_epochs=1, overwrite_output_dir=True, resolution=16))
@@ -1335,21 +1335,21 @@ def test_no_shares_without_classes(small):
 def test_columns_by_name(small, tmp_path, capsys):
     columns = {
         "gray": [Image.new("L", (8, 8))] * 20,
-        "colour": [Image.new("RGB", (8, 8))] * 20,
+        "color": [Image.new("RGB", (8, 8))] * 20,
         "kind": [0, 1] * 10,
         "size": [0, 1, 2, 0] * 5,
     }
-    features = {"gray": datasets.Image(), "colour": datasets.Image(), "kind": datasets.ClassLabel(num_classes=2)}
+    features = {"gray": datasets.Image(), "color": datasets.Image(), "kind": datasets.ClassLabel(num_classes=2)}
     features = datasets.Features(features | {"size": datasets.Value("int64")})
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / "train.parquet")
     arguments = {"dataset_name": str(tmp_path / "data"), "train_data_dir": None, "class_conditional": True}
-    with pytest.raises(ValueError, match="2 columns of images: `image_column` names one of gray, colour"):
+    with pytest.raises(ValueError, match="2 columns of images: `image_column` names one of gray, color"):
         train(small(**arguments))
     unet = train(small(**arguments, image_column="gray")).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (1, 3)
     assert "of 2 classes, from `gray` and `kind`." in capsys.readouterr().out
-    arguments |= {"image_column": "colour", "label_column": "size", "overwrite_output_dir": True}
+    arguments |= {"image_column": "color", "label_column": "size", "overwrite_output_dir": True}
     unet = train(small(**arguments)).unet
     assert (unet.config.in_channels, unet.config.num_class_embeds) == (3, 4)
 

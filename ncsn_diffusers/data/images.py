@@ -65,7 +65,7 @@ class ImageReader:
         resolution (`int`, *optional*):
             Side of the square that each image is resized (its shorter side) and cropped to; its own size otherwise.
         channels (`int`, *optional*): 1, 3 or 4; each image's own, 1 or 3, when not given.
-        random_crop (`bool`, defaults to `False`): crop at a random place instead of the centre.
+        random_crop (`bool`, defaults to `False`): crop at a random place instead of the center.
         seed (`int`, defaults to 0): of the random places.
         num_classes (`int`, *optional*): the number of classes; without it each row must have a label.
     """
@@ -551,7 +551,7 @@ def remember(checked: CheckedFiles, records: list[pa.Table]) -> None:
 
 
 def _channels_of_stream(dataset: IterableDataset, reader: ImageReader, corrupt_images: str) -> int:
-    """3 where the first image that can be read says so: as in a data set at hand, one in colour decides for all."""
+    """3 where the first image that can be read says so: as in a data set at hand, one in color decides for all."""
     for i, row in enumerate(dataset):
         try:
             channels = len(reader(row, (0, i))[0])
@@ -579,7 +579,7 @@ def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _common_shape(shapes: set[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """Channels, height and width of images that may be gray or coloured, but must be of one size."""
+    """Channels, height and width of images that may be gray or colored, but must be of one size."""
     if not shapes:
         raise ValueError("The data set has no image.")
     sizes = {shape[1:] for shape in shapes}

@@ -42,7 +42,7 @@ _SHARDS = 1024  # parts of a folder that is streamed, whose order is shuffled as
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _TABLES = (".parquet", ".arrow", ".tar")
 _NO_DECODER = (".bufr", ".grib", ".h5", ".hdf", ".mpeg", ".mpg")  # PIL knows these by name alone
-# How `datasets` recognises splits; see `find_splits` for where they count.
+# How `datasets` recognizes splits; see `find_splits` for where they count.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -325,14 +325,14 @@ def _image_folder(folder: str, splits: dict[str, list[str]], depth: int | None) 
     names = set()
     if level is not None:
         num_levels = len(folders(splits[next(iter(splits))][0]))
-        labelled = [s for s, paths in splits.items() if {len(folders(path)) for path in paths} == {num_levels}]
-        names = sorted({folders(path)[level] for split in labelled for path in splits[split]})
+        labeled = [s for s, paths in splits.items() if {len(folders(path)) for path in paths} == {num_levels}]
+        names = sorted({folders(path)[level] for split in labeled for path in splits[split]})
         number = {name: i for i, name in enumerate(names)}
     datasets = {}
     for split, paths in splits.items():
         columns = {"image": [os.path.join(folder, path) for path in paths]}
         features = {"image": Value("string")}
-        if level is not None and split in labelled:
+        if level is not None and split in labeled:
             columns["label"] = [number[folders(path)[level]] for path in paths]
             features["label"] = ClassLabel(names=names)
         datasets[split] = Dataset.from_dict(columns, Features(features)).cast_column("image", Image())

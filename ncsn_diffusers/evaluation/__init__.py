@@ -16,7 +16,7 @@ from .metrics import (
     class_shares,
     frechet_distance,
     kernel_distance,
-    nearest_neighbours,
+    nearest_neighbors,
     precision_recall,
     require_torch_fidelity,
 )
@@ -34,7 +34,7 @@ __all__ = [
     "frechet_distance",
     "kernel_distance",
     "load_digit_classifier",
-    "nearest_neighbours",
+    "nearest_neighbors",
     "precision_recall",
     "require_torch_fidelity",
     "to_uint8",

@@ -27,7 +27,7 @@ errors are those of n independent images.
 Pixels that hardly vary
 -----------------------
 The background of digits is black in every image. Truth and samples agree there, but for what is left of the sampler's
-noise, a few of 255 grey levels; who lies above whom says nothing of the posterior. Such pixels must not be left out by
+noise, a few of 255 gray levels; who lies above whom says nothing of the posterior. Such pixels must not be left out by
 the spread of the samples alone: that keeps wide intervals and drops narrow ones, and makes a bad sampler look good.
 Two rules treat the truth and the samples alike, so that what is right stays exactly what it was:
 
@@ -41,7 +41,7 @@ The variance ratio sums variances and errors before it divides, so that such pix
 The floor
 ---------
 How far from right may n images and k samples be by chance? [`simulate_exact`] draws them from the exact posterior of
-the Gaussian that has the mean and the covariance of N images x_i, with centred rows X = (x_i - mean)/√(N - 1):
+the Gaussian that has the mean and the covariance of N images x_i, with centered rows X = (x_i - mean)/√(N - 1):
 
     x0 = mean + Xᵀ g,  g ~ N(0, I),    y = A mean + Bᵀ g + noise_std e,  B = X Aᵀ,
 

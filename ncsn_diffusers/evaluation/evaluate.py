@@ -42,7 +42,7 @@ from .metrics import (
     class_shares,
     compare,
     mean_and_error,
-    nearest_neighbours,
+    nearest_neighbors,
     require_torch_fidelity,
 )
 from .record import (
@@ -430,7 +430,7 @@ class Evaluation(Run):
         for name in ("samples", "held-out"):
             labels = described[name].get("labels")
             if labels is None and self.real.labels is not None:
-                nearest = nearest_neighbours(described[name]["features"], described["reference"]["features"])[1][:, 0]
+                nearest = nearest_neighbors(described[name]["features"], described["reference"]["features"])[1][:, 0]
                 labels = self.real.labels[nearest]
             if labels is not None:
                 classes[name] = labels
@@ -508,12 +508,12 @@ class Evaluation(Run):
         names = ["reference"] if is_own_split else ["reference", "held-out"]
         training = torch.cat([real.reference] if is_own_split else [real.reference, real.held_out])
         among = torch.cat([described[name]["features"] for name in names])
-        nearest = nearest_neighbours(described["samples"]["features"][:_NUM_SHOWN], among, _NUM_NEIGHBOURS)[1]
+        nearest = nearest_neighbors(described["samples"]["features"][:_NUM_SHOWN], among, _NUM_NEIGHBOURS)[1]
         rows = [
             torch.cat([image[None], training[found]])
             for image, found in zip(samples[:_NUM_SHOWN], nearest, strict=True)
         ]
-        for name, shown in (("samples.png", list(samples[:100].split(20))), ("neighbours.png", rows)):
+        for name, shown in (("samples.png", list(samples[:100].split(20))), ("neighbors.png", rows)):
             with replacing(self.folder / name, _GO_ON) as aside:
                 make_image(shown).save(aside)
 

@@ -334,7 +334,7 @@ class FieldEvaluation(Run):
         nearest = training[nearest_fields(samples[:num_pairs].double(), training)[1][:, 0]].float()
         pairs = torch.stack([samples[:num_pairs], nearest], dim=1).flatten(0, 1)
         write("samples.png", lambda path: plot_fields(samples[:_NUM_SHOWN].numpy(), unit).save(path))
-        write("neighbours.png", lambda path: plot_fields(pairs.numpy(), unit).save(path))
+        write("neighbors.png", lambda path: plot_fields(pairs.numpy(), unit).save(path))
         write("spectrum.png", partial(plot_spectra, record.spectrum))
         if record.losses is not None:
             write("losses.png", partial(plot_losses, record.losses.levels))

@@ -117,7 +117,7 @@ def make_field_report(record: EvaluationRecord) -> str:
         "Pairs: a sample, and the training data that are nearest to it. If samples are memorized, their distance to "
         "the nearest is well below that of held-out data.",
         "",
-        "![samples and their neighbours](neighbours.png)",
+        "![samples and their neighbors](neighbors.png)",
     ]
     if record.losses is not None:
         lines += ["", *loss_lines(record.losses, "arrays")]

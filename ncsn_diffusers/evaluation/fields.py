@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from .metrics import Metric, kernel_distance, nearest_neighbours, to_dict
+from .metrics import Metric, kernel_distance, nearest_neighbors, to_dict
 
-_MAX_VALUES = 64  # of a field in a channel, for the kernel distance and neighbours
+_MAX_VALUES = 64  # of a field in a channel, for the kernel distance and neighbors
 _NUM_BLOCKS = 10  # of fields, for the errors of the marginals and of the spectrum
 
 
@@ -186,7 +186,7 @@ def nearest_fields(
         `(n, k)`, the nearest first.
     """
     training, samples = standardize(among, among, max_values), standardize(among, fields, max_values)
-    distances, indices = nearest_neighbours(samples, training, k)
+    distances, indices = nearest_neighbors(samples, training, k)
     return distances / samples.shape[1] ** 0.5, indices
 
 

@@ -4,7 +4,7 @@ How far generated images are from real ones: statistics of their features, and h
 Every statistic compares two sets of features, arrays of shape `(n, d)` for n images. Any callable from uint8 images
 `(n, channels, height, width)` to features `(n, d)` is an extractor: `load_digit_classifier().features`, or
 `InceptionFeatures()` for values that compare with the literature. [`extract_features`] runs one over a whole set. It
-quantises real and generated images to 8 bits first: a distance must not depend on which of them came from a file.
+quantizes real and generated images to 8 bits first: a distance must not depend on which of them came from a file.
 
 torch-fidelity (`pip install torch-fidelity`) computes the statistics. All depend on the features and on the number of
 images, most of all the Fréchet distance, whose bias falls as one over that number. Report both with every value, and
@@ -101,12 +101,12 @@ def kernel_distance(
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """
     Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991): an image lies in a set's manifold if
-    it is no farther from some image of the set than that image's own k-th neighbour.
+    it is no farther from some image of the set than that image's own k-th neighbor.
 
     Args:
         real (`torch.Tensor` of shape `(n, d)`): features of real images, n > k.
         fake (`torch.Tensor` of shape `(m, d)`): features of generated images, m > k.
-        k (`int`, defaults to 3): which neighbour.
+        k (`int`, defaults to 3): which neighbor.
 
     Returns:
         `tuple[float, float]`: precision, the share of generated images within the real ones' manifold, and recall,
@@ -172,17 +172,17 @@ def class_shares(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return labels.bincount(minlength=num_classes).double() / len(labels)
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     features: torch.Tensor, among: torch.Tensor, k: int = 1, batch_size: int = 1000
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The nearest neighbours of each image in a set, by the distance of their features. A network that has memorised its
+    The nearest neighbors of each image in a set, by the distance of their features. A network that has memorized its
     training images draws images that are nearer to them than unseen real ones are.
 
     Args:
         features (`torch.Tensor` of shape `(n, d)`): features of the images.
         among (`torch.Tensor` of shape `(m, d)`): features of the set, m >= k.
-        k (`int`, defaults to 1): how many neighbours.
+        k (`int`, defaults to 1): how many neighbors.
         batch_size (`int`, defaults to 1000): how many images are compared with the set at a time.
 
     Returns:
@@ -194,7 +194,7 @@ def nearest_neighbours(
     features, among = _check_features(features=features, among=among)
     if not 1 <= k <= len(among):
         raise ValueError(f"`k`={k} must be at least 1 and at most the number of images in `among`, {len(among)}.")
-    batches = tqdm(features.split(batch_size), desc="Neighbours", unit="batch", leave=False)
+    batches = tqdm(features.split(batch_size), desc="Neighbors", unit="batch", leave=False)
     found = [torch.cdist(batch, among).topk(k, largest=False) for batch in batches]
     return torch.cat([distances for distances, _ in found]), torch.cat([indices for _, indices in found])
 
@@ -294,7 +294,7 @@ def compare(
     """
     kernel, kernel_error = kernel_distance(reference, features)
     precision, recall = precision_recall(reference[: len(features)], features[: len(reference)])
-    nearest = nearest_neighbours(features, reference)[0].median().item()
+    nearest = nearest_neighbors(features, reference)[0].median().item()
     frechet_in_card, kernel_in_card = (
         (("fid", "FID"), ("kid", "KID"))
         if is_inception

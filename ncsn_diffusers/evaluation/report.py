@@ -168,7 +168,7 @@ def make_report(record: EvaluationRecord) -> str:
         "Each row: a sample, then the training images with the nearest features. If samples are memorized, their "
         "distance to the nearest is well below that of held-out images.",
         "",
-        "![samples and their neighbours](neighbours.png)",
+        "![samples and their neighbors](neighbors.png)",
     ]
     for part, describe in (
         (record.classes, _class_lines),

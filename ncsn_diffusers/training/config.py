@@ -145,7 +145,7 @@ class NoiseSettings:
     """Noise levels and loss"""
 
     num_train_timesteps: int | Literal["auto"] | None = None
-    """Number of noise levels; auto: as many as it takes for neighbours to overlap (NCSNv2, technique 2). By default
+    """Number of noise levels; auto: as many as it takes for neighbors to overlap (NCSNv2, technique 2). By default
     1000; ncsn 10, ncsnv2 auto."""
     sigma_min: float | None = None
     """Smallest noise level, for images in [-1, 1]; by default 0.01, and 0.02 for ncsn and ncsnv2."""

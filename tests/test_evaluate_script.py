@@ -426,13 +426,14 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, coloured):
     shares = metrics["class_shares"]["held-out"]
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))[:40]
     assert shares == {"blue": (order < 40).sum().item() / 40, "red": (order >= 40).sum().item() / 40}
-    # the network is evaluated without a class, in units of its data
+    # the network is evaluated without a class, in its own units, which are [0, 1] here
     pipe = NCSNPipeline.from_pretrained(coloured / "pipeline")
     dataset = load_training_data(train_data_dir=arguments["train_data_dir"], split="test")
     images = decode_images(dataset.select(order[:4].tolist())) / 255
     noise = torch.stack([torch.randn((3, 8, 8), generator=torch.Generator().manual_seed(i)) for i in range(4)])
     no_label, levels = torch.full((4,), 2), metrics["loss_per_level"]
-    losses = loss_per_level(pipe.unet, pipe.scheduler, images, noise, [level["sigma"] for level in levels], no_label)
+    denoiser = Denoiser.of(pipe.unet, pipe.scheduler, no_label)
+    losses = loss_per_level(denoiser, images, noise, [level["sigma"] for level in levels])
     assert [level["loss"] for level in levels] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
     # the samples are those of the pipeline with that scheduler
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

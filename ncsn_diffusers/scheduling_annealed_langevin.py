@@ -395,8 +395,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 Number L of levels, from 1 up, laid over the trained ladder by `rho`, or by `timestep_spacing`.
             device (`str` or `torch.device`, *optional*): where `timesteps` are to be.
             sigmas (`list[float]`, *optional*):
-                The levels themselves, falling, from 1e10 to 1e-10, in the network's units. A 0 at the end stands for the
-                final denoising; so `scheduler.sigmas` can be given, in which each level is repeated T times.
+                The levels themselves, falling, from 1e10 to 1e-10, in the network's units. A 0 at the end stands for
+                the final denoising; so `scheduler.sigmas` can be given, in which each level is repeated T times.
             timesteps (`list[float]`, *optional*):
                 The levels as timesteps, falling, from num_train_timesteps - 1 to 0; fractions are allowed, and T
                 repetitions of each, as in `scheduler.timesteps`.

@@ -12,8 +12,8 @@ number L ([`choose_num_train_timesteps`]). The T steps of a level must then redu
     step_size = choose_step_size(sigma_min, sigma_max, num_train_timesteps, num_langevin_steps=5)
 
 Every sigma is in the network's units, images in [-1, 1]. The paper's are in [0, 1]: there each sigma is half as large,
-L and the relative step size are the same. Its CIFAR-10 ladder, 50 to 0.01 there and 100 to 0.02 here, has L = 232 levels
-and with T = 5 the relative step size r = 0.062, the paper's epsilon = r sigma_min² = 6.2e-6.
+L and the relative step size are the same. Its CIFAR-10 ladder, 50 to 0.01 there and 100 to 0.02 here, has L = 232
+levels and with T = 5 the relative step size r = 0.062, the paper's epsilon = r sigma_min² = 6.2e-6.
 """
 
 import math

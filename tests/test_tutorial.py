@@ -13,6 +13,9 @@ import pytest
 import torch
 from networks import GaussianMixture
 
+from ncsn_diffusers.data import decode_images, load_training_data
+from ncsn_diffusers.images import to_model_range
+
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 SHARES = [0.6, 0.3, 0.1]
 
@@ -149,5 +152,10 @@ def test_digits(tutorial):
     sigmas = [sigma for sigma, _ in tutorial["estimates"]]
     assert len(sigmas) == 20
     assert sigmas == sorted(sigmas, reverse=True)
-    first, last = tutorial["estimates"][0][1], tutorial["estimates"][-1][1]
-    assert first.std(0).mean() < 0.5 * last.std(0).mean()  # all near the mean, then each its own digit
+    # "close to the mean of its class", and then a digit of its own
+    dataset = load_training_data()
+    images, labels = to_model_range(decode_images(dataset)), torch.tensor(dataset["label"][:])
+    means = torch.stack([images[labels == digit].mean(0) for digit in range(3)])
+    for step, least, most in ((0, 0, 0.15), (-1, 0.25, 1)):
+        distances = (tutorial["estimates"][step][1] - means).square().mean((1, 2, 3)).sqrt()
+        assert least < distances.min() and distances.max() < most

@@ -26,7 +26,7 @@ class Ladder:
     The trained noise levels.
 
     Args:
-        sigmas (`np.ndarray` of shape `(num_levels,)`): The levels, rising, in float64, in units of the data.
+        sigmas (`np.ndarray` of shape `(num_levels,)`): The levels, rising, in float64, in the network's units.
     """
 
     def __init__(self, sigmas: np.ndarray):

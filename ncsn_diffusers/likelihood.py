@@ -49,7 +49,7 @@ def loss_per_level(
         denoiser ([`Denoiser`]): the network.
         data (`torch.Tensor` of shape `(n, ...)`): x0, in the network's units.
         noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal, the same at every level.
-        sigmas (`Sequence[float]` of length L): noise levels within the ladder, in units of the data.
+        sigmas (`Sequence[float]` of length L): noise levels within the ladder, in the network's units.
 
     Returns:
         `torch.Tensor` of shape `(L, n)`.
@@ -79,7 +79,7 @@ def score_error(
         exact (denoiser): E[x0 | x].
         data (`torch.Tensor` of shape `(n, ...)`): x0, in the network's units.
         noise (`torch.Tensor` of shape `(n, ...)`): z, standard normal: x = x0 + sigma z.
-        sigmas (`Sequence[float]` of length L): noise levels within the ladder, in units of the data.
+        sigmas (`Sequence[float]` of length L): noise levels within the ladder, in the network's units.
 
     Returns:
         `torch.Tensor` of shape `(L, n)`: 1 for a network that returns the score 0, where the noise is all there is.
@@ -116,13 +116,13 @@ def log_likelihood(
         num_steps (`int`, defaults to 25): steps from sigma_min to sigma_max, equal in log sigma.
 
     Returns:
-        `torch.Tensor` of shape `(n,)`: log p in nats, in units of the data, float64, on the CPU, without a gradient.
+        `torch.Tensor` of shape `(n,)`: log p in nats, in the network's units, float64, on the CPU, without a gradient.
 
     Raises:
         ValueError: x is not floating, the probes have another shape, or there are fewer than 1 step.
     """
     if not x.is_floating_point():
-        raise ValueError(f"`x` must be floating, in units of the data, not {x.dtype}.")
+        raise ValueError(f"`x` must be floating, in the network's units, not {x.dtype}.")
     if probes.ndim != x.ndim + 1 or probes.shape[1:] != x.shape or not len(probes):
         raise ValueError(f"`probes` must be of shape (k, *{tuple(x.shape)}), not {tuple(probes.shape)}.")
     if num_steps < 1:
@@ -171,7 +171,7 @@ def bits_per_dim(
     Bits that the model needs per 8-bit value of an image: in expectation an upper bound.
 
     The density p of [`log_likelihood`] gives an image x the probability ∫ p over the cube around it, whose side w is
-    one 8-bit step in units of the data. By Jensen's inequality that is at least w^d exp E[log p(x + n)], n
+    one 8-bit step in the network's units. By Jensen's inequality that is at least w^d exp E[log p(x + n)], n
     uniform in the cube (uniform dequantization: Theis et al. 2016, arXiv:1511.01844). One n is drawn for each image.
 
     Args:

@@ -73,7 +73,7 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
             Dilation of each stage's convolutions. A stage after the first with dilation 1 halves the image; one with a
             larger dilation keeps its size.
         sigmas (`list[float]`, *optional*):
-            The noise levels with an embedding each, falling, in units of the data: the network of 2019. Between two
+            The noise levels with an embedding each, falling, in the network's units: the network of 2019. Between two
             levels the embeddings are interpolated in log sigma, beyond them the end's is taken; the network was not
             trained there. `None` is the network of 2020, which takes any sigma.
         act_fn (`str`, defaults to `"elu"`):
@@ -137,13 +137,13 @@ class RefineNet2DModel(ModelMixin, ConfigMixin):
     ) -> NetworkOutput | tuple:
         """
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): x, in units of the data.
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): x, in the network's units.
             timestep (`torch.Tensor` of shape `()` or `(batch_size,)`, or `float`): sigma, in the same units.
             class_labels (`None`): there for the interface's sake; the network knows no classes.
             return_dict (`bool`, defaults to `True`): A [`NetworkOutput`], or a plain tuple.
 
         Returns:
-            [`NetworkOutput`] or `tuple`: the score, in 1 / units of the data.
+            [`NetworkOutput`] or `tuple`: the score, in 1 / the network's units.
 
         Raises:
             ValueError: class labels are given.
@@ -175,7 +175,7 @@ class LevelUNet2DModel(ModelMixin, ConfigMixin):
 
     Args:
         sigmas (`list[float]`):
-            The trained noise levels, falling, in units of the data. Between two of them the index is interpolated in
+            The trained noise levels, falling, in the network's units. Between two of them the index is interpolated in
             log sigma, beyond them the end's is taken; the network was not trained there.
         sample_size (`int` or `tuple[int, int]`, defaults to 32): Height and width of the images.
         in_channels (`int`, defaults to 3): Channels of the image and of the score.

@@ -11,9 +11,9 @@ number L ([`choose_num_train_timesteps`]). The T steps of a level must then redu
     num_train_timesteps = choose_num_train_timesteps(sigma_min, sigma_max, images[0].numel())
     step_size = choose_step_size(sigma_min, sigma_max, num_train_timesteps, num_langevin_steps=5)
 
-Every sigma is in units of the data, images in [-1, 1]. The paper's are in [0, 1]: there each sigma is half as large, L
-and the relative step size are the same. Its CIFAR-10 ladder, 50 to 0.01 there and 100 to 0.02 here, has L = 232 levels
-and with T = 5 the relative step size r = 0.062, the paper's epsilon = r sigma_min² = 6.2e-6.
+Every sigma is in the network's units, images in [-1, 1]. The paper's are in [0, 1]: there each sigma is half as large,
+L and the relative step size are the same. Its CIFAR-10 ladder, 50 to 0.01 there and 100 to 0.02 here, has L = 232
+levels and with T = 5 the relative step size r = 0.062, the paper's epsilon = r sigma_min² = 6.2e-6.
 """
 
 import math
@@ -49,7 +49,7 @@ def choose_sigma_max(
         batch_size (`int`, defaults to 1000): side of a block.
 
     Returns:
-        `float`: sigma_max, in units of the data.
+        `float`: sigma_max, in the network's units.
 
     Raises:
         ValueError: there are fewer than two points, all are the same, or they are neither uint8 nor finite floats.

@@ -504,8 +504,8 @@ class UploadedNCSNPipeline(NetworkPipeline):
             denoised = denoiser(x, sigma)
             if variance_noise is not None:
                 extra["variance_noise"] = variance_noise(i)
-            output = network.to_output(denoised, x, sigma)
-            sample = scheduler.step(output, t, sample, return_dict=False, **extra)[0]
+            # the output has no name, which would keep it in memory during the next evaluation
+            sample = scheduler.step(network.to_output(denoised, x, sigma), t, sample, return_dict=False, **extra)[0]
             if callback is not None:
                 tensors = {"latents": sample, "sigma": level_tensors[i], "denoised": denoised}
                 sample = self._call_back(callback, i, t, {name: tensors[name] for name in names}, sample)

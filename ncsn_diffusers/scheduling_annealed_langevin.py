@@ -2,7 +2,7 @@
 
 Symbols
 -------
-`sigma` is the standard deviation of the noise, in units of the data (images in [-1, 1]); `x` the noisy sample,
+`sigma` is the standard deviation of the noise, in the network's units (images in [-1, 1]); `x` the noisy sample,
 x = x0 + sigma z with z ~ N(0, I); `score` the gradient of log p_sigma(x) with respect to x; `denoised` is
 D(x, sigma) = x + sigma² score (Tweedie's formula); `r` the relative step size, alpha/sigma² in the papers' letters.
 
@@ -169,9 +169,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`, defaults to 1000):
             Number L of noise levels that the network was trained on, at least 2.
         sigma_min (`float`, defaults to 0.01):
-            Smallest noise level, in units of the data. Used by `beta_schedule="geometric"`.
+            Smallest noise level, in the network's units. Used by `beta_schedule="geometric"`.
         sigma_max (`float`, defaults to 50.0):
-            Largest noise level, in units of the data. Used by `beta_schedule="geometric"`.
+            Largest noise level, in the network's units. Used by `beta_schedule="geometric"`.
         beta_schedule (`str`, defaults to `"geometric"`):
             `"geometric"`: sigmas in geometric progression. `"linear"`, `"scaled_linear"` and `"squaredcos_cap_v2"` are
             the DDPM schedules of diffusers with sigma² = (1 - alphas_cumprod)/alphas_cumprod.
@@ -207,7 +207,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         clip_sample (`bool`, defaults to `False`):
             Clip the denoised estimate to `[-clip_sample_range, clip_sample_range]`.
         clip_sample_range (`float`, defaults to 1.0):
-            See `clip_sample`; in units of the data.
+            See `clip_sample`; in the network's units.
         timestep_spacing (`str`, defaults to `"linspace"`):
             How `num_inference_steps` levels are laid over the trained ones under `"euler_maruyama"` or without `rho`:
             `"linspace"`, `"leading"` or `"trailing"`, Table 2 of Lin et al. 2023, arXiv:2305.08891. Levels between
@@ -356,7 +356,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             timesteps (`float` or `torch.Tensor` of any shape): what the network is given.
 
         Returns:
-            `torch.Tensor`: sigmas, of the same shape, on the same device, in units of the data.
+            `torch.Tensor`: sigmas, of the same shape, on the same device, in the network's units.
         """
         timesteps = _floating(timesteps)
         return timesteps if self.config.conditioning == "sigma" else self.ladder.sigma_at(timesteps)
@@ -367,7 +367,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             sigmas (`float` or `torch.Tensor` of any shape):
-                Noise levels above 0, in units of the data; those outside the ladder are given its ends' timesteps.
+                Noise levels above 0, in the network's units; those outside the ladder are given its ends' timesteps.
 
         Returns:
             `torch.Tensor`: timesteps, of the same shape, on the same device.
@@ -395,8 +395,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 Number L of levels, from 1 up, laid over the trained ladder by `rho`, or by `timestep_spacing`.
             device (`str` or `torch.device`, *optional*): where `timesteps` are to be.
             sigmas (`list[float]`, *optional*):
-                The levels themselves, falling, from 1e10 to 1e-10, in units of the data. A 0 at the end stands for the
-                final denoising; so `scheduler.sigmas` can be given, in which each level is repeated T times.
+                The levels themselves, falling, from 1e10 to 1e-10, in the network's units. A 0 at the end stands for
+                the final denoising; so `scheduler.sigmas` can be given, in which each level is repeated T times.
             timesteps (`list[float]`, *optional*):
                 The levels as timesteps, falling, from num_train_timesteps - 1 to 0; fractions are allowed, and T
                 repetitions of each, as in `scheduler.timesteps`.
@@ -558,7 +558,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         The network's input: x/√(1 + sigma²), or x itself for `conditioning="sigma"`.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): x, in units of the data.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): x, in the network's units.
             timestep (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): one, or one for each sample.
 
         Returns:
@@ -588,7 +588,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             timestep (`float` or `torch.Tensor` of one element):
                 Read at the chain's first step only, to find the row, and not at all after [`set_begin_index`]; from
                 then on the rows follow one another.
-            sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x, in units of the data.
+            sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x, in the network's units.
             generator (`torch.Generator` or a list with one for each sample, *optional*): the noise's randomness.
             variance_noise (`torch.Tensor` of the shape of `sample`, *optional*):
                 The noise z itself, standard normal, instead of one drawn here.
@@ -661,10 +661,10 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, ...)`): what the network returned for `sample`.
             timestep (`float` or `torch.Tensor` of shape `()` or `(batch_size,)`): one, or one for each sample.
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): x, in units of the data.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): x, in the network's units.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, ...)`: D, in units of the data.
+            `torch.Tensor` of shape `(batch_size, ...)`: D, in the network's units.
         """
         return self._to_denoised(model_output, sample, self._sigma_like(timestep, sample))
 
@@ -679,12 +679,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         The perturbation x = x0 + sigma z.
 
         Args:
-            original_samples (`torch.Tensor` of shape `(batch_size, ...)`): x0, in units of the data.
+            original_samples (`torch.Tensor` of shape `(batch_size, ...)`): x0, in the network's units.
             noise (`torch.Tensor`, broadcastable to it): z, standard normal.
             timesteps (`torch.Tensor` of shape `()` or `(batch_size,)`): one, or one for each sample.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, ...)`: x, in units of the data.
+            `torch.Tensor` of shape `(batch_size, ...)`: x, in the network's units.
         """
         sigma = self._sigma_like(timesteps, original_samples).to(original_samples.dtype)
         return original_samples + sigma * noise.to(original_samples.device)
@@ -695,7 +695,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         arXiv:2202.00512, in our letters.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): x0, in units of the data.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): x0, in the network's units.
             noise (`torch.Tensor` of shape `(batch_size, ...)`): z, standard normal.
             timesteps (`torch.Tensor` of shape `()` or `(batch_size,)`): one, or one for each sample.
         """

@@ -46,7 +46,7 @@ class SamplerSettings:
     """Number of noise levels; the pipeline's own by default, 50 unless it was saved with another."""
 
     sigmas: tuple[float, ...] | None = None
-    """The noise levels themselves, from high to low, in units of the data; replaces num_inference_steps."""
+    """The noise levels themselves, from high to low, in the network's units; replaces num_inference_steps."""
 
     num_langevin_steps: int | None = None
     """Langevin steps per level, for AnnealedLangevinScheduler; the pipeline's own by default."""

@@ -271,7 +271,7 @@ def posterior(
         num_search_images: Digits, apart from those, for the search of the settings.
         num_search_samples: Samples for each of them.
         evaluations: Network evaluations for a sample; even.
-        noise_std: The noise's standard deviation, in units of the data.
+        noise_std: The noise's standard deviation, for images in [0, 1].
         batch_size: Samples drawn at a time.
         seed: Seed of the choice of digits, of the missing pixels and of all noise.
         output: Path of the table, without its ending .json.

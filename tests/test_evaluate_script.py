@@ -426,7 +426,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, colored):
     shares = metrics["class_shares"]["held-out"]
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))[:40]
     assert shares == {"blue": (order < 40).sum().item() / 40, "red": (order >= 40).sum().item() / 40}
-    # the network is evaluated without a class, in units of its data
+    # the network is evaluated without a class, in its own units, which are [0, 1] here
     pipe = NCSNPipeline.from_pretrained(colored / "pipeline")
     dataset = load_training_data(train_data_dir=arguments["train_data_dir"], split="test")
     images = decode_images(dataset.select(order[:4].tolist())) / 255

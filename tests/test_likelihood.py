@@ -197,7 +197,7 @@ def test_wrong_inputs():
             function(model, *rest, images.byte(), images, [1.0])
         with pytest.raises(ValueError, match=r"`noise` of their shape, .* \(3, 1, 2, 4\) and \(1, 1, 2, 4\)"):
             function(model, *rest, images, images[:1], [1.0])
-    with pytest.raises(ValueError, match=r"`x` must be floating, in units of the data, not torch\.uint8"):
+    with pytest.raises(ValueError, match=r"`x` must be floating, in the network's units, not torch\.uint8"):
         log_likelihood(model, images.byte(), images[None])
     with pytest.raises(ValueError, match=r"`probes` must be of shape .* not \(3, 1, 2, 4\)"):
         log_likelihood(model, images, images)

@@ -34,7 +34,7 @@ class ConvertConfig:
     """Black in the data: 0, as published, or -1."""
 
     sigma_min: float | None = None
-    """Smallest noise level, in units of the data, where the file does not hold the levels."""
+    """Smallest noise level, in the network's units, where the file does not hold the levels."""
 
     sigma_max: float | None = None
     """Largest noise level: `sigma_begin` or `sigma_max` in the original's config."""
@@ -46,7 +46,7 @@ class ConvertConfig:
     """Steps a level: `n_steps_each` in the original's config."""
 
     step_lr: float | None = None
-    """Step size at the last level, in units of the data squared, as in the original's config."""
+    """Step size at the last level, in the network's units squared, as in the original's config."""
 
     denoise_final: bool | None = None
     """End on the denoised estimate: `denoise` in the original's config."""

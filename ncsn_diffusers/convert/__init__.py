@@ -55,10 +55,10 @@ def convert(
         sample_size (`int`, *optional*): Height and width of the images.
         data_min (`float`, *optional*): Black in the data, 0 (as published) or -1.
         sigma_min (`float`, *optional*), sigma_max (`float`, *optional*):
-            The ends of the geometric ladder, in units of the data, where the file has no ladder.
+            The ends of the geometric ladder, in the network's units, where the file has no ladder.
         num_train_timesteps (`int`, *optional*): The number of its levels, where the file does not say.
         num_langevin_steps (`int`, *optional*): Steps a level, `n_steps_each` in the originals' configs.
-        step_lr (`float`, *optional*): Their step size, that of the last level, in units of the data squared.
+        step_lr (`float`, *optional*): Their step size, that of the last level, in the network's units squared.
         denoise_final (`bool`, *optional*): Their `denoise`.
         act_fn (`str`, *optional*):
             Their `nonlinearity`, of which the weights hold no trace: "elu", as published, "relu", "leaky_relu" (their

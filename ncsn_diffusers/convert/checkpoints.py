@@ -321,7 +321,7 @@ def make_scheduler(
 
     Args:
         sigmas (`Sequence[float]`): the noise levels, falling.
-        step_lr (`float`, *optional*): the step size of the last level, in units of the data squared.
+        step_lr (`float`, *optional*): the step size of the last level, in the network's units squared.
         num_langevin_steps (`int`): steps a level.
         is_consistent (`bool`): consistent annealed sampling, instead of the papers' rule.
         knows_levels_only (`bool`): Whether any number of levels is to be laid over the trained ones, not in between.

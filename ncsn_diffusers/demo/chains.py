@@ -85,7 +85,7 @@ class Frame:
     Args:
         step (`int`): The number of steps taken, from 1.
         num_steps (`int`): Those of the whole chain.
-        sigma (`float`): The noise level of the step, in units of the data.
+        sigma (`float`): The noise level of the step, in the network's units.
         denoised (`list[PIL.Image.Image]`): The denoised estimates that the step was computed from.
         noisy (`list[PIL.Image.Image]`): The samples after the step, clipped to the range of images.
     """

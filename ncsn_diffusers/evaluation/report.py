@@ -48,7 +48,7 @@ def plot_losses(levels: list[LevelLoss], path: Path) -> None:
     axes = figure.subplots()
     sigmas, losses, errors = zip(*((level.sigma, level.loss, level.standard_error) for level in levels), strict=True)
     axes.errorbar(sigmas, losses, errors, marker="o", capsize=3)
-    axes.set(xscale="log", yscale="log", xlabel="sigma, in units of the data", ylabel="loss per dimension")
+    axes.set(xscale="log", yscale="log", xlabel="sigma, in the network's units", ylabel="loss per dimension")
     figure.savefig(path, dpi=100)
 
 

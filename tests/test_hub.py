@@ -750,12 +750,7 @@ def test_names_of_modules(tmp_path):
     # the same sibling has one name, whichever module it goes with; a change deep below renames all above it
     siblings = {file for file in files if file.startswith("tin")}
     assert len(siblings) == 2 and siblings <= collect_module(paths["scheduler"])[1].keys()
-    changed = collect_module(write_modules(tmp_path / "two", 2)["scheduler"])[1].keys() - files.keys()
-    assert {re.sub(r"_[0-9a-f]{8}\.py", "", file) for file in changed} == {
-        "scheduling_annealed_langevin",
-        "tinier",
-        "tiny",
-    }
+    assert not collect_module(write_modules(tmp_path / "two", 2)["scheduler"])[1].keys() & files.keys()
     # diffusers copies what the file itself imports
     imported = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", files[f"{name}.py"].decode(), flags=re.MULTILINE))
     assert {f"{module}.py" for module in imported} == files.keys() - {f"{name}.py"}

@@ -766,7 +766,9 @@ def open_arrays(
     if units is None:
         units = choose_units(statistics, **units_settings)
     else:  # that the values fit them
-        units.check_channels(len(statistics.mean))
+        channels, known = len(statistics.mean), units.data_mean
+        if isinstance(known, list) and len(known) != channels:
+            raise ValueError(f"{rows.parts[0].name} has {channels} channels, and the units are those of {len(known)}.")
         choose_units(statistics, units.value_range, units.data_mean, units.data_std, units.name)
     labels = np.zeros(len(rows), dtype=np.int64) if labels is None else labels
     arrays = LoadedArrays(rows, axis, labels, units, device)

@@ -4,10 +4,9 @@ import json
 import os
 import shlex
 from dataclasses import asdict, dataclass, fields, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from ..dataset_settings import ArraySettings, DatasetSettings
 
@@ -381,7 +380,7 @@ def training_command(config: TrainingConfig) -> str:
 
 
 def _without_exponent(value: float | int | str) -> str:
-    return np.format_float_positional(value, trim="-") if isinstance(value, float) else str(value)
+    return format(Decimal(str(value)).normalize(), "f") if isinstance(value, float) else str(value)
 
 
 def _without_parents(name: str, is_folder: bool) -> str:

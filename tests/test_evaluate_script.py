@@ -14,6 +14,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, Value
+from datasets import Image as Picture
 from diffusers import DDIMScheduler
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from networks import small_unet
@@ -643,6 +646,26 @@ def test_the_two_branches_of_a_class_conditional_network_are_compared(tmp_path):
     ratios = log_class_ratio(pipe.denoise, x, torch.arange(3), sigmas, noise)
     assert found["mean_log_class_ratio"] == pytest.approx(ratios.mean().item(), rel=1e-3, abs=1e-3)
     assert "## With and without a class" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_class_without_an_image_in_a_split(monkeypatch):
+    pixels = [Image.new("L", (8, 8), 100 * label) for label in (0, 2)]
+    splits = {
+        "train": Dataset.from_dict(
+            {"image": pixels, "kind": [0, 2]}, Features({"image": Picture(), "kind": Value("int64")})
+        ),
+        "test": Dataset.from_dict(
+            {"image": pixels[1:], "kind": [2]}, Features({"image": Picture(), "kind": Value("int64")})
+        ),
+    }
+    monkeypatch.setattr(evaluate, "load_training_data", lambda name, config, folder, split: splits[split])
+    config = evaluate.EvaluateConfig(
+        "pipeline", dataset_name="mine", reference_split="train", held_out_split="test", label_column="kind"
+    )
+    source = evaluate.RealSource(config, "train", "test")
+    real = evaluate.load_real_images(config, source, Accelerator(cpu=True), (1, 8, 8), num_classes=3)
+    assert real.class_names == ["0", "1", "2"]
+    assert (100 * real.labels == real.reference.flatten(1)[:, 0]).all() and sorted(real.labels.tolist()) == [0, 2]
 
 
 def test_digit_features_of_other_images(tmp_path, colored):

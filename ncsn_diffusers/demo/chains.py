@@ -104,7 +104,7 @@ class Run:
     Args:
         work (`Callable[[Run], Any]`):
             What the thread does, and with which result. It passes [`watch`] to the pipelines that it calls.
-        result (*optional*): What there is of the result before the work ends.
+        result (`Any`, *optional*): What there is of the result before the work ends.
 
     Attributes:
         frames (`list[Frame]`): The chain so far.

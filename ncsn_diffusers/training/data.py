@@ -90,7 +90,7 @@ def open_training_data(
     Args:
         config ([`TrainingConfig`]): the run's settings.
         accelerator (`Accelerator`): the run's processes.
-        data (*optional*): instead of those that `config` names; see [`train`].
+        data (`Any`, *optional*): instead of those that `config` names; see [`train`].
         units ([`Units`], *optional*): those of the network to go on with, which are kept even if data have been added.
 
     Raises:
@@ -146,7 +146,7 @@ def open_validation_data(
         accelerator (`Accelerator`): the run's processes.
         training: what [`open_training_data`] returns.
         classes ([`Classes`], *optional*): as well.
-        data (*optional*): as for that.
+        data (`Any`, *optional*): as for that.
 
     Raises:
         ValueError: the samples differ from those to train on in shape, or one is of a class that these do not have, or

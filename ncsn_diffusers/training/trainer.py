@@ -62,7 +62,7 @@ def train(config: TrainingConfig, data: Any = None) -> NCSNPipeline:
 
     Args:
         config ([`TrainingConfig`]): the run's settings.
-        data (*optional*):
+        data (`Any`, *optional*):
             What to train on, instead of the data that `config` names: arrays of shape (samples, channels, length),
             (samples, channels, height, width) or (samples, channels, depth, height, width), as a `torch.Tensor`, an
             `np.ndarray`, or an xarray DataArray, whose attribute `units` becomes `data_unit`; or a `datasets.Dataset`
@@ -87,7 +87,7 @@ class Trainer:
 
     Args:
         config ([`TrainingConfig`]): the run's settings.
-        data (*optional*): what to train on, instead of the data that `config` names; see [`train`].
+        data (`Any`, *optional*): what to train on, instead of the data that `config` names; see [`train`].
 
     Raises:
         See [`train`].

@@ -703,6 +703,16 @@ def test_a_resolution_that_does_not_fit_the_memory_is_refused_before_the_images_
         Trainer(small(resolution=16384))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_a_resolution_enlarges_are_named(small, capsys, streaming):
+    arguments = {"streaming": streaming, "channels": 1, "max_train_steps": 2}
+    Trainer(small(resolution=16, **arguments))
+    message = "`resolution`=16 enlarges images: the first has 8×8 pixels. They show no more for it, and a step costs"
+    assert f"{message} about 4 times what it does at 8." in capsys.readouterr().out
+    Trainer(small(resolution=8, overwrite_output_dir=True, **arguments))
+    assert "enlarges" not in capsys.readouterr().out
+
+
 def test_free_memory():
     free = memory.free_bytes(torch.device("cpu"))
     if not Path("/proc/meminfo").exists():

@@ -126,6 +126,13 @@ class ImageReader:
         except Exception as error:
             raise UnreadableImageError(f"{self.name(row, place)}: {type(error).__name__}: {error}") from error
 
+    def find_size(self, row: dict) -> tuple[int, int] | None:
+        """The image's width and height, by its header; None if it cannot be read."""
+        try:
+            return self._open(row).size
+        except Exception:  # PIL has no common class for what a corrupt file may raise
+            return None
+
     def name(self, row: dict, place: tuple[int, int]) -> str:
         """The row's path and number, for messages."""
         path = self._file(row)["path"]

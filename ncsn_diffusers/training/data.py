@@ -114,9 +114,12 @@ def open_training_data(
     config.refuse_array_settings(split.where)
     if units is not None:
         _refuse_other_units(split.where, units)
+    reader = _make_reader(config, split, config.channels, config.random_crop)
+    if config.resolution is not None:
+        _say_if_enlarged(accelerator, split.data, reader)
     images = open_images(
         split.data,
-        _make_reader(config, split, config.channels, config.random_crop),
+        reader,
         accelerator.device,
         config.corrupt_images,
         config.max_cache_gb,
@@ -193,6 +196,19 @@ def open_validation_data(
             "`channels` make the shapes agree."
         )
     return images
+
+
+def _say_if_enlarged(accelerator: Accelerator, data: Dataset | IterableDataset, reader: ImageReader) -> None:
+    """By the first image: the sizes of all are known only once all are decoded."""
+    first = next(iter(data), None)
+    size = None if first is None else reader.find_size(first)
+    if size is not None and min(size) < reader.resolution:
+        width, height = size
+        accelerator.print(
+            f"`resolution`={reader.resolution} enlarges images: the first has {width}×{height} pixels. They show no "
+            f"more for it, and a step costs about {(reader.resolution / min(size)) ** 2:,.3g} times what it does at "
+            f"{min(size)}."
+        )
 
 
 def _describe(classes: Classes) -> str:

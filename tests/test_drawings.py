@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from packaging.version import Version
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, NCSNPosteriorPipeline
 
@@ -37,6 +38,8 @@ def check(name, unet, scheduler, *args, pipeline_class=NCSNPipeline, **kwargs):
     torch.testing.assert_close(images, expected, rtol=0, atol=2.5e-5 * max(1, expected.abs().max().item()))
 
 
+# Drawn with 0.42.1. With 0.32.0 ten of these schedulers draw images that are up to 3e-3 away.
+@pytest.mark.skipif(Version(diffusers.__version__) < Version("0.42"), reason="the schedulers of diffusers 0.42")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheduler_draws_what_it_drew(name, unet):
     def scheduler():

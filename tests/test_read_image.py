@@ -142,7 +142,7 @@ def four_readings(path, channels, monkeypatch, side=SIDE):
     config = EvaluateConfig("", train_data_dir=folder, channels=channels, held_out_split="train", num_images=1)
     shape = (channels, side, side)
     readings["evaluation"] = load_real_images(
-        config, find_real_source(config, "", shape), Accelerator(cpu=True), shape
+        config, find_real_source(config, "", shape), Accelerator(cpu=True), shape, num_classes=None
     ).reference[0]
 
     pipe, seen = pipeline(NCSNPipeline, channels, side), []

@@ -420,7 +420,7 @@ def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, 
     process = subprocess.Popen(
         [str(part) for part in (*command, "--num_inference_steps", 20)],
         cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "PYTHONFAULTHANDLER": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -432,6 +432,9 @@ def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, 
         process.send_signal(number)
         start = time.monotonic()
         errors = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler says where it hangs
+        pytest.fail(process.communicate(timeout=60)[1][-5000:])
     finally:
         process.kill()
     assert time.monotonic() - start < 10  # 1 s on an idle machine

@@ -8,6 +8,7 @@ One file, because it is one command: each function below is a subcommand, and th
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
+import numpy as np
 import torch
 import tyro
 from datasets import load_dataset
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
-from ncsn_diffusers.data import decode_images, load_training_data
+from ncsn_diffusers.data import decode_images, load_training_data, open_array_files, open_arrays
 from ncsn_diffusers.evaluation import (
     class_entropy,
     extract_features,
@@ -458,8 +460,7 @@ def compositions(
     """
     check_output(output)
     pipe, classifier, num = load(pipeline), load_digit_classifier(), num_images // 10
-    real = decode_images(load_dataset(dataset_name, split="test").select(range(10_000)))
-    real = extract_features(real, classifier.features)
+    real = extract_features(decode_images(load_dataset(dataset_name, split="test")), classifier.features)
     rows, shown = [], []
     for name, make_arguments in COMPOSITIONS.items():
         images, ancestors = [], 0
@@ -639,6 +640,69 @@ def training(
     save_json(output, rows, **settings, compile=trainer.compiled)
 
 
+def arrays(
+    num_arrays: int = 262_144,
+    size: int = 64,
+    batch_size: int = 32,
+    num_batches: int = 2_000,
+    rounds: int = 5,
+    output: str = "arrays",
+) -> None:
+    """
+    Time of a training batch of fields that are read from a .npy file, beside the same fields kept in memory, measured
+    in turn; with the time of the first pass over the file, and the memory that reading takes.
+
+    Args:
+        num_arrays: Fields in the file, which is written to the temporary folder.
+        size: Side of a field.
+        batch_size: Fields per batch.
+        num_batches: Batches per round, at random places of the file.
+        rounds: Rounds, whose median ratio counts.
+        output: Path of the measurements, without its ending .json.
+    """
+    check_output(output)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fields.npy"
+        shape = (num_arrays, 1, size, size)
+        file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        generator = np.random.default_rng(0)
+        for start in range(0, num_arrays, 4096):
+            chunk = file[start : start + 4096]
+            chunk[:] = generator.standard_normal(chunk.shape, dtype=np.float32)
+        del file, chunk
+        rows, seconds = open_array_files(str(path))["train"], {}
+        start, before = time.perf_counter(), resident_bytes()
+        from_file = open_arrays(rows, torch.device("cpu"), max_cache_gb=0)
+        first_pass = time.perf_counter() - start
+
+        def draw(data):
+            batches = data.batches(batch_size, seed=0)
+            start = time.perf_counter()
+            for _ in range(num_batches):
+                next(batches)
+            return time.perf_counter() - start
+
+        draw(from_file)
+        extra = max(0, resident_bytes() - before)
+        data = {"from the file": from_file, "in memory": open_arrays(rows, torch.device("cpu"), max_cache_gb=1e9)}
+        for _ in tqdm(range(rounds), unit="round"):
+            for name, source in data.items():
+                seconds.setdefault(name, []).append(draw(source))
+    for name, times in seconds.items():
+        print(f"{name:16} {1000 * statistics.median(times) / num_batches:7.3f} ms a batch")
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    print(f"ratio {ratio:.2f}; first pass {first_pass:.1f} s; reading takes {extra / 1e6:.0f} MB")
+    rows = [{"data": name, "seconds": times} for name, times in seconds.items()]
+    settings = {"num_arrays": num_arrays, "size": size, "batch_size": batch_size, "num_batches": num_batches}
+    save_json(output, rows, **settings, first_pass_seconds=first_pass, extra_bytes=extra)
+
+
+def resident_bytes() -> int:
+    """The memory of this process, as Linux tells it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def make_autocast(trainer: Trainer) -> Callable[[], Any]:
     """The precision that the trainer computes in, as a context."""
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[trainer.accelerator.mixed_precision]
@@ -745,5 +809,6 @@ if __name__ == "__main__":
         "compositions": compositions,
         "convergence": convergence,
         "training": training,
+        "arrays": arrays,
     }
     tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True)

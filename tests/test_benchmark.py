@@ -7,9 +7,11 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
@@ -328,6 +330,37 @@ def test_memory_is_few_buffers_whatever_the_number_of_steps(tmp_path, benchmark,
     assert all(expected - 1 <= row["extra_buffers"] < expected + 0.1 for row in rows)
     assert abs(rows[0]["peak_bytes"] - rows[1]["peak_bytes"]) < 10_000
     assert f"{expected}.0" in capsys.readouterr().out
+
+
+def test_arrays(tmp_path, benchmark, capsys):
+    benchmark.arrays(num_arrays=5000, size=4, num_batches=10, rounds=2, output=str(tmp_path / "arrays"))
+    rows = rows_of(tmp_path / "arrays")
+    assert [row["data"] for row in rows] == ["from the file", "in memory"]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows)
+    ratio = np.median([a / b for a, b in zip(*(row["seconds"] for row in rows), strict=True)])
+    assert f"ratio {ratio:.2f}; first pass" in capsys.readouterr().out
+
+
+def test_compositions(tmp_path, benchmark, folders, capsys, monkeypatch):
+    unet = small_unet(sample_size=28, num_class_embeds=11)
+    NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(tmp_path / "pipeline")
+    measured = []
+
+    def distance(drawn, real):
+        measured.append((len(drawn), len(real)))
+        return 1.0
+
+    monkeypatch.setattr(benchmark, "frechet_distance", distance)  # 100 digits are too few for it
+    arguments = {"num_images": 20, "num_inference_steps": 2, "dataset_name": str(folders[1])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        benchmark.compositions(str(tmp_path / "pipeline"), **arguments, output=str(tmp_path / "out"))
+    rows = rows_of(tmp_path / "out")
+    assert [row["composition"] for row in rows] == list(benchmark.COMPOSITIONS)
+    assert measured == [(20, 100)] * len(rows)
+    assert all(row["ancestors"] == 20 or "resampled" in row["composition"] for row in rows)
+    assert f"{rows[0]['named_as_asked']:7.1%}" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out.png").width >= 600
 
 
 def test_convergence(tmp_path, benchmark, capsys):

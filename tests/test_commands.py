@@ -285,3 +285,28 @@ def test_ctrl_c_says_how_to_go_on(resumes, text, capsys):
             signal.signal(number, handler)
     assert end.value.code == 130
     assert capsys.readouterr().err == f"\nprogram: interrupted.{text}\n"
+
+
+def test_nothing_is_said_after_an_interrupt(tmp_path):
+    """What it leaves half built, as a progress bar in its constructor, fails when it is freed."""
+    code = """
+from dataclasses import dataclass
+from ncsn_diffusers.commands import cli
+
+class HalfBuilt:
+    def __del__(self):
+        raise AttributeError("pos")
+
+@dataclass
+class Config:
+    \"\"\"Nothing.\"\"\"
+
+def work(_):
+    half_built = HalfBuilt()
+    raise KeyboardInterrupt
+
+cli.run(Config, work, "program", [], "program")
+"""
+    (tmp_path / "work.py").write_text(code)
+    done = subprocess.run([sys.executable, "work.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "\nprogram: interrupted.\n")

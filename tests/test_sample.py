@@ -423,6 +423,8 @@ def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, 
         env={**os.environ, **ENVIRONMENT, "PYTHONFAULTHANDLER": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        # a background job of a shell ignores SIGINT, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120

@@ -122,6 +122,7 @@ def terminated_as_interrupted() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the program is ending
+        sys.unraisablehook = lambda _: None  # a progress bar that was only half built fails when it is freed
         before = signal.SIG_DFL
         raise
     finally:

@@ -286,4 +286,4 @@ class NCSNDenoiser(nn.Module):
             denoised = self.pipe.denoise(z, sigma, self.class_labels)
         else:
             denoised = self.denoiser(z, float(sigma))
-        return units.mean(denoised) + units.scale(denoised) * denoised
+        return units.to_data(denoised, clip=False)

@@ -328,7 +328,7 @@ class UploadedNCSNPipeline(NetworkPipeline):
             raise ValueError("`resample` weights chains from noise; a chain from an `image` has another target.")
 
         def reward_of(denoised: torch.Tensor) -> torch.Tensor:
-            value = reward(self.units.mean(denoised) + self.units.scale(denoised) * denoised)
+            value = reward(self.units.to_data(denoised, clip=False))
             if not isinstance(value, torch.Tensor) or value.shape != (batch_size,):
                 found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ValueError(f"`reward` must return a tensor of shape ({batch_size},), not {found}.")

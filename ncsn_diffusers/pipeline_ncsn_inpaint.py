@@ -22,8 +22,8 @@ between its two half-noises; with fresh noise the variance would end up to a hal
 
 What the drawn pixels are told
 ------------------------------
-D_y is that of `pipeline_ncsn_posterior.py`, whose docstring derives it, for the operator that picks the known pixels
-and no noise. For Gaussian data it is
+D_y is that of `measured.py`, whose docstring derives it, for the operator that picks the known pixels and no noise.
+For Gaussian data it is
 
     D_y(x, sigma) = D(x + sigma² lambda, sigma),                                                            (2)
 

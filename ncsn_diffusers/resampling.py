@@ -34,7 +34,7 @@ from .foreign_configs import is_langevin
 
 # The step of the difference that estimates the divergence, in units of the level that the networks are told.
 _PROBE_STEP = 0.02
-_DATA_VARIANCE = 0.25  # in the network's units
+DATA_VARIANCE = 0.25  # s², in the network's units
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Weighted:
             particles.log_weights += 0.5 * (last_rate + rate) * math.log(last_sigma / sigma)  # (1)
         value = torch.zeros_like(rate)
         if self.reward is not None:
-            value = _DATA_VARIANCE / (_DATA_VARIANCE + sigma**2) * self.reward(denoised)
+            value = DATA_VARIANCE / (DATA_VARIANCE + sigma**2) * self.reward(denoised)
             particles.log_weights += value - self._value  # (2)
         kept = particles.resample()
         self.scheduler.reorder(kept)

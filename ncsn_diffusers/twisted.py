@@ -19,9 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .measured import Measured
 from .operators import LinearOperator, dot
-from .resampling import Particles
-
-_DATA_VARIANCE = 0.25  # s², in the network's units
+from .resampling import DATA_VARIANCE, Particles
 
 
 class Twisted(Measured):
@@ -53,7 +51,7 @@ class Twisted(Measured):
     def settle(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """The samples that go on from this level."""
         denoised = self.denoiser(x, sigma)
-        c_e = sigma**2 * _DATA_VARIANCE / (sigma**2 + _DATA_VARIANCE)
+        c_e = sigma**2 * DATA_VARIANCE / (sigma**2 + DATA_VARIANCE)
         misfit = self.y - self.operator.A(denoised)
         fit = -0.5 * dot(misfit, self.operator.solve(misfit, c_e, self.noise_std**2)[0])
         self.particles.log_weights += fit - self._fit  # (2); the determinant is the same for all

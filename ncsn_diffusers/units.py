@@ -95,10 +95,10 @@ class Units:
         """
         return (data - self.mean(data)) / self.scale(data)
 
-    def to_data(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`to_network`], clipped to `value_range` where there is one."""
+    def to_data(self, x: torch.Tensor, clip: bool = True) -> torch.Tensor:
+        """The inverse of [`to_network`], clipped to `value_range` where there is one, unless `clip` is `False`."""
         data = self.mean(x) + self.scale(x) * x
-        return data if self.value_range is None else data.clamp(*self.value_range)
+        return data.clamp(*self.value_range) if clip and self.value_range is not None else data
 
     @staticmethod
     def _broadcast(values: float | list[float], like: torch.Tensor) -> torch.Tensor:

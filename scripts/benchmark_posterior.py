@@ -69,8 +69,7 @@ class Problem:
 
     def to_unit_range(self, x: torch.Tensor) -> torch.Tensor:
         """From the network's units to those of [0, 1], without clipping."""
-        units = self.pipe.units
-        return units.mean(x) + units.scale(x) * x
+        return self.pipe.units.to_data(x, clip=False)
 
     @property
     def largest_level(self) -> float:

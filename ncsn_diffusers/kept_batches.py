@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .atomic_files import replacing
 from .sampling import make_batches
 
-_GO_ON = "Make room and start the same command again: it goes on where it stopped."
+GO_ON = "Make room and start the same command again: it goes on where it stopped."
 
 
 class KeptBatches:
@@ -67,7 +67,7 @@ class KeptBatches:
         if accelerator.is_main_process and before != depends_on:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            with replacing(settings, _GO_ON) as aside:
+            with replacing(settings, GO_ON) as aside:
                 aside.write_text(json.dumps(depends_on, indent=2) + "\n")
         accelerator.wait_for_everyone()
         missing = [batch for batch in batches if not _is_whole(self._path(folder, batch))]
@@ -82,7 +82,7 @@ class KeptBatches:
         ) as bar:
             for batch in mine:
                 tensors = {key: tensor.contiguous() for key, tensor in function(batch).items()}
-                with replacing(self._path(folder, batch), _GO_ON) as aside:
+                with replacing(self._path(folder, batch), GO_ON) as aside:
                     save_file(tensors, aside)
                 bar.update(len(batch))
         accelerator.wait_for_everyone()

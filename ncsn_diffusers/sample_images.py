@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 
 from .atomic_files import replacing
 from .images import class_columns, make_grid, to_pil, to_uint8
-from .kept_batches import KeptBatches, fingerprint
+from .kept_batches import GO_ON, KeptBatches, fingerprint
 from .sampling import Sampler
 from .settings import SampleConfig
 from .sheets import SHEET, sample_sheet
@@ -19,7 +19,6 @@ from .units import Units
 
 _KEPT = "unfinished"  # folder of the batches of a run that is not done
 _COLUMN_WIDTH = 64  # pixels at least, of a filmstrip, for the noise level above it
-_GO_ON = "Make room and start the same command again: it goes on where it stopped."
 
 
 def sample_images(config: SampleConfig) -> None:
@@ -101,7 +100,7 @@ def save(image: Image.Image, path: Path, **options) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path, _GO_ON) as aside:
+    with replacing(path, GO_ON) as aside:
         image.save(aside, **options)
 
 
@@ -110,7 +109,7 @@ def save_array(array: torch.Tensor, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path, _GO_ON) as aside, open(aside, "wb") as file:
+    with replacing(path, GO_ON) as aside, open(aside, "wb") as file:
         np.save(file, array.numpy())
 
 

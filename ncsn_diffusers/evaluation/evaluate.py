@@ -10,9 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,17 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel
 
-from ..atomic_files import replacing
 from ..data import ImageReader, encode_labels, find_class_names, find_columns, load_training_data, open_images
 from ..dataset_settings import DatasetSettings
 from ..images import to_uint8
 from ..kept_batches import fingerprint
 from ..likelihood import bits_per_dim
-from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..pretrained import pretrained
-from ..sampling import NOISE_SEED, Sampler, describe_scheduler, make_generators
+from ..sampling import NOISE_SEED, Sampler, make_generators
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .branches import log_class_ratio
 from .calibration import calibrate, calibrate_exact, make_operator
-from .config import EvaluateConfig, evaluation_command, without_parents
+from .config import EvaluateConfig, without_parents
 from .features import InceptionFeatures, RandomFeatures, extract_features, load_digit_classifier
 from .field_evaluation import FieldEvaluation
 from .metrics import (
@@ -52,25 +48,21 @@ from .record import (
     EvaluationRecord,
     LikelihoodRecord,
     PosteriorRecord,
-    SamplingRecord,
 )
 from .report import (
     make_image,
     make_report,
     make_verdict,
     plot_classes,
-    plot_losses,
-    plot_reliability,
     update_model_card,
 )
-from .run import RealSource, Run, count_evaluations, find_source, measure
+from .run import RealSource, Run, count_evaluations, find_source, measure, sample_posterior
 
 _FEATURE_BATCH = 100  # images
 _BRANCH_LEVELS = 40  # of the integral over noise levels
 _NUM_SHOWN, _NUM_NEIGHBOURS = 10, 6  # in the report
 _MAX_GAUSSIAN = 500  # images that the floor's Gaussian has its mean and covariance from
 _NOISE_STD = 0.025  # of measurements of images in [0, 1]
-_GO_ON = "Make room and start the same command again: it goes on where it stopped."
 _DIGITS = (1, 28, 28)
 
 
@@ -243,26 +235,6 @@ def noise_std_of(config: EvaluateConfig) -> float:
     return _NOISE_STD if config.posterior_noise_std is None else config.posterior_noise_std
 
 
-def sample_posterior(
-    pipe: NCSNPosteriorPipeline, config: EvaluateConfig, operator: Callable, measurements: torch.Tensor, indices: range
-) -> dict[str, torch.Tensor]:
-    """
-    Samples in [0, 1], in float32, because a misfit sees the rounding to 8 bits, and how often each went through the
-    network. Sample i is of measurement i // `posterior_samples`.
-    """
-    with count_evaluations(pipe, len(indices)) as evaluations:
-        images = pipe(
-            measurements[[i // config.posterior_samples for i in indices]],
-            operator,
-            noise_std_of(config),
-            num_inference_steps=config.posterior_steps,
-            num_langevin_steps=config.num_langevin_steps,
-            generator=make_generators(config.seed, indices),
-            output_type="pt",
-        ).images
-    return {"images": images.float().cpu(), "evaluations": evaluations()}
-
-
 class Evaluation(Run):
     """One run of [`evaluate`] on images."""
 
@@ -299,7 +271,7 @@ class Evaluation(Run):
             may_replace=config.overwrite_output_dir,
         )
         sets = {"samples": samples["images"], "reference": real.reference, "held-out": real.held_out}
-        described = self.describe(sets)
+        described = self.describe_sets(sets)
         parts = {
             "posterior": self.evaluate_posterior(),
             "branches": self.evaluate_branches(),  # before the network is cast to float32
@@ -316,7 +288,7 @@ class Evaluation(Run):
         self.accelerator.end_training()
         return found
 
-    def describe(self, sets: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    def describe_sets(self, sets: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """See [`Features`]."""
         described = {
             name: self.kept.compute(
@@ -342,29 +314,19 @@ class Evaluation(Run):
         """
         if not self.operators:
             return None
-        config, pipe = self.config, NCSNPosteriorPipeline(**self.pipe.components)
-        pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
+        config = self.config
         held_out = self.real.held_out[: config.posterior_images]
         images, reference = held_out / 255, self.real.reference[:_MAX_GAUSSIAN] / 255
         num, k, noise_std = len(images), config.posterior_samples, noise_std_of(config)
         record = PosteriorRecord(num, k, noise_std, config.posterior_steps)
-        depends_on = {
-            "pipeline": self.weights,
-            "images": fingerprint(self.real.held_out),
-            "samples": k,
-            "noise_std": noise_std,
-            "steps": config.posterior_steps,
-            "dtype": self.sampler.dtype,
-            **describe_scheduler(pipe.scheduler),
-            **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "batch_size")},
-        }
+        pipe, depends_on = self.prepare_posterior(record)
         for name, operator in self.operators.items():
             y = measure(config, images, operator, noise_std)
-            function = partial(sample_posterior, pipe, config, operator, y)
+            function = partial(sample_posterior, pipe, config, operator, y, noise_std)
             table = self.kept.compute(f"posterior-{name}", depends_on, num * k, config.batch_size, function)
             record.evaluations = table["evaluations"].max().item()
             if self.accelerator.is_main_process:
-                samples = table["images"].unflatten(0, (num, k))
+                samples = table["samples"].unflatten(0, (num, k))
                 record.operators[name] = (
                     calibrate(samples, images, y, operator, noise_std),
                     calibrate_exact(reference, operator, noise_std, num, k),
@@ -401,28 +363,15 @@ class Evaluation(Run):
 
     def evaluate_likelihood(self) -> LikelihoodRecord | None:
         """Bits per dimension of held-out images."""
-        number, steps = min(self.config.bits_per_dim, len(self.real.held_out)), self.config.likelihood_steps
-        if not number:
-            return None
-        _, depends_on = self.in_full_precision()
-
-        def compute_bits(rows: range) -> dict[str, torch.Tensor]:
-            images, generators, denoiser = self.held_out_batch(rows)
-            return {"bits": bits_per_dim(denoiser, images, generators, self.pipe.units, steps)}
-
-        depends_on |= {"likelihood_steps": steps}
-        values = self.kept.compute("bits-per-dim", depends_on, number, self.config.batch_size, compute_bits)["bits"]
-        mean, error = mean_and_error(values)
-        bits = Metric(
-            "bits_per_dim",
-            "bits per dimension",
-            mean,
-            "{:.3f}",
-            standard_error=error,
+        return self.measure_likelihood(
+            "bits-per-dim",
+            bits_per_dim,
+            key="bits_per_dim",
+            title="bits per dimension",
+            form="{:.3f}",
             card_type="bits-per-dim",
             card_title="Bits per dimension",
         )
-        return LikelihoodRecord(bits, number, steps)
 
     def find_classes(self, described: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The classes of the samples and of the held-out images, by the classifier or the nearest reference image."""
@@ -454,7 +403,7 @@ class Evaluation(Run):
         self, evaluations: int, described: dict[str, dict[str, torch.Tensor]], parts: dict[str, Any]
     ) -> EvaluationRecord:
         """The record of the run: what the metrics depend on, those of the images, and the other parts."""
-        config, real, source = self.config, self.real, self.source
+        real, source = self.real, self.source
         reference, classes = described["reference"]["features"], self.find_classes(described)
         samples, floor = (
             compare(reference, described[name]["features"], classes.get(name), self.features.key == "inception")
@@ -463,11 +412,7 @@ class Evaluation(Run):
         is_own = self.sampler.name == pretrained("mnist")
         return EvaluationRecord(
             pipeline="mnist, which comes with ncsn_diffusers" if is_own else without_parents(self.sampler.name),
-            date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-            command=evaluation_command(config),
             features=self.features.name,
-            versions={name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
-            sampling=SamplingRecord(**self.sampler.describe(), num_images=config.num_images, evaluations=evaluations),
             data=DataRecord(
                 id=source.name or "ylecun/mnist",
                 name=source.name or "MNIST (the embedded 10,000 digits)",
@@ -479,24 +424,15 @@ class Evaluation(Run):
             samples=samples,
             floor=floor,
             classes=self.count_classes(classes, "labels" in described["samples"]),
+            **self.describe(evaluations),
             **parts,
         )
 
     def save(self, record: EvaluationRecord) -> None:
         """metrics.json, report.md, its plots, and the model card where it is asked for."""
-
-        def write(name: str, function: Callable[[Path], Any]) -> None:
-            with replacing(self.folder / name, _GO_ON) as aside:
-                function(aside)
-
         if record.classes is not None:
-            write("classes.png", partial(plot_classes, record.classes.class_shares))
-        if record.losses is not None:
-            write("losses.png", partial(plot_losses, record.losses.levels))
-        if record.posterior is not None:
-            write("reliability.png", partial(plot_reliability, record.posterior.operators))
-        write("metrics.json", lambda path: path.write_text(json.dumps(record.to_dict(), indent=2) + "\n"))
-        write("report.md", lambda path: path.write_text(make_report(record)))
+            self.write("classes.png", partial(plot_classes, record.classes.class_shares))
+        self.save_record(record, make_report(record))
         if self.config.update_model_card:
             update_model_card(Path(self.sampler.name) / "README.md", record)
 
@@ -514,8 +450,7 @@ class Evaluation(Run):
             for image, found in zip(samples[:_NUM_SHOWN], nearest, strict=True)
         ]
         for name, shown in (("samples.png", list(samples[:100].split(20))), ("neighbors.png", rows)):
-            with replacing(self.folder / name, _GO_ON) as aside:
-                make_image(shown).save(aside)
+            self.write(name, make_image(shown).save)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:

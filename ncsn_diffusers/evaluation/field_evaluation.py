@@ -8,18 +8,13 @@ judged for each channel in its own unit.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..atomic_files import replacing
 from ..data import (
     ArrayRows,
     array_column_rows,
@@ -30,19 +25,15 @@ from ..data import (
     select_arrays,
 )
 from ..dataset_settings import ArrayFiles, DatasetSettings
-from ..kept_batches import fingerprint
 from ..likelihood import nats_per_number
-from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
-from ..sampling import Sampler, describe_scheduler, make_generators
+from ..sampling import Sampler
 from ..sheets import plot_fields
 from .calibration import Calibration, calibrate_exact, calibrate_values, make_operator
-from .config import EvaluateConfig, evaluation_command, without_parents
+from .config import EvaluateConfig, without_parents
 from .field_report import make_field_report, make_field_verdict, plot_spectra
 from .fields import compare_fields, nearest_fields
-from .metrics import Metric, mean_and_error
-from .record import DataRecord, EvaluationRecord, LikelihoodRecord, PosteriorRecord, SamplingRecord, SpectrumRecord
-from .report import plot_losses, plot_reliability
-from .run import RealSource, Run, count_evaluations, find_source, measure
+from .record import DataRecord, EvaluationRecord, LikelihoodRecord, PosteriorRecord, SpectrumRecord
+from .run import RealSource, Run, count_evaluations, find_source, measure, sample_posterior
 
 _LEAST = 20  # samples, and real ones
 _MOST_REFERENCE = 10_000  # real samples that are compared with, unless it is said how many
@@ -50,7 +41,6 @@ _MOST_VALUES = 10**8  # of them
 _MOST_GAUSSIAN = 500  # real samples that the floor's Gaussian has its mean and covariance from
 _SHARE_OF_NOISE = 0.1  # of the measurements, in standard deviations of the data
 _NUM_SHOWN = 24
-_GO_ON = "Make room and start the same command again: it goes on where it stopped."
 
 
 @dataclass
@@ -204,20 +194,9 @@ class FieldEvaluation(Run):
 
     def evaluate_likelihood(self) -> LikelihoodRecord | None:
         """Nats per number of held-out data."""
-        number, steps = min(self.config.bits_per_dim, len(self.held_out)), self.config.likelihood_steps
-        if not number:
-            return None
-        _, depends_on = self.in_full_precision()
-
-        def compute_nats(rows: range) -> dict[str, torch.Tensor]:
-            data, generators, denoiser = self.held_out_batch(rows)
-            return {"nats": nats_per_number(denoiser, data, generators, self.units, steps)}
-
-        depends_on |= {"likelihood_steps": steps}
-        values = self.kept.compute("nats-per-number", depends_on, number, self.config.batch_size, compute_nats)["nats"]
-        mean, error = mean_and_error(values)
-        nats = Metric("nats_per_number", "nats per number", mean, "{:.4g}", standard_error=error)
-        return LikelihoodRecord(nats, number, steps)
+        return self.measure_likelihood(
+            "nats-per-number", nats_per_number, key="nats_per_number", title="nats per number"
+        )
 
     def evaluate_posterior(self) -> PosteriorRecord | None:
         """
@@ -226,8 +205,7 @@ class FieldEvaluation(Run):
         """
         if not self.operators:
             return None
-        config, pipe = self.config, NCSNPosteriorPipeline(**self.pipe.components)
-        pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
+        config = self.config
         truths = self.held_out[: config.posterior_images].float()
         num, k, channels = len(truths), config.posterior_samples, self.shape[0]
         scale = self.units.scale(truths.double()).expand(channels, *[1] * (truths.ndim - 2))
@@ -235,19 +213,10 @@ class FieldEvaluation(Run):
         if config.posterior_noise_std is not None:
             noise_std = torch.full_like(scale, config.posterior_noise_std)
         record = PosteriorRecord(num, k, noise_std.flatten().tolist(), config.posterior_steps)
-        depends_on = {
-            "pipeline": self.weights,
-            "images": fingerprint(self.held_out),
-            "samples": k,
-            "noise_std": record.noise_std,
-            "steps": config.posterior_steps,
-            "dtype": self.sampler.dtype,
-            **describe_scheduler(pipe.scheduler),
-            **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "batch_size")},
-        }
+        pipe, depends_on = self.prepare_posterior(record)
         for name, operator in self.operators.items():
             y = measure(config, truths, operator, noise_std.float())
-            function = partial(self.draw_posterior, pipe, operator, y, noise_std.flatten().float())
+            function = partial(sample_posterior, pipe, config, operator, y, noise_std.flatten().float())
             table = self.kept.compute(f"posterior-{name}", depends_on, num * k, config.batch_size, function)
             record.evaluations = table["evaluations"].max().item()
             if self.accelerator.is_main_process:
@@ -263,31 +232,9 @@ class FieldEvaluation(Run):
                     )
         return record
 
-    def draw_posterior(
-        self,
-        pipe: NCSNPosteriorPipeline,
-        operator: Callable,
-        measurements: torch.Tensor,
-        noise_std: torch.Tensor,
-        indices: range,
-    ) -> dict[str, torch.Tensor]:
-        """Sample i is of measurement i // `posterior_samples`."""
-        config = self.config
-        with count_evaluations(pipe, len(indices)) as evaluations:
-            samples = pipe(
-                measurements[[i // config.posterior_samples for i in indices]],
-                operator,
-                noise_std,
-                num_inference_steps=config.posterior_steps,
-                num_langevin_steps=config.num_langevin_steps,
-                generator=make_generators(config.seed, indices),
-                output_type="pt",
-            ).images
-        return {"samples": samples.float().cpu(), "evaluations": evaluations()}
-
     def describe_run(self, samples: torch.Tensor, evaluations: int, parts: dict[str, Any]) -> EvaluationRecord:
         """The record of the run."""
-        config, source, unit = self.config, self.source, self.units.name
+        source, unit = self.source, self.units.name
         settings: Any = source.settings
         held_out_split = source.held_out_split
         if settings.validation_arrays is not None:
@@ -295,11 +242,7 @@ class FieldEvaluation(Run):
         found, floor = (compare_fields(self.reference, data.double(), unit) for data in (samples, self.held_out))
         return EvaluationRecord(
             pipeline=without_parents(self.sampler.name),
-            date=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-            command=evaluation_command(config),
             features="standardized means of blocks",
-            versions={name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
-            sampling=SamplingRecord(**self.sampler.describe(), num_images=config.num_images, evaluations=evaluations),
             data=DataRecord(
                 id=source.name,
                 name=source.name,
@@ -316,16 +259,12 @@ class FieldEvaluation(Run):
                 {"ratios": found.ratios, "errors": found.errors},
                 {"ratios": floor.ratios, "errors": floor.errors},
             ),
+            **self.describe(evaluations),
             **parts,
         )
 
     def save(self, record: EvaluationRecord, samples: torch.Tensor) -> None:
         """metrics.json, report.md and its plots."""
-
-        def write(name: str, function: Callable[[Path], Any]) -> None:
-            with replacing(self.folder / name, _GO_ON) as aside:
-                function(aside)
-
         unit = self.units.name
         num_pairs = 4 if len(self.shape) == 2 or self.shape[0] == 1 else 3  # what plot_fields shows in a row
         # held-out data of the training split may have been trained on, too
@@ -333,15 +272,10 @@ class FieldEvaluation(Run):
         training = self.reference if is_own else torch.cat([self.reference, self.held_out])
         nearest = training[nearest_fields(samples[:num_pairs].double(), training)[1][:, 0]].float()
         pairs = torch.stack([samples[:num_pairs], nearest], dim=1).flatten(0, 1)
-        write("samples.png", lambda path: plot_fields(samples[:_NUM_SHOWN].numpy(), unit).save(path))
-        write("neighbors.png", lambda path: plot_fields(pairs.numpy(), unit).save(path))
-        write("spectrum.png", partial(plot_spectra, record.spectrum))
-        if record.losses is not None:
-            write("losses.png", partial(plot_losses, record.losses.levels))
-        if record.posterior is not None:
-            write("reliability.png", partial(plot_reliability, record.posterior.operators))
-        write("metrics.json", lambda path: path.write_text(json.dumps(record.to_dict(), indent=2) + "\n"))
-        write("report.md", lambda path: path.write_text(make_field_report(record)))
+        self.write("samples.png", lambda path: plot_fields(samples[:_NUM_SHOWN].numpy(), unit).save(path))
+        self.write("neighbors.png", lambda path: plot_fields(pairs.numpy(), unit).save(path))
+        self.write("spectrum.png", partial(plot_spectra, record.spectrum))
+        self.save_record(record, make_field_report(record))
 
 
 def _judge_channel(part: slice, samples: torch.Tensor, truths: torch.Tensor, *_) -> Calibration:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .record import EvaluationRecord, LikelihoodRecord, PosteriorRecord, SpectrumRecord
-from .report import calibration_table, loss_lines
+from .report import calibration_table, loss_lines, report_head
 
 _MOST_CHANNELS = 8  # in the plot
 
@@ -76,29 +76,8 @@ def make_field_verdict(record: EvaluationRecord) -> str:
 
 def make_field_report(record: EvaluationRecord) -> str:
     """report.md, whose images lie beside it."""
-    sampling, data = record.sampling, record.data
-    levels = "num_inference_steps" if sampling.sigmas is None else "sigmas"
-    held_out = f"of `{data.held_out_split}`" if data.held_out_split else "others of the same"
     lines = [
-        f"# {record.pipeline}",
-        "",
-        make_field_verdict(record),
-        "",
-        f"{record.date}, `{record.command}`",
-        "",
-        f"{sampling.num_images:,} samples, {sampling.evaluations:,} network evaluations each: "
-        f"{sampling.scheduler}, {levels}={getattr(sampling, levels)}, seed {sampling.seed}, {sampling.dtype}.",
-        "",
-        f"Reference: {data.num_reference:,} of `{data.reference_split}` of {data.name}; held out: "
-        f"{data.num_held_out:,} {held_out}.",
-        "",
-        "| compared with the reference | samples | held-out real data |",
-        "| --- | --- | --- |",
-        *(
-            f"| {metric.title} | {metric} | {other} |"
-            for metric, other in zip(record.samples, record.floor, strict=True)
-        ),
-        "",
+        *report_head(record, make_field_verdict(record), are_images=False),
         "The right column is the floor: real data that the reference does not contain. The Wasserstein-1 distance is "
         "how far values have to be moved on average. The kernel distance and that to the nearest are of means of up to "
         "64 blocks for each channel, less the reference's mean map, in units of the reference's standard deviation.",

@@ -131,31 +131,39 @@ def explain_below_floor(record: EvaluationRecord) -> list[str]:
     return paragraphs
 
 
-def make_report(record: EvaluationRecord) -> str:
-    """report.md, whose images lie beside it."""
+def report_head(record: EvaluationRecord, verdict: str, are_images: bool) -> list[str]:
+    """The report from its title to the table of metrics."""
     sampling, data = record.sampling, record.data
     levels = "num_inference_steps" if sampling.sigmas is None else "sigmas"
     held_out = f"of `{data.held_out_split}`" if data.held_out_split else "others of the same"
-    lines = [
+    return [
         f"# {record.pipeline}",
         "",
-        make_verdict(record),
+        verdict,
         "",
         f"{record.date}, `{record.command}`",
         "",
         f"{sampling.num_images:,} samples, {sampling.evaluations:,} network evaluations each: "
         f"{sampling.scheduler}, {levels}={getattr(sampling, levels)}, seed {sampling.seed}, {sampling.dtype}.",
         "",
-        f"Reference: {data.num_reference:,} images of `{data.reference_split}` of {data.name}; held out: "
-        f"{data.num_held_out:,} {held_out}. Features: {record.features}.",
+        f"Reference: {data.num_reference:,} {'images ' if are_images else ''}of `{data.reference_split}` of "
+        f"{data.name}; held out: {data.num_held_out:,} {held_out}."
+        f"{f' Features: {record.features}.' if are_images else ''}",
         "",
-        "| compared with the reference | samples | held-out real images |",
+        f"| compared with the reference | samples | held-out real {'images' if are_images else 'data'} |",
         "| --- | --- | --- |",
         *(
             f"| {metric.title} | {metric} | {other} |"
             for metric, other in zip(record.samples, record.floor, strict=True)
         ),
         "",
+    ]
+
+
+def make_report(record: EvaluationRecord) -> str:
+    """report.md, whose images lie beside it."""
+    lines = [
+        *report_head(record, make_verdict(record), are_images=True),
         "The right column is the floor: real images that the reference does not contain. Distances depend on the "
         "features and on the number of images, and compare only where both are the same. Precision and recall (k = 3) "
         "use as many images of the reference as of the set that is compared.",

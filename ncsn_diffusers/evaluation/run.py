@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,20 @@ import numpy as np
 import torch
 
 from .. import precision
+from ..atomic_files import replacing
 from ..dataset_settings import DatasetSettings
 from ..denoiser import Denoiser
 from ..hub.loading import NCSNPipeline
-from ..kept_batches import KeptBatches, fingerprint
+from ..kept_batches import GO_ON, KeptBatches, fingerprint
 from ..ladder import Ladder
 from ..likelihood import loss_per_level
-from ..sampling import NOISE_SEED, Sampler, make_generators
+from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
+from ..sampling import NOISE_SEED, Sampler, describe_scheduler, make_generators
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
-from .config import EvaluateConfig, without_parents
-from .metrics import mean_and_error
-from .record import LevelLoss, LossRecord
+from .config import EvaluateConfig, evaluation_command, without_parents
+from .metrics import Metric, mean_and_error
+from .record import EvaluationRecord, LevelLoss, LikelihoodRecord, LossRecord, PosteriorRecord, SamplingRecord
+from .report import plot_losses, plot_reliability
 
 SOURCES = ("train_arrays", "dataset_name", "train_data_dir")  # settings that name data
 _NUM_LEVELS = 12  # of the loss
@@ -90,6 +96,31 @@ def count_evaluations(pipe: NCSNPipeline, num: int) -> Iterator[Callable[[], tor
         yield lambda: torch.full((num,), sum(rows) // num)
     finally:
         hook.remove()
+
+
+def sample_posterior(
+    pipe: NCSNPosteriorPipeline,
+    config: EvaluateConfig,
+    operator: Callable,
+    measurements: torch.Tensor,
+    noise_std: float | torch.Tensor,
+    indices: range,
+) -> dict[str, torch.Tensor]:
+    """
+    Samples in the units of the data, in float32, because a misfit of images sees the rounding to 8 bits, and how often
+    each went through the network. Sample i is of measurement i // `posterior_samples`.
+    """
+    with count_evaluations(pipe, len(indices)) as evaluations:
+        samples = pipe(
+            measurements[[i // config.posterior_samples for i in indices]],
+            operator,
+            noise_std,
+            num_inference_steps=config.posterior_steps,
+            num_langevin_steps=config.num_langevin_steps,
+            generator=make_generators(config.seed, indices),
+            output_type="pt",
+        ).images
+    return {"samples": samples.float().cpu(), "evaluations": evaluations()}
 
 
 def measure(
@@ -189,6 +220,38 @@ class Run:
         }
         return ladder.ladder, depends_on
 
+    def prepare_posterior(self, record: PosteriorRecord) -> tuple[NCSNPosteriorPipeline, dict[str, Any]]:
+        """The pipeline that draws samples given measurements, and what these depend on."""
+        config, pipe = self.config, NCSNPosteriorPipeline(**self.pipe.components)
+        pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
+        depends_on = {
+            "pipeline": self.weights,
+            "images": fingerprint(self.held_out),
+            "samples": record.samples,
+            "noise_std": record.noise_std,
+            "steps": config.posterior_steps,
+            "dtype": self.sampler.dtype,
+            **describe_scheduler(pipe.scheduler),
+            **{name: getattr(config, name) for name in ("num_langevin_steps", "seed", "batch_size")},
+        }
+        return pipe, depends_on
+
+    def measure_likelihood(self, name: str, function: Callable, **metric: Any) -> LikelihoodRecord | None:
+        """The mean of `function`, [`bits_per_dim`] or [`nats_per_number`], over held-out data."""
+        config, number = self.config, min(self.config.bits_per_dim, len(self.held_out))
+        if not number:
+            return None
+        _, depends_on = self.in_full_precision()
+
+        def compute(rows: range) -> dict[str, torch.Tensor]:
+            data, generators, denoiser = self.held_out_batch(rows)
+            return {"values": function(denoiser, data, generators, self.pipe.units, config.likelihood_steps)}
+
+        depends_on |= {"likelihood_steps": config.likelihood_steps}
+        values = self.kept.compute(name, depends_on, number, config.batch_size, compute)["values"]
+        mean, error = mean_and_error(values)
+        return LikelihoodRecord(Metric(value=mean, standard_error=error, **metric), number, config.likelihood_steps)
+
     def evaluate_losses(self) -> LossRecord | None:
         """The network's loss at each noise level, of held-out data."""
         number = min(self.config.loss_images, len(self.held_out))
@@ -207,3 +270,28 @@ class Run:
         table = self.kept.compute("losses", depends_on, number, self.config.batch_size, compute_losses)
         columns = zip(sigmas, table["losses"].T, strict=True)
         return LossRecord(number, [LevelLoss(sigma, *mean_and_error(column)) for sigma, column in columns])
+
+    def describe(self, evaluations: int) -> dict[str, Any]:
+        """What [`EvaluationRecord`] holds of every run."""
+        return {
+            "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+            "command": evaluation_command(self.config),
+            "versions": {name: version(name) for name in ("ncsn_diffusers", "diffusers", "torch", "torch-fidelity")},
+            "sampling": SamplingRecord(
+                **self.sampler.describe(), num_images=self.config.num_images, evaluations=evaluations
+            ),
+        }
+
+    def write(self, name: str, function: Callable[[Path], Any]) -> None:
+        """A file of the report, by a function that writes to the path that it is given."""
+        with replacing(self.folder / name, GO_ON) as aside:
+            function(aside)
+
+    def save_record(self, record: EvaluationRecord, report: str) -> None:
+        """metrics.json, report.md and the plots that every report has."""
+        if record.losses is not None:
+            self.write("losses.png", partial(plot_losses, record.losses.levels))
+        if record.posterior is not None:
+            self.write("reliability.png", partial(plot_reliability, record.posterior.operators))
+        self.write("metrics.json", lambda path: path.write_text(json.dumps(record.to_dict(), indent=2) + "\n"))
+        self.write("report.md", lambda path: path.write_text(report))

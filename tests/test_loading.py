@@ -28,6 +28,7 @@ from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNP
 from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.hub import collect_files, loading, saving
 from ncsn_diffusers.hub.configs import translate_index
+from ncsn_diffusers.hub.files import check_folder
 from ncsn_diffusers.hub.weights import check_finite
 from ncsn_diffusers.sampling import load_pipeline
 from ncsn_diffusers.units import Units, image_units
@@ -269,6 +270,13 @@ def test_weights_that_do_not_fit_the_config(saved):
     (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(OSError, match=rf"^{WEIGHTS} of '{saved}' cannot be used: it is damaged"):
         NCSNPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("content", [b"\x04" + bytes(7) + b"abcd", None], ids=["garbled", "cut off"])
+def test_damaged_weights_are_named_before_they_are_published(saved, content):
+    (saved / WEIGHTS).write_bytes(content or (saved / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(OSError, match=rf"^{WEIGHTS} of '{saved}' cannot be used: it is damaged"):
+        check_folder(saved)
 
 
 def test_shards(tmp_path):

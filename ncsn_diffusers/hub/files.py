@@ -57,7 +57,7 @@ def collect_files(
     Raises:
         ValueError: a variant cannot be made, the weights are pickles or not finite, or a file holds an access token.
         FileNotFoundError: the folder holds no complete pipeline.
-        OSError: a config holds what cannot be used.
+        OSError: a config or the weights hold what cannot be used.
     """
     folder, training_dir = Path(folder), None if training_dir is None else Path(training_dir)
     index, weights = check_folder(folder)

@@ -174,12 +174,16 @@ def check_stamp(folder: str | Path, source: str, variant: str | None = None) -> 
     Compare the weights of a pipeline that this package has saved with its configs. Others have no hash.
 
     Raises:
-        OSError: they are of two pipelines.
+        OSError: they are of two pipelines, or damaged.
     """
     stamp = None
     for pattern in weight_names("safetensors", variant):
         for path in part_folder(folder, "unet").glob(pattern):
-            found = _read_stamp(path)
+            file = path.relative_to(folder).as_posix()
+            try:
+                found = _read_stamp(path)
+            except ValueError as error:
+                raise OSError(unusable(file, source, str(error))) from error
             stamp = stamp or (found and find_stamp(Path(folder), source))
             if found not in (None, stamp):
                 reason = (
@@ -187,7 +191,7 @@ def check_stamp(folder: str | Path, source: str, variant: str | None = None) -> 
                     "lie beside it, by a save or a copy that was cut off: save or copy the whole pipeline once more. "
                     "To change them on purpose, give `unet` and `scheduler` to from_pretrained, and save the pipeline"
                 )
-                raise OSError(unusable(path.relative_to(folder).as_posix(), source, reason))
+                raise OSError(unusable(file, source, reason))
 
 
 def _read_stamp(path: Path) -> str | None:

@@ -56,7 +56,10 @@ def read_header(path: Path) -> dict:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:
             raise ValueError(f"its header takes {length:,} bytes, of {_LONGEST_HEADER:,} at most")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+            raise ValueError(f"it is damaged or not of safetensors ({type(error).__name__})") from error
     try:
         with safe_open(path, framework="pt"):  # compares the tensors' places with the file's length
             return header
@@ -126,16 +129,11 @@ def _read_shapes(path: Path, file: str, source: str) -> dict[str, list[int]]:
             return {key: value["shape"] for key, value in read_header(path).items() if key != "__metadata__"}
         state = torch.load(path, map_location="meta", weights_only=True)
         return {key: list(tensor.shape) for key, tensor in state.items()}
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        reason = str(error) if "its header" in str(error) or "safetensors" in str(error) else _not_safetensors(error)
-        raise OSError(unusable(file, source, reason)) from error
+    except ValueError as error:
+        raise OSError(unusable(file, source, str(error))) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
         reason = f"it is damaged, or holds more than a network's tensors ({type(error).__name__})"
         raise OSError(unusable(file, source, reason)) from error
-
-
-def _not_safetensors(error: ValueError) -> str:
-    return f"it is damaged or not of safetensors ({type(error).__name__})"
 
 
 def _translate(key: str, expected: Collection[str]) -> str:

@@ -1,7 +1,9 @@
 """The settings that say which data to use, shared by training and evaluation."""
 
 import math
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -135,3 +137,10 @@ class ArraySettings(ArrayFiles):
             if getattr(self, name) is not None:
                 hint = "" if name == "channel_axis" else "; with `value_range` images of more than 8 bits are arrays"
                 raise ValueError(f"`{name}`={getattr(self, name)!r} is for arrays, and {where} holds images{hint}.")
+
+
+def without_parents(name: str, is_folder: bool = False) -> str:
+    """The last part of a local folder's path, since the rest is the user's own, and a name on the Hub as it is."""
+    if is_folder or os.path.isdir(name) or os.path.isabs(name) or name.startswith((".", "~")):
+        return Path(os.path.abspath(os.path.expanduser(name))).name
+    return name

@@ -76,8 +76,10 @@ def load_pipeline(
         if Path(name).exists():
             raise ValueError(f"`pipeline`={name!r} cannot be loaded: {error}") from error
         raise ValueError(_describe_missing(name, error)) from error
-    scheduler_class, settings = scheduler_class or type(pipe.scheduler), settings or {}
-    check_settings(scheduler_class, settings)
+    settings = settings or {}
+    if scheduler_class is None:
+        scheduler_class = type(pipe.scheduler)
+        check_settings(scheduler_class, settings)
     pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
     check_scheduler(pipe.scheduler)
     return pipe

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from ..hub.loading import NCSNPipeline
 from ..hub.weights import read_header
+from ..ladder import Ladder
 from ..networks_ncsn import ACTIVATIONS
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units
@@ -330,8 +331,7 @@ def make_scheduler(
     if np.allclose(sigmas, np.geomspace(sigmas[0], sigmas[-1], len(sigmas)), rtol=1e-6, atol=0):
         ladder = {"num_train_timesteps": len(sigmas), "sigma_min": sigmas[-1], "sigma_max": sigmas[0]}
     else:
-        squares = np.square(sigmas[::-1])
-        ladder = {"trained_betas": (np.diff(squares, prepend=0.0) / (1 + squares)).tolist()}
+        ladder = {"trained_betas": Ladder(np.array(sigmas[::-1])).betas.tolist()}
     settings |= {"conditioning": "sigma", "prediction_type": "score", **ladder}
     if step_lr is not None:
         step_size = float(f"{step_lr / sigmas[-1] ** 2:.6g}")

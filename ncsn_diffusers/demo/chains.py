@@ -217,7 +217,7 @@ class Chains:
         num_images (`int`): The number of images that drawing begins with.
 
     Raises:
-        ValueError: a limit is not a positive int, or images of the network's channels cannot be shown.
+        ValueError: a limit is below 1, or images of the network's channels cannot be shown.
     """
 
     def __init__(self, pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16):

@@ -116,7 +116,7 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
 
     Raises:
         ImportError: gradio is not installed.
-        ValueError: a limit is not a positive int, or the network's images cannot be shown.
+        ValueError: a limit is below 1, or the network's images cannot be shown.
     """
     gr = import_gradio()
     check_limits(num_parallel=num_parallel)

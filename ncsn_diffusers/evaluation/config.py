@@ -4,13 +4,12 @@ flag are answered at once.
 """
 
 import math
-import os
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..dataset_settings import ArrayFiles, DatasetSettings
+from ..dataset_settings import ArrayFiles, DatasetSettings, without_parents
 from ..settings import DType, SamplingConfig
 
 OperatorName = Literal["missing-pixels", "stations", "pixelated", "blurred"]
@@ -164,10 +163,3 @@ def evaluation_command(config: EvaluateConfig) -> str:
             value = without_parents(value)
         words += [f"--{field.name}", *(map(str, value) if isinstance(value, tuple | list) else [str(value)])]
     return shlex.join(words)
-
-
-def without_parents(name: str) -> str:
-    """The last part of a local folder's path, which is the user's own, and a name on the Hub as it is."""
-    if os.path.isdir(name) or os.path.isabs(name) or name.startswith((".", "~")):
-        return Path(os.path.abspath(os.path.expanduser(name))).name
-    return name

@@ -9,7 +9,7 @@ computes only what is missing. The batches do not depend on the number of proces
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from datasets import ClassLabel
 
 from ..data import ImageReader, encode_labels, find_class_names, find_columns, load_training_data, open_images
-from ..dataset_settings import DatasetSettings
 from ..images import to_uint8
 from ..kept_batches import fingerprint
 from ..likelihood import bits_per_dim
@@ -87,16 +86,13 @@ def find_real_source(config: EvaluateConfig, pipeline: str, shape: tuple[int, in
         ValueError: there is none that fits images of this shape, or the recorded folder is not there.
     """
     found = find_source(config, pipeline)
-    if found is None and shape != _DIGITS and config.resolution is None:
+    if found.name is None and not found.is_recorded and shape != _DIGITS and config.resolution is None:
         channels, height, width = shape
         raise ValueError(
             f"The pipeline draws images of {height}×{width} pixels and {channels} channels, and its folder does not "
             "record what it was trained on: name images like these with `train_data_dir` or `dataset_name`. Features "
             f"that fit: {', '.join(fitting_features(shape))}."
         )
-    if found is None:
-        settings = DatasetSettings(**{field.name: getattr(config, field.name) for field in fields(DatasetSettings)})
-        return RealSource(settings, config.reference_split or "train", config.held_out_split)
     return found
 
 

@@ -135,13 +135,12 @@ class RandomFeatures(nn.Module):
     def __init__(self, channels: int, size: int):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        num_stages = max(3, math.ceil(math.log2(max(size, 1) / 4)) + 1)
-        widths = (channels, *[32, 64][: num_stages - 1], *[128] * (num_stages - 2))
+        self.num_stages = num_stages = max(3, math.ceil(math.log2(max(size, 1) / 4)) + 1)
+        widths = (channels, 32, 64, *[128] * (num_stages - 2))
         for i, (before, after) in enumerate(pairwise(widths)):
             weight = torch.randn(after, before, 3, 3, generator=generator) * 2 / math.sqrt(9 * before)
             self.register_buffer(f"weight_{i}", weight)
             self.register_buffer(f"bias_{i}", torch.randn(after, generator=generator) / 2)
-        self.num_stages = len(widths) - 1
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """

@@ -56,7 +56,7 @@ def find_field_source(config: EvaluateConfig, pipeline: str, shape: tuple[int, .
         ValueError: neither are known, or they are not there.
     """
     found = find_source(config, pipeline, FieldSettings)
-    if found is None or found.name is None:
+    if found.name is None:
         raise ValueError(
             f"The pipeline draws arrays of shape {shape} (channels, sizes), and its folder does not record what it was "
             "trained on: name arrays like these with `train_arrays`."

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from .metrics import Metric, kernel_distance, nearest_neighbors, to_dict
+from .metrics import Metric, kernel_distance, nearest_neighbors
 
 _MAX_VALUES = 64  # of a field in a channel, for the kernel distance and neighbors
 _NUM_BLOCKS = 10  # of fields, for the errors of the marginals and of the spectrum
@@ -43,7 +43,10 @@ def wasserstein_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     for name, values in (("a", a), ("b", b)):
         if values.ndim != 1 or not len(values) or not values.isfinite().all():
             raise ValueError(f"`{name}` must be finite numbers of shape (n,), not {tuple(values.shape)}.")
-    a, b = (values.double().sort().values for values in (a, b))
+    return _distance_of_sorted(*(values.double().sort().values for values in (a, b)))
+
+
+def _distance_of_sorted(a: torch.Tensor, b: torch.Tensor) -> float:
     places = torch.cat([a, b]).sort().values
     shares = [torch.searchsorted(values, places[:-1], right=True) / len(values) for values in (a, b)]
     return ((shares[0] - shares[1]).abs() * places.diff()).sum().item()
@@ -68,11 +71,14 @@ def marginal_distances(reference: torch.Tensor, fields: torch.Tensor) -> tuple[t
     blocks = torch.arange(len(fields)) % min(_NUM_BLOCKS, len(fields))
     distances, errors = [], []
     for channel in range(fields.shape[1]):
-        real, values = reference[:, channel].flatten(), fields[:, channel]
-        distances.append(wasserstein_distance(real, values.flatten()))
-        without = [
-            wasserstein_distance(real, values[blocks != block].flatten()) for block in range(int(blocks.max()) + 1)
-        ]
+        real = reference[:, channel].flatten().double().sort().values  # once for all parts of the fields
+
+        def distance(part: torch.Tensor, real: torch.Tensor = real) -> float:
+            return _distance_of_sorted(real, part.flatten().double().sort().values)
+
+        values = fields[:, channel]
+        distances.append(distance(values))
+        without = [distance(values[blocks != block]) for block in range(int(blocks.max()) + 1)]
         errors.append(_jackknife_error(torch.tensor(without, dtype=torch.float64)))
     return torch.tensor(distances, dtype=torch.float64), torch.stack(errors)
 
@@ -206,15 +212,8 @@ class FieldComparison:
     ratios: list[list[float]]
     errors: list[list[float]]
 
-    def to_dict(self) -> dict:
-        """As metrics.json has it."""
-        spectrum = {name: getattr(self, name) for name in ("wavenumbers", "ratios", "errors")}
-        return to_dict(self.metrics) | {"spectrum": spectrum}
 
-
-def compare_fields(
-    reference: torch.Tensor, fields: torch.Tensor, unit: str | None = None, channel_names: list[str] | None = None
-) -> FieldComparison:
+def compare_fields(reference: torch.Tensor, fields: torch.Tensor, unit: str | None = None) -> FieldComparison:
     """
     All metrics of a set of fields. Of held-out real fields, they are the floor.
 
@@ -222,21 +221,17 @@ def compare_fields(
         reference (`torch.Tensor` of shape `(m, channels, ...)`): real fields, in the units of the data, m >= 20.
         fields (`torch.Tensor` of shape `(n, channels, ...)`): samples or held-out fields, in the same units, n >= 20.
         unit (`str`, *optional*): what the values are in, such as `"K"`, for the report.
-        channel_names (`list[str]`, *optional*): for the report; their numbers when not given.
 
     Raises:
         ValueError: the shapes do not fit, there are fewer than 20 fields, or a channel is constant.
     """
-    names = channel_names or [str(i) for i in range(reference.shape[1])]
-    if len(names) != reference.shape[1]:
-        raise ValueError(f"`channel_names` must be {reference.shape[1]} names, not {names}.")
     kernel, kernel_error = kernel_distance(standardize(reference, reference), standardize(reference, fields))
     nearest = nearest_fields(fields, reference)[0].median().item()
     wavenumbers, ratios, errors = spectrum_ratio(reference, fields)
     units = "" if unit is None else f" ({unit})"
     metrics = [Metric("number", "fields", len(fields), "{:,}")]
     for i, (distance, error) in enumerate(zip(*marginal_distances(reference, fields), strict=True)):
-        channel = f" of channel {names[i]}" if len(names) > 1 else ""
+        channel = f" of channel {i}" if reference.shape[1] > 1 else ""
         title = f"Wasserstein-1 distance of the values{channel}{units}"
         metrics.append(Metric(f"wasserstein_{i}", title, distance.item(), standard_error=error.item()))
     metrics += [

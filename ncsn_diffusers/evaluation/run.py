@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,11 @@ class RealSource:
         return None if name is None else without_parents(name)
 
 
-def find_source(
-    config: EvaluateConfig, pipeline: str, kind: type[DatasetSettings] = DatasetSettings
-) -> RealSource | None:
+def find_source(config: EvaluateConfig, pipeline: str, kind: type[DatasetSettings] = DatasetSettings) -> RealSource:
     """
     The data that the config names; else those that the pipeline was trained on, as training_config.json in its folder
-    records them, with the config's own settings before the recorded ones; else `None`. `kind` has the settings.
+    records them, with the config's own settings before the recorded ones; else a source without a name. `kind` has the
+    settings.
 
     Raises:
         ValueError: the recorded file or folder is not there.
@@ -69,7 +68,7 @@ def find_source(
         return RealSource(settings, **splits)
     path = Path(pipeline) / "training_config.json"
     if not path.is_file():
-        return None
+        return RealSource(settings, **splits)
     recorded = json.loads(path.read_text())
     defaults = kind()
     own = {name: value for name, value in vars(settings).items() if value != getattr(defaults, name)}
@@ -155,6 +154,10 @@ class Run:
         self.weights = fingerprint(*self.pipe.unet.state_dict().values())
         self.kept = KeptBatches(self.accelerator, self.folder)
 
+    @cached_property
+    def held_out_fingerprint(self) -> str:
+        return fingerprint(self.held_out)
+
     def to_network(self, data: torch.Tensor) -> torch.Tensor:
         """Some of `held_out` in the network's units, float32."""
         raise NotImplementedError
@@ -214,7 +217,7 @@ class Run:
         depends_on = {
             "pipeline": self.weights,
             "ladder": dict(ladder.config),
-            "images": fingerprint(self.held_out),
+            "images": self.held_out_fingerprint,
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
         }
@@ -226,7 +229,7 @@ class Run:
         pipe.set_progress_bar_config(leave=False, disable=not self.accelerator.is_main_process)
         depends_on = {
             "pipeline": self.weights,
-            "images": fingerprint(self.held_out),
+            "images": self.held_out_fingerprint,
             "samples": record.samples,
             "noise_std": record.noise_std,
             "steps": config.posterior_steps,

@@ -22,6 +22,7 @@ from diffusers import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..foreign_configs import SCHEDULERS
+from ..ladder import Ladder
 from ..networks_ncsn import (
     ACTIVATIONS,
     GaussianResidualModel,
@@ -279,7 +280,7 @@ _NETWORK_RULES = {
         "num_train_timesteps": _whole(2, 100_000),
         "sigma_min": _number(1e-10, 1e10),
         "sigma_max": _number(1e-10, 1e10),
-        "unet": _either(_NULL, (lambda value: isinstance(value, dict), "a JSON object")),
+        "unet": _either(_NULL, OBJECT),
     },
 }
 
@@ -371,8 +372,7 @@ def _check_levels(config: dict, name: str, source: str, scheduler: SchedulerMixi
         raise OSError(unusable(name, source, reason))
     defaults = {"num_train_timesteps": 1000, "sigma_min": 0.01, "sigma_max": 50.0}
     number, low, high = (config.get(key, default) for key, default in defaults.items())
-    betas = np.array(scheduler.betas.tolist())  # whatever the class; 1 + sigma² = Π 1/(1 - beta)
-    sigmas = np.sqrt(np.expm1(-np.cumsum(np.log1p(-betas))))
+    sigmas = Ladder.from_betas(scheduler.betas).sigmas  # whatever the class
     if len(sigmas) != number or not np.allclose(sigmas, np.geomspace(low, high, number), rtol=0.02):
         reason = (
             f"its {number} levels from {low:g} to {high:g} are not the scheduler's, {len(sigmas)} from "

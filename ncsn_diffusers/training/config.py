@@ -1,14 +1,12 @@
 """The settings of a training run, and the command line that repeats it."""
 
 import json
-import os
 import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal
 
-from ..dataset_settings import ArraySettings, DatasetSettings
+from ..dataset_settings import ArraySettings, DatasetSettings, without_parents
 
 # The settings whose defaults depend on the architecture. Those of ncsn and ncsnv2 are the papers', for images in
 # [-1, 1] instead of [0, 1], with fewer channels.
@@ -369,7 +367,7 @@ def training_command(config: TrainingConfig) -> str:
         paths = ("dataset_name", "train_data_dir", "train_arrays", "validation_arrays", "pretrained_model_name_or_path")
         if field.name in paths:
             is_folder = field.name not in ("dataset_name", "pretrained_model_name_or_path")
-            value = _without_parents(value, is_folder=is_folder)
+            value = without_parents(value, is_folder=is_folder)
         # -1e-05 would be read as a flag
         values = [_without_exponent(v) for v in value] if isinstance(value, tuple | list) else [str(value)]
         if len(values) == 1 and values[0].startswith("-"):
@@ -381,10 +379,3 @@ def training_command(config: TrainingConfig) -> str:
 
 def _without_exponent(value: float | int | str) -> str:
     return f"{Decimal(str(value)):f}".removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _without_parents(name: str, is_folder: bool) -> str:
-    """The last part of a local folder's path, and a data set's name on the Hub as it is."""
-    if is_folder or name.startswith((".", "~")) or os.path.isabs(name) or os.path.isdir(name):
-        return Path(os.path.abspath(os.path.expanduser(name))).name
-    return name

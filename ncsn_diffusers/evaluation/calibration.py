@@ -54,7 +54,7 @@ The system has N rows, however large the images are.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -510,23 +510,43 @@ def calibrate_exact(
     noise_std: float,
     num_images: int,
     num_samples: int,
-    judge: Callable[..., Calibration] = calibrate,
 ) -> Calibration:
     """
     What [`calibrate`] says of exact samples: the floor.
 
     Args:
         images, operator, noise_std, num_images, num_samples: as of [`simulate_exact`].
-        judge (function): instead of [`calibrate`], of the same arguments.
 
     Returns:
-        [`Calibration`]: means of 20 simulations; each standard error is the standard deviation of one of them. There is
-        no PSNR and no CRPS: these depend on the images, and here they are a Gaussian's.
+        [`Calibration`]: as of [`average_simulations`], of 20.
     """
-    runs = []
     simulations = simulate_exact(images, operator, noise_std, num_images, num_samples)
-    for samples, truths, measurements in islice(simulations, NUM_SIMULATIONS):
-        runs.append(judge(samples, truths, measurements, operator, noise_std))
+    return average_simulations(
+        [calibrate(*simulation, operator, noise_std) for simulation in islice(simulations, NUM_SIMULATIONS)]
+    )
+
+
+def calibrate_exact_channels(
+    fields: torch.Tensor,
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    noise_std: float,
+    num_fields: int,
+    num_samples: int,
+) -> list[Calibration]:
+    """What [`calibrate_values`] says of exact samples, for each channel; arguments as of [`calibrate_exact`]."""
+    simulations = simulate_exact(fields, operator, noise_std, num_fields, num_samples)
+    runs = [
+        [calibrate_values(samples[:, :, [c]], truths[:, [c]]) for c in range(fields.shape[1])]
+        for samples, truths, _ in islice(simulations, NUM_SIMULATIONS)
+    ]
+    return [average_simulations(of_channel) for of_channel in zip(*runs, strict=True)]
+
+
+def average_simulations(runs: Sequence[Calibration]) -> Calibration:
+    """
+    Means over simulations; each standard error is the standard deviation of one of them. There is no PSNR and no
+    CRPS: these depend on the images, and here they are a Gaussian's.
+    """
 
     def mean_and_deviation(values):
         values = torch.tensor(values, dtype=torch.float64)

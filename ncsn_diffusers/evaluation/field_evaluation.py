@@ -28,7 +28,7 @@ from ..dataset_settings import ArrayFiles, DatasetSettings
 from ..likelihood import nats_per_number
 from ..sampling import Sampler
 from ..sheets import plot_fields
-from .calibration import Calibration, calibrate_exact, calibrate_values, make_operator
+from .calibration import calibrate_exact_channels, calibrate_values, make_operator
 from .config import EvaluateConfig, without_parents
 from .field_report import make_field_report, make_field_verdict, plot_spectra
 from .fields import compare_fields, nearest_fields
@@ -223,12 +223,13 @@ class FieldEvaluation(Run):
                 samples = table["samples"].unflatten(0, (num, k))
                 # each measurement in units of its noise, which is then 1 for all channels
                 reference = self.reference[:_MOST_GAUSSIAN] / noise_std
+                exact = calibrate_exact_channels(reference, operator, 1.0, num, k)
                 for channel in range(channels):
                     part = slice(channel, channel + 1)
                     key = name if channels == 1 else f"{name}, channel {channel}"
                     record.operators[key] = (
                         calibrate_values(samples[:, :, part], truths[:, part], unit=self.units.name),
-                        calibrate_exact(reference, operator, 1.0, num, k, partial(_judge_channel, part)),
+                        exact[channel],
                     )
         return record
 
@@ -276,7 +277,3 @@ class FieldEvaluation(Run):
         self.write("neighbors.png", lambda path: plot_fields(pairs.numpy(), unit).save(path))
         self.write("spectrum.png", partial(plot_spectra, record.spectrum))
         self.save_record(record, make_field_report(record))
-
-
-def _judge_channel(part: slice, samples: torch.Tensor, truths: torch.Tensor, *_) -> Calibration:
-    return calibrate_values(samples[:, :, part], truths[:, part])

@@ -164,6 +164,23 @@ def test_values_that_are_not_finite_are_counted_and_placed(tmp_path, monkeypatch
         opened(saved(tmp_path, data).select(np.arange(20, 40)))
 
 
+def test_values_that_are_not_finite_in_one_of_several_files(tmp_path):
+    """Whether they come in the first file or in a later one, and beside files without any."""
+    data = fields()
+    broken = data.copy()
+    broken[7, 1, 2, 3] = np.nan
+    for names in ("abc", "cab"):
+        folder = tmp_path / names
+        folder.mkdir()
+        for name, values in zip(names, (broken, data, data), strict=True):
+            np.save(folder / f"{name}.npy", values)
+        message = (
+            rf"1 of 8,400 values are NaN or infinite: the first, nan, at index \(7, 1, 2, 3\) of .*{names[0]}\.npy"
+        )
+        with pytest.raises(ValueError, match=message):
+            opened(open_array_files(str(folder))["train"])
+
+
 def test_constant_channels_are_refused():
     data = fields()
     data[:, 1] = 7

@@ -530,7 +530,7 @@ def _measure_part(part, own, channel_axis, not_finite, progress) -> Statistics |
         chunk = _measure_values(values, channel_axis)
         if chunk is None:
             not_finite.add(part.name, rows, values)
-        elif not_finite.number == 0:
+        else:
             total = chunk if total is None else total + chunk
         progress.update(len(rows))
     return total

@@ -46,7 +46,7 @@ def find_white(image: Image.Image) -> float | None:
     Raises:
         ValueError: white is not certain, or values are negative or not finite; the message gives their range.
     """
-    if not _is_deep(image):
+    if not is_deep(image):
         return None
     values = np.asarray(image)
     low, high = values.min(), values.max()
@@ -98,7 +98,7 @@ def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
     white = find_white(image)  # first: the upright copy lacks the file's tags
     if image.getexif().get(0x0112, 1) != 1:  # Orientation
         image = ImageOps.exif_transpose(image)
-    if _is_deep(image):
+    if is_deep(image):
         values, transparent = np.asarray(image), image.info.get("transparency")
         eight_bits = np.empty(values.shape, dtype=np.uint8)
         for rows in np.array_split(np.arange(len(values)), -(-len(values) // 256)):  # without a copy of all in float64
@@ -115,7 +115,8 @@ def read_image(image: Image.Image, channels: int | None = None) -> Image.Image:
     return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
 
 
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
+    """Whether it has more than 8 bits a channel."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
@@ -137,7 +138,7 @@ def read_mask(image: Image.Image) -> Image.Image:
         gray = read_image(image, 1)
         values = np.asarray(gray)
         return gray if values.max() != 1 else Image.fromarray(values * np.uint8(255))
-    values = np.asarray(read_image(image, 4).convert("RGBA").convert("LA"), dtype=np.float32) / 255
+    values = np.asarray(read_image(image, 4).convert("LA"), dtype=np.float32) / 255
     white, opaque = values[..., 0], values[..., 1]
     seen = opaque > 0.5
     if not seen.all() and seen.any() and ((white > 0.2) & (white < 0.8))[seen].mean() > 0.25:

@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -35,11 +36,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..checked_files import CheckedFiles
+from ..image_files import is_deep
 from ..images import check_pixels, exceeds_pixels, find_white, read_image, to_model_range
 from ..units import Units
 from .batches import BatchOrder, spread
 from .columns import find_columns, is_missing
-from .sources import file_paths
+from .sources import file_paths, say
 
 CORRUPT_IMAGES = ("error", "skip")
 
@@ -113,7 +115,7 @@ class ImageReader:
         """
         try:
             image = self._open(row)
-            if image.mode != "F" and not image.mode.startswith("I"):
+            if not is_deep(image):
                 raise ValueError(
                     f"an image of mode {image.mode}: `value_range` is for gray images of more than 8 bits, whose "
                     "numbers Pillow reads"
@@ -324,15 +326,8 @@ class StreamedImages(_Images):
 
     def sample(self, num_images: int) -> torch.Tensor:
         """The first `num_images` images: uint8 of shape `(n, channels, height, width)`."""
-        arrays = []
-        for i, row in enumerate(tqdm(self.dataset, desc="Reading", unit="image", total=num_images, leave=False)):
-            try:
-                arrays.append(self.reader(row, (0, i))[0])
-            except UnreadableImageError:
-                if self.rows.corrupt_images == "error":
-                    raise
-            if len(arrays) == num_images:
-                break
+        rows = tqdm(self.dataset, desc="Reading", unit="image", total=num_images, leave=False)
+        arrays = list(itertools.islice(_readable(rows, self.reader, self.rows.corrupt_images), num_images))
         if not arrays:
             raise ValueError("The data set has no readable image.")
         return torch.from_numpy(np.stack(arrays))
@@ -508,8 +503,8 @@ def open_images(
     found = gather_object([(examples, errors, keep, new, len(rows) - len(to_read))])
     examples, errors = ({key: value for f in found for key, value in f[i].items()} for i in (0, 1))
     remember(checked, [f[3] for f in found])
-    if process.is_main_process and (num_known := sum(f[4] for f in found)):
-        tqdm.write(f"{num_known:,} of {len(dataset):,} images passed the check at an earlier start and are unchanged.")
+    if num_known := sum(f[4] for f in found):
+        say(f"{num_known:,} of {len(dataset):,} images passed the check at an earlier start and are unchanged.")
     if errors:
         message = "\n".join(list(errors.values())[:20] + ["…"] * (len(errors) > 20))
         if corrupt_images == "error":
@@ -517,8 +512,7 @@ def open_images(
                 f"{len(errors)} of {len(dataset)} images cannot be read. Repair or remove them, or leave them out with "
                 f"`corrupt_images`='skip':\n{message}"
             )
-        if process.is_main_process:
-            tqdm.write(f"Left out {len(errors)} of {len(dataset)} images, which cannot be read:\n{message}")
+        say(f"Left out {len(errors)} of {len(dataset)} images, which cannot be read:\n{message}")
     _check_guesses({guess: reader.name(dataset[row], (0, row)) for (_, guess), row in examples.items()})
     shape = _common_shape({shape for shape, _ in examples})
     if all(f[2] for f in found):
@@ -559,20 +553,27 @@ def remember(checked: CheckedFiles, records: list[pa.Table]) -> None:
 
 def _channels_of_stream(dataset: IterableDataset, reader: ImageReader, corrupt_images: str) -> int:
     """3 where the first image that can be read says so: as in a data set at hand, one in color decides for all."""
-    for i, row in enumerate(dataset):
+    first = next(_readable(dataset, reader, corrupt_images), None)
+    if first is None:
+        raise ValueError("The data set has no readable image.")
+    if len(first) == 1:
+        raise ValueError(
+            "`streaming` needs `channels`, 1 or 3: the first image is gray, and whether all are is not known "
+            "beforehand."
+        )
+    return len(first)
+
+
+def _readable(rows: Iterable[dict], reader: ImageReader, corrupt_images: str) -> Iterator[np.ndarray]:
+    """The arrays of those images of a stream that can be read."""
+    for i, row in enumerate(rows):
         try:
-            channels = len(reader(row, (0, i))[0])
+            array = reader(row, (0, i))[0]
         except UnreadableImageError:
             if corrupt_images == "error":
                 raise
             continue
-        if channels == 1:
-            raise ValueError(
-                "`streaming` needs `channels`, 1 or 3: the first image is gray, and whether all are is not known "
-                "beforehand."
-            )
-        return channels
-    raise ValueError("The data set has no readable image.")
+        yield array
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -152,8 +152,8 @@ def open_validation_data(
         data (`Any`, *optional*): as for that.
 
     Raises:
-        ValueError: the samples differ from those to train on in shape, or one is of a class that these do not have, or
-            is trained on.
+        ValueError: the samples differ from those to train on in shape, or one is of a class that these do not have, or,
+            in a slice of `train_arrays` or of `data`, is trained on.
     """
     if config.validation_arrays is not None:
         where = f"`validation_arrays`={config.validation_arrays!r}"

@@ -5,7 +5,6 @@ A run that resumes takes both from its checkpoint, so the pipeline may be gone b
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from diffusers import ModelMixin
@@ -106,8 +105,7 @@ def fill_settings(config: TrainingConfig, start: StartingPoint) -> TrainingConfi
         asked = getattr(config, name)
         if asked is not None and (tuple(asked) if isinstance(value, tuple) else asked) != value:
             raise ValueError(f"`{name}`={asked!r} does not fit {_NAME}={start.name!r}, which has {value!r}.")
-    for fault in _faults(start, config.channels, None if config.resolution is None else (config.resolution,) * 2):
-        raise ValueError(fault)
+    _check_shape(start, config.channels, None if config.resolution is None else (config.resolution,) * 2)
     if config.class_conditional != (network.get("num_class_embeds") is not None):
         knows = "knows no classes" if config.class_conditional else "is given the class of each image"
         raise ValueError(
@@ -123,8 +121,7 @@ def check_images(start: StartingPoint, shape: tuple[int, ...], num_classes: int 
     Raises:
         ValueError: it does not.
     """
-    for fault in _faults(start, shape[0], shape[1:]):
-        raise ValueError(fault)
+    _check_shape(start, shape[0], shape[1:])
     if num_classes is not None and num_classes + 1 != start.network.config.num_class_embeds:
         raise ValueError(
             f"`label_column`: the images are of {num_classes} classes, and the network of {_NAME}={start.name!r} knows "
@@ -132,10 +129,10 @@ def check_images(start: StartingPoint, shape: tuple[int, ...], num_classes: int 
         )
 
 
-def _faults(start: StartingPoint, channels: int | None, size: tuple[int, ...] | None) -> Iterator[str]:
+def _check_shape(start: StartingPoint, channels: int | None, size: tuple[int, ...] | None) -> None:
     network = start.network.config
     if channels not in (None, network.in_channels):
-        yield (
+        raise ValueError(
             f"`channels`: the images have {channels}, and the network of {_NAME}={start.name!r} takes "
             f"{network.in_channels}; --channels {network.in_channels} makes them fit."
         )
@@ -146,7 +143,7 @@ def _faults(start: StartingPoint, channels: int | None, size: tuple[int, ...] | 
     if tuple(size) != expected:
         found, takes = ("×".join(map(str, sides)) for sides in (size, expected))
         hint = f"; --resolution {expected[0]} makes them fit" if len(set(expected)) == 1 else ""
-        yield (
+        raise ValueError(
             f"`resolution`: the images have {found} pixels, and the network of {_NAME}={start.name!r} takes "
             f"{takes}{hint}."
         )

@@ -27,7 +27,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from ..atomic_files import CANNOT_WRITE, remove_incomplete
-from ..data import LoadedImages, StreamedImages
+from ..data import LoadedImages, StreamedImages, read_labels
 from ..denoiser import Denoiser
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
@@ -42,7 +42,7 @@ from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_giv
 from .data import Data, choose_noise_levels, open_training_data, open_validation_data
 from .log import RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
-from .network import describe_choice, make_network
+from .network import check_size, describe_choice, make_network
 from .processes import interrupts, make_accelerator, together
 from .starting_point import check_images, fill_settings, find_starting_point
 
@@ -205,17 +205,20 @@ class Trainer:
 
     def _check_resolution(self) -> None:
         """Whether images of the side `resolution` fit the network and the memory, before they are read."""
-        config = self.config
+        config, start = self.config, self.starting_point
         if config.resolution is None:
             return
-        network = None if self.starting_point is None else self.starting_point.network
-        shape = (config.channels or 1, config.resolution, config.resolution)
-        if network is None:
-            network = make_network(config, AnnealedLangevinScheduler(), shape)  # which checks the size
+        size = (config.resolution, config.resolution)
+        if start is None:
+            check_size(config, *size)
+        if config.compile or (config.compile is None and self.device.type == "cuda"):
+            return
+        if start is None:
+            shape = (config.channels or 1, *size)
+            network = make_network(config, AnnealedLangevinScheduler(), shape)
         else:
-            shape = (network.config.in_channels, *shape[1:])
-        if not (config.compile or (config.compile is None and self.device.type == "cuda")):
-            check_memory(config, self.accelerator, network.to(self.device), shape)
+            network, shape = start.network, (start.network.config.in_channels, *size)
+        check_memory(config, self.accelerator, network.to(self.device), shape)
 
     def _count_steps_per_epoch(self) -> int | None:
         """Optimizer steps in a pass over the data, or `None` for a stream."""
@@ -760,8 +763,7 @@ def count_classes(images: Data, num_classes: int | None) -> list[float] | None:
     if num_classes is None or isinstance(images, StreamedImages):
         return None
     if isinstance(images, LoadedImages):
-        column = images.dataset[images.reader.label_column]
-        labels = torch.tensor([num_classes if label is None or label != label else int(label) for label in column])
+        labels = torch.from_numpy(read_labels(images.dataset, images.reader.label_column, num_classes))
     else:
         labels = torch.as_tensor(images.labels)
     counts = labels.bincount(minlength=num_classes)[:num_classes].double()

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
 from ncsn_diffusers.data import decode_images, load_training_data, open_array_files, open_arrays
 from ncsn_diffusers.evaluation import (
+    DigitClassifier,
     class_entropy,
     extract_features,
     frechet_distance,
@@ -120,6 +121,21 @@ def load(pipeline: str | None) -> NCSNPipeline:
 def classes_in_turn(pipe: NCSNPipeline, indices: Iterable[int]) -> dict[str, list[int]]:
     """The argument with which image i is of class i, modulo their number; none for a network without classes."""
     return {} if pipe.num_classes is None else {"class_labels": [i % pipe.num_classes for i in indices]}
+
+
+def load_classifier(path: str | None, images: torch.Tensor, labels: list[int]) -> DigitClassifier:
+    """That in the file, or else the digits'. It must give most images `(n, 1, 28, 28)` their labels, from 0 to 9."""
+    try:
+        classifier = load_digit_classifier() if path is None else load_digit_classifier(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--classifier: {error}") from error
+    found = (extract_features(images, classifier).argmax(1) == torch.tensor(labels)).double().mean().item()
+    if found < 0.5:
+        raise SystemExit(
+            f"--classifier {path or '(of digits)'} names only {found:.0%} of the images as their labels do: give one "
+            "that scripts/train_digit_classifier.py trained on such images."
+        )
+    return classifier
 
 
 def check_output(output: str) -> None:
@@ -299,13 +315,15 @@ def samplers(
     batch_size: int = 50,
     seed: int = 0,
     dtype: DType = "float32",
+    classifier: str | None = None,
     output: str = "samplers",
     overwrite_output_dir: bool = False,
 ) -> None:
     """
     The Fréchet distance of digits to real ones over the number of network evaluations, for each sampler.
 
-    Distances are taken to the data set's `test` split, in the digit classifier's features. The floor is the distance of
+    Distances are taken to the data set's `test` split, in the digit classifier's features; for other 28×28 grayscale
+    images of ten classes, in those of their own classifier. The floor is the distance of
     as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
     digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A
     class-conditional pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels
@@ -323,6 +341,7 @@ def samplers(
         batch_size: Images per call.
         seed: Seed of the first image of every row; image i uses seed + i, so all rows start from the same noise.
         dtype: What the network computes in.
+        classifier: File of another classifier, which scripts/train_digit_classifier.py wrote.
         output: Path of the two files, without their endings, and of the folder.
         overwrite_output_dir: Replace samples in the folder that were drawn with other settings.
     """
@@ -334,18 +353,18 @@ def samplers(
         require_torch_fidelity()
     except ImportError as error:
         raise SystemExit(f"benchmark.py: {error}") from error
-    classifier = load_digit_classifier()
-    if num_images <= classifier.head.in_features:
-        raise SystemExit(
-            f"--num_images {num_images} must be above the features' number, {classifier.head.in_features}."
-        )
+    num_features = DigitClassifier().head.in_features
+    if num_images <= num_features:
+        raise SystemExit(f"--num_images {num_images} must be above the features' number, {num_features}.")
     accelerator = open_processes()
     pipe = load(pipeline).to(accelerator.device)
     cast(pipe, dtype)
     config, weights = pipe.scheduler.config, fingerprint(*pipe.unet.state_dict().values())
     with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
         dataset = load_dataset(dataset_name)
-    real_images = decode_images(dataset["test"].shuffle(seed=seed))
+    test = dataset["test"].shuffle(seed=seed)
+    real_images = decode_images(test)
+    classifier = load_classifier(classifier, real_images[:1000], test["label"][:1000])
     real, real_pixels = extract_features(real_images, classifier.features), to_pixels(real_images)
     kept = KeptBatches(accelerator, Path(output))
     rows = []
@@ -394,6 +413,7 @@ def samplers(
         evaluations = len(pipe.scheduler.timesteps)
         depends_on = {"pipeline": weights, "timesteps": pipe.scheduler.timesteps.tolist()}
         depends_on |= {"batch_size": batch_size, "seed": seed, "classes_in_turn": pipe.num_classes}
+        depends_on |= {"classifier": fingerprint(*classifier.state_dict().values())}
         depends_on |= describe_scheduler(pipe.scheduler)
         try:
             drawn = kept.compute(

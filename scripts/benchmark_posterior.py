@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import tyro
-from benchmark import PipelineName, check_output, load, save_json
+from benchmark import PipelineName, check_output, load, load_classifier, save_json
 from datasets import load_dataset
 from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ from ncsn_diffusers import (
     NCSNPosteriorPipeline,
 )
 from ncsn_diffusers.data import decode_images
-from ncsn_diffusers.evaluation import extract_features, load_digit_classifier
+from ncsn_diffusers.evaluation import extract_features
 from ncsn_diffusers.evaluation.calibration import (
     IMAGE_TOLERANCE,
     coverage,
@@ -248,6 +248,7 @@ def posterior(
     noise_std: float = 0.05,
     batch_size: int = 64,
     seed: int = 0,
+    classifier: str | None = None,
     output: str = "posterior",
 ) -> None:
     """
@@ -273,6 +274,7 @@ def posterior(
         noise_std: The noise's standard deviation, for images in [0, 1].
         batch_size: Samples drawn at a time.
         seed: Seed of the choice of digits, of the missing pixels and of all noise.
+        classifier: File of another classifier, which scripts/train_digit_classifier.py wrote.
         output: Path of the table, without its ending .json.
     """
     check_output(output)
@@ -311,7 +313,7 @@ def posterior(
     digits, labels = decode_images(dataset) / 255, torch.tensor(dataset["label"])
     cast(pipe, "float32")
     searched, shown = digits[:num_search_images], digits[num_search_images:]
-    labels, classifier = labels[num_search_images:], load_digit_classifier()
+    labels, network = labels[num_search_images:], load_classifier(classifier, digits, labels.tolist())
     rows, trials = [], []
     settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images}
     settings |= {"num_samples": num_samples, "num_search_images": num_search_images}
@@ -353,7 +355,7 @@ def posterior(
             std = problem.noise_std or 1 / 255  # without noise, in units of a gray level
             fits = misfit(samples, y, lambda x: physics.A(x.to(pipe.device)).cpu()[:, measured], std)  # noqa: B023
             clipped = samples.clamp(0, 1)
-            classes = extract_features(clipped.flatten(0, 1), classifier).argmax(1).reshape(-1, num_samples)
+            classes = extract_features(clipped.flatten(0, 1), network).argmax(1).reshape(-1, num_samples)
             scores = crps(clipped, shown)
             first_scores = scores if first_scores is None else first_scores
             above, above_error = mean_and_error(scores - first_scores)

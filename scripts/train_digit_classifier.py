@@ -26,7 +26,8 @@ def main(
     Train on the `train` split, print the accuracy on the `test` split and save the weights in half precision.
 
     Args:
-        dataset_name: A data set of 28×28 grayscale digits with labels, on the Hub or in a folder.
+        dataset_name: A data set of 28×28 grayscale images with labels from 0 to 9, such as digits or Fashion-MNIST, on
+            the Hub or in a folder.
         output_path: Where the weights go, as safetensors.
         num_epochs: Passes over the train split.
         batch_size: Digits per step.

@@ -17,10 +17,12 @@ import torch
 from datasets import load_dataset
 from networks import Gaussian, GaussianUNet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.data import decode_images
+from ncsn_diffusers.evaluation import load_digit_classifier
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +107,35 @@ def test_samplers_draws_the_classes_in_turn(tmp_path, benchmark, folders, monkey
     settings = {"budgets": (1,), "names": ("annealed Langevin",), "num_images": 70, "batch_size": 40}
     benchmark.samplers("digits", str(folders[1]), **settings, output=str(tmp_path / "all"))
     assert asked == [i % 3 for i in range(70)]
+
+
+@needs_statistics
+def test_a_classifier_of_other_images(tmp_path, benchmark, folders):
+    """Digits whose labels are one too large: the digits' classifier is refused, one that counts from 1 is taken."""
+    pipeline, digits = folders
+    for split in ("train", "test"):
+        dataset = load_dataset("parquet", data_files=str(digits / f"{split}-00000.parquet"), split="train")
+        labels = [(label + 1) % 10 for label in dataset["label"]]
+        dataset = dataset.remove_columns("label").add_column("label", labels)
+        (tmp_path / "shifted").mkdir(exist_ok=True)
+        dataset.to_parquet(str(tmp_path / "shifted" / f"{split}-00000.parquet"))
+    settings = {"budgets": (1,), "names": ("annealed Langevin",), "num_images": 70, "output": str(tmp_path / "all")}
+    with pytest.raises(SystemExit, match=r"--classifier \(of digits\) names only \d% of the images as their labels do"):
+        benchmark.samplers(str(pipeline), str(tmp_path / "shifted"), **settings)
+    weights = load_digit_classifier().state_dict()
+    weights["head.weight"], weights["head.bias"] = (
+        weights[f"head.{name}"].roll(1, 0).contiguous() for name in ("weight", "bias")
+    )
+    save_file(weights, tmp_path / "shifted.safetensors")
+    dataset = load_dataset("parquet", data_files=str(tmp_path / "shifted/test-00000.parquet"), split="train")
+    images, labels = decode_images(dataset), dataset["label"][:]
+    found = benchmark.load_classifier(str(tmp_path / "shifted.safetensors"), images, labels)
+    assert (found(images).argmax(1) == torch.tensor(labels)).double().mean() > 0.95
+    (tmp_path / "other.safetensors").write_bytes(b"weights")
+    with pytest.raises(
+        SystemExit, match=r"--classifier: .*other.safetensors' does not hold a classifier that scripts/"
+    ):
+        benchmark.samplers(str(pipeline), str(digits), **settings, classifier=str(tmp_path / "other.safetensors"))
 
 
 def test_schedulers_draws_the_classes_in_turn(tmp_path, benchmark, monkeypatch):

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as Picture
 from diffusers import DDIMScheduler
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from networks import small_unet
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, NCSNPosteriorPipeline, precision
 from ncsn_diffusers.commands.evaluate import main
@@ -494,7 +494,7 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, colored):
         ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
         ({"class_labels": ()}, "`class_labels` needs at least one class"),
         ({"scheduler_config": ("x",)}, "must be name=value pairs"),
-        ({"features": "dino"}, "`features` must be one of digits, random, inception, not 'dino'"),
+        ({"features": "dino"}, "`features` must be digits, random, inception or the file of a classifier, not 'dino'"),
         ({"branch_images": 1}, "`branch_images` must be 0 or at least 2, for a standard error, not 1"),
         ({"update_model_card": True}, r"`update_model_card` needs a model card, nowhere.README\.md"),
     ],
@@ -675,6 +675,44 @@ def test_digit_features_of_other_images(tmp_path, colored):
     )
     with pytest.raises(ValueError, match=message):
         run(colored / "pipeline", tmp_path, features="digits", **arguments)
+
+
+def test_gray_images_of_28_pixels_that_are_no_digits(tmp_path, pipeline, capsys):
+    """Digits under names of clothes, one along: the digits' classifier is neither the default nor taken."""
+    digits = load_training_data().select(range(300))
+    names = [f"garment {k}" for k in range(10)]
+    features = Features({"image": Picture(), "label": ClassLabel(names=names)})
+    columns = {"image": digits["image"][:], "label": [(label + 1) % 10 for label in digits["label"]]}
+    (tmp_path / "clothes").mkdir()
+    Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "clothes" / "train.parquet"))
+    arguments = {"dataset_name": str(tmp_path / "clothes"), "num_images": 140, "num_inference_steps": 1}
+    arguments |= {"loss_images": 0, "max_reference_images": 300, "batch_size": 70}
+    with pytest.raises(
+        ValueError, match=r"`features`='digits' name only \d% of the reference's images as their labels"
+    ):
+        run(pipeline, tmp_path / "out", features="digits", **arguments)
+    assert "random convolutions" in run(pipeline, tmp_path / "out", **arguments)["features"]
+    assert "Features: 128 of random convolutions" in capsys.readouterr().out
+
+    weights = load_digit_classifier().state_dict()
+    for name in ("head.weight", "head.bias"):
+        weights[name] = weights[name].roll(1, 0).contiguous()
+    save_file(weights, tmp_path / "clothes.safetensors")
+    found = run(pipeline, tmp_path / "out", features=str(tmp_path / "clothes.safetensors"), **arguments)
+    assert found["features"] == "64 of the classifier clothes.safetensors"
+    files = sorted((tmp_path / "out" / "samples").glob("*.safetensors"))
+    samples = torch.cat([load_file(path)["images"] for path in files])
+    shares = class_shares(load_digit_classifier()(samples).argmax(1), 10).tolist()
+    given = found["class_shares"]["samples"]
+    assert [given[f"garment {(k + 1) % 10}"] for k in range(10)] == pytest.approx(shares)
+
+    (tmp_path / "other.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"other.safetensors' does not hold a classifier that"):
+        run(pipeline, tmp_path / "out", features=str(tmp_path / "other.safetensors"), **arguments)
+    with pytest.raises(
+        ValueError, match="`features` must be digits, random, inception or the file of a classifier, no"
+    ):
+        evaluate.EvaluateConfig("pipeline", features="nowhere.safetensors")
 
 
 def test_a_measurement_that_does_not_fit_is_refused_before_anything_is_drawn(monkeypatch, tmp_path, colored):

@@ -50,10 +50,11 @@ class ReferenceSettings:
 class MetricSettings:
     """Metrics"""
 
-    features: FeaturesName | None = None
-    """Features to compare images by: a classifier of 28×28 digits, the FID's Inception network (a download of 91 MB),
-    or a network of random weights, which needs no download and takes any images; by default digits for 28×28 gray
-    images, and random for others."""
+    features: str | None = None
+    """Features to compare images by: `digits` (a classifier of 28×28 digits), `inception` (the FID's network, a
+    download of 91 MB), `random` (random weights, which need no download and take any images), or a file that
+    scripts/train_digit_classifier.py wrote. By default `digits` for the embedded digits and for 28×28 gray images
+    whose labels that classifier finds, and `random` for others."""
 
     loss_images: int = 500
     """Held-out images that the network's loss at each noise level is averaged over; 0 for none."""
@@ -127,8 +128,11 @@ class EvaluateConfig(
         for name in self.posterior:
             if name not in operators or self.posterior.count(name) > 1:
                 raise ValueError(f"`posterior` must be different ones of {', '.join(operators)}, not {self.posterior}.")
-        if self.features not in (None, *get_args(FeaturesName)):
-            raise ValueError(f"`features` must be one of {', '.join(get_args(FeaturesName))}, not {self.features!r}.")
+        if self.features not in (None, *get_args(FeaturesName)) and not Path(self.features).is_file():
+            raise ValueError(
+                f"`features` must be {', '.join(get_args(FeaturesName))} or the file of a classifier, not "
+                f"{self.features!r}."
+            )
         if self.posterior_noise_std is not None and not 0 < self.posterior_noise_std < math.inf:
             raise ValueError(f"`posterior_noise_std` must be above 0, not {self.posterior_noise_std}.")
         for name in ("loss_images", "bits_per_dim", "branch_images"):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from ..sampling import NOISE_SEED, Sampler, make_generators
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .branches import log_class_ratio
 from .calibration import calibrate, calibrate_exact, make_operator
-from .config import EvaluateConfig, without_parents
-from .features import InceptionFeatures, RandomFeatures, extract_features, load_digit_classifier
+from .config import EvaluateConfig, FeaturesName, without_parents
+from .features import DigitClassifier, InceptionFeatures, RandomFeatures, extract_features, load_digit_classifier
 from .field_evaluation import FieldEvaluation
 from .metrics import (
     NUM_BLOCKS,
@@ -167,18 +167,25 @@ class Features:
     scaled: bool = True
 
 
-def load_features(name: str | None, accelerator: Accelerator, shape: tuple[int, int, int]) -> Features:
+def load_features(name: str | None, accelerator: Accelerator, real: RealImages, is_embedded: bool) -> Features:
     """
+    The features of that name, or of the classifier in that file. By default the digit classifier's where the images
+    are digits: the embedded ones, or gray ones of 28×28 pixels whose labels it finds.
+
     Raises:
-        ValueError: these features are not for images of this shape.
+        ValueError: these features are not for such images, or the file holds no such classifier.
     """
+    shape, device = tuple(real.reference.shape[1:]), accelerator.device
     fitting = fitting_features(shape)
-    if name is not None and name not in fitting:
+    is_file = name is not None and name not in get_args(FeaturesName)
+    if (name is not None and not is_file and name not in fitting) or (is_file and shape != _DIGITS):
         raise ValueError(
             f"`features`={name!r} do not fit images of shape {shape} (channels, height, width), but "
             f"{', '.join(fitting)} do."
         )
-    device, name = accelerator.device, name or fitting[0]
+    if name is None:
+        are_digits = is_embedded or (shape == _DIGITS and (_share_found(load_digit_classifier(), real) or 0) > 0.9)
+        name = "digits" if are_digits else "random"
     if name == "random":
         network = RandomFeatures(shape[0], min(shape[1:])).to(device)
         return Features(
@@ -195,13 +202,30 @@ def load_features(name: str | None, accelerator: Accelerator, shape: tuple[int, 
             "2,048 of the Inception network of the FID, by torch-fidelity",
             lambda images: {"features": extract_features(images, extractor, _FEATURE_BATCH)},
         )
-    classifier = load_digit_classifier().to(device)
+    classifier = load_digit_classifier(name) if is_file else load_digit_classifier()
+    found = _share_found(classifier, real)
+    if found is not None and found < 0.5:
+        raise ValueError(
+            f"`features`={name!r} name only {found:.0%} of the reference's images as their labels do, so this "
+            "classifier is not for such images; `random` features are."
+        )
+    classifier.to(device)
 
     def describe(images):
         features = extract_features(images, lambda batch: classifier.features(batch.to(device)), _FEATURE_BATCH)
         return {"features": features, "labels": classifier.head(features.float().to(device)).argmax(1).cpu()}
 
+    if is_file:
+        key = f"classifier-{fingerprint(*classifier.state_dict().values())[:12]}"
+        return Features(key, f"64 of the classifier {Path(name).name}", describe)
     return Features(name, "64 of the digit classifier of ncsn_diffusers", describe)
+
+
+def _share_found(classifier: DigitClassifier, real: RealImages, num: int = 1000) -> float | None:
+    """The share of the first reference images that it gives their label; `None` where they have none."""
+    if real.labels is None:
+        return None
+    return (extract_features(real.reference[:num], classifier).argmax(1) == real.labels[:num]).double().mean().item()
 
 
 def check_numbers(config: EvaluateConfig, source: RealSource, real: RealImages, features: Features) -> None:
@@ -237,12 +261,12 @@ class Evaluation(Run):
     def __init__(self, config: EvaluateConfig, sampler: Sampler):
         super().__init__(config, sampler)
         shape = self.pipe.sample_shape
-        self.features = load_features(config.features, self.accelerator, shape)
         self.source = find_real_source(config, self.sampler.name, shape)
         self.say_source(self.source, "the embedded digits")
+        self.real = load_real_images(config, self.source, self.accelerator, shape, self.pipe.num_classes)
+        self.features = load_features(config.features, self.accelerator, self.real, self.source.name is None)
         if config.features is None:
             self.accelerator.print(f"Features: {self.features.name}; others: {', '.join(fitting_features(shape))}.")
-        self.real = load_real_images(config, self.source, self.accelerator, shape, self.pipe.num_classes)
         check_numbers(config, self.source, self.real, self.features)
         self.operators = {name: make_operator(name, shape) for name in config.posterior}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -385,7 +409,9 @@ class Evaluation(Run):
         """The shares of the classes, and how many samples are of the class that was asked for."""
         if not classes:
             return None
-        names = [str(digit) for digit in range(10)] if by_classifier else self.real.class_names
+        names = self.real.class_names
+        if by_classifier and (len(names) != 10 or self.features.key == "digits"):
+            names = [str(k) for k in range(10)]  # of a classifier that knows ten classes
         record = ClassRecord("the classifier" if by_classifier else "the nearest image of the reference")
         for name, labels in classes.items():
             record.class_shares[name] = dict(zip(names, class_shares(labels, len(names)).tolist(), strict=True))

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -52,8 +53,8 @@ def extract_features(
 
 class DigitClassifier(nn.Module):
     """
-    A small residual network for 28×28 grayscale digits (0.18 M parameters). [`load_digit_classifier`] loads the one
-    that `scripts/train_digit_classifier.py` trained on MNIST: 99.63 % of the test digits.
+    A small residual network for 28×28 grayscale images of ten classes (0.18 M parameters). [`load_digit_classifier`]
+    loads the one that `scripts/train_digit_classifier.py` trained on MNIST: 99.63 % of the test digits.
 
     Its 64 features are averages over the image, in units of their standard deviation over the training digits. In
     them the Fréchet distance between MNIST's test and training digits is 0.06 for 10,000 test digits, 0.07 for 5,000
@@ -97,7 +98,7 @@ class DigitClassifier(nn.Module):
             images (`torch.Tensor` of shape `(n, 1, 28, 28)`): uint8, or floating in [-1, 1].
 
         Returns:
-            `torch.Tensor` of shape `(n, 10)`: the logits of the digits 0 to 9.
+            `torch.Tensor` of shape `(n, 10)`: the logits of the classes.
         """
         return self.head(self.features(images))
 
@@ -212,7 +213,15 @@ def load_digit_classifier(path: str | Path = DIGIT_CLASSIFIER) -> DigitClassifie
     Args:
         path (`str` or `Path`, *optional*):
             Weights that `scripts/train_digit_classifier.py` wrote; those that come with this package when not given.
+
+    Raises:
+        ValueError: the file holds no such weights.
     """
     network = DigitClassifier()
-    network.load_state_dict(load_file(path))
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{str(path)!r} does not hold a classifier that scripts/train_digit_classifier.py wrote: {error}"
+        ) from error
     return network.eval().requires_grad_(False)

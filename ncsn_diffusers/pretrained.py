@@ -12,8 +12,8 @@ def pretrained(name: str) -> str:
 
     Args:
         name (`str`):
-            `"mnist"`, 28×28 grayscale digits; `"avatars"`, 16×16 faces in color; `"temperature"`, maps of 37×49 points
-            in kelvin. The README.md in the folder is the pipeline's card.
+            `"mnist"` and `"fashion_mnist"`, 28×28 grayscale digits and clothes; `"avatars"`, 16×16 faces in color;
+            `"temperature"`, maps of 37×49 points in kelvin. The README.md in the folder is the pipeline's card.
 
     Raises:
         ValueError: there is no pipeline of that name.

@@ -74,8 +74,8 @@ class ImageSettings:
     """Image"""
 
     pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PIPELINE")] = None
-    """Folder of the pipeline, its id on the Hub, or one that comes with the package: mnist, the default, avatars or
-    temperature."""
+    """Folder of the pipeline, its id on the Hub, or one that comes with the package: mnist, the default, fashion_mnist,
+    avatars or temperature."""
 
     num_images: int | None = None
     """Number of images; 64 by default, or fewer that show each class equally often (60 of ten classes)."""

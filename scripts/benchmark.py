@@ -33,14 +33,17 @@ from tqdm.auto import tqdm
 from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
 from ncsn_diffusers.data import decode_images, load_training_data, open_array_files, open_arrays
 from ncsn_diffusers.evaluation import (
+    CLASSIFIERS,
     DigitClassifier,
     class_entropy,
     extract_features,
+    find_classifier,
     frechet_distance,
     kernel_distance,
     load_digit_classifier,
     precision_recall,
     require_torch_fidelity,
+    share_found,
     to_uint8,
 )
 from ncsn_diffusers.images import make_grid, to_model_range, to_pil
@@ -123,18 +126,17 @@ def classes_in_turn(pipe: NCSNPipeline, indices: Iterable[int]) -> dict[str, lis
     return {} if pipe.num_classes is None else {"class_labels": [i % pipe.num_classes for i in indices]}
 
 
-def load_classifier(path: str | None, images: torch.Tensor, labels: list[int]) -> DigitClassifier:
-    """That in the file, or else the digits'. It must give most images `(n, 1, 28, 28)` their labels, from 0 to 9."""
+def load_classifier(path: str | None, images: torch.Tensor, labels: torch.Tensor) -> DigitClassifier:
+    """That in the file, or else the shipped one that gives the images `(n, 1, 28, 28)` their labels `(n,)`."""
+    path = path or CLASSIFIERS.get(find_classifier(images, labels))
+    if path is None:
+        raise SystemExit("--classifier: none that comes with the package finds the labels of such images: name a file.")
     try:
-        classifier = load_digit_classifier() if path is None else load_digit_classifier(path)
+        classifier = load_digit_classifier(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--classifier: {error}") from error
-    found = (extract_features(images, classifier).argmax(1) == torch.tensor(labels)).double().mean().item()
-    if found < 0.5:
-        raise SystemExit(
-            f"--classifier {path or '(of digits)'} names only {found:.0%} of the images as their labels do: give one "
-            "that scripts/train_digit_classifier.py trained on such images."
-        )
+    if (found := share_found(classifier, images, labels)) < 0.5:
+        raise SystemExit(f"--classifier {path} names only {found:.0%} of the images as their labels do.")
     return classifier
 
 
@@ -322,8 +324,8 @@ def samplers(
     """
     The Fréchet distance of digits to real ones over the number of network evaluations, for each sampler.
 
-    Distances are taken to the data set's `test` split, in the digit classifier's features; for other 28×28 grayscale
-    images of ten classes, in those of their own classifier. The floor is the distance of
+    Distances are taken to the data set's `test` split, in the features of the classifier that knows its images: digits,
+    Fashion-MNIST, or others by `--classifier`. The floor is the distance of
     as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
     digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A
     class-conditional pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels
@@ -341,7 +343,8 @@ def samplers(
         batch_size: Images per call.
         seed: Seed of the first image of every row; image i uses seed + i, so all rows start from the same noise.
         dtype: What the network computes in.
-        classifier: File of another classifier, which scripts/train_digit_classifier.py wrote.
+        classifier: File of a classifier that scripts/train_digit_classifier.py wrote, for images that none of the
+            package's knows.
         output: Path of the two files, without their endings, and of the folder.
         overwrite_output_dir: Replace samples in the folder that were drawn with other settings.
     """
@@ -364,7 +367,7 @@ def samplers(
         dataset = load_dataset(dataset_name)
     test = dataset["test"].shuffle(seed=seed)
     real_images = decode_images(test)
-    classifier = load_classifier(classifier, real_images[:1000], test["label"][:1000])
+    classifier = load_classifier(classifier, real_images, torch.tensor(test["label"][:]))
     real, real_pixels = extract_features(real_images, classifier.features), to_pixels(real_images)
     kept = KeptBatches(accelerator, Path(output))
     rows = []

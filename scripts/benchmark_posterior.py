@@ -274,7 +274,8 @@ def posterior(
         noise_std: The noise's standard deviation, for images in [0, 1].
         batch_size: Samples drawn at a time.
         seed: Seed of the choice of digits, of the missing pixels and of all noise.
-        classifier: File of another classifier, which scripts/train_digit_classifier.py wrote.
+        classifier: File of a classifier that scripts/train_digit_classifier.py wrote, for images that none of the
+            package's knows.
         output: Path of the table, without its ending .json.
     """
     check_output(output)
@@ -313,7 +314,7 @@ def posterior(
     digits, labels = decode_images(dataset) / 255, torch.tensor(dataset["label"])
     cast(pipe, "float32")
     searched, shown = digits[:num_search_images], digits[num_search_images:]
-    labels, network = labels[num_search_images:], load_classifier(classifier, digits, labels.tolist())
+    labels, network = labels[num_search_images:], load_classifier(classifier, digits, labels)
     rows, trials = [], []
     settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images}
     settings |= {"num_samples": num_samples, "num_search_images": num_search_images}

@@ -494,7 +494,10 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, colored):
         ({"channels": 2}, "`channels` must be 1, 3 or 4, not 2"),
         ({"class_labels": ()}, "`class_labels` needs at least one class"),
         ({"scheduler_config": ("x",)}, "must be name=value pairs"),
-        ({"features": "dino"}, "`features` must be digits, random, inception or the file of a classifier, not 'dino'"),
+        (
+            {"features": "dino"},
+            "`features` must be digits, fashion, random, inception or the file of a classifier, not 'dino'",
+        ),
         ({"branch_images": 1}, "`branch_images` must be 0 or at least 2, for a standard error, not 1"),
         ({"update_model_card": True}, r"`update_model_card` needs a model card, nowhere.README\.md"),
     ],
@@ -710,7 +713,7 @@ def test_gray_images_of_28_pixels_that_are_no_digits(tmp_path, pipeline, capsys)
     with pytest.raises(ValueError, match=r"other.safetensors' does not hold a classifier that"):
         run(pipeline, tmp_path / "out", features=str(tmp_path / "other.safetensors"), **arguments)
     with pytest.raises(
-        ValueError, match="`features` must be digits, random, inception or the file of a classifier, no"
+        ValueError, match="`features` must be digits, fashion, random, inception or the file of a classifier, no"
     ):
         evaluate.EvaluateConfig("pipeline", features="nowhere.safetensors")
 

@@ -12,7 +12,7 @@ from networks import AnyClassUNet
 
 import ncsn_diffusers
 from ncsn_diffusers import AnnealedLangevinScheduler, GaussianResidualModel, NCSNPipeline, pretrained
-from ncsn_diffusers.evaluation import class_entropy, extract_features, load_digit_classifier
+from ncsn_diffusers.evaluation import CLASSIFIERS, class_entropy, extract_features, load_digit_classifier
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,9 @@ def test_the_samples_of_maps_are_those_of_the_data():
     np.testing.assert_allclose(mean, data.mean(0), atol=0.01)  # kelvin, in half precision
 
 
-def test_what_is_shipped():
-    folder = Path(pretrained("mnist"))
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_what_is_shipped(name):
+    folder = Path(pretrained(name))
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     weights = files.pop("unet/diffusion_pytorch_model.safetensors")
     assert weights.stat().st_size < 8e6
@@ -83,7 +84,9 @@ def test_what_is_shipped():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="`name` must be one of avatars, mnist, temperature, not 'cifar10'"):
+    with pytest.raises(
+        ValueError, match="`name` must be one of avatars, fashion_mnist, mnist, temperature, no 'cifar10'"
+    ):
         pretrained("cifar10")
     with pytest.raises(ValueError, match=r"not '\.\./assets/mnist'"):
         pretrained("../assets/mnist")
@@ -101,15 +104,20 @@ def draw(pipe, **arguments):
     return pipe(**arguments, num_inference_steps=20, generator=generator, output_type="pt").images
 
 
-def test_its_digits_are_those_asked_for(pipe):
+# of 50 at 97 % each, 46 or more are named as asked with a probability of 98 %; at NAMED %, at least LEAST
+@pytest.mark.parametrize(("name", "features", "least"), [("mnist", "digits", 46), ("fashion_mnist", "fashion", 40)])
+def test_its_images_are_those_asked_for(name, features, least):
+    pipe = NCSNPipeline.from_pretrained(pretrained(name))
+    pipe.set_progress_bar_config(disable=True)
     assert pipe.num_classes == 10
     labels = torch.arange(10).repeat(5)
-    logits = extract_features(draw(pipe, class_labels=labels), load_digit_classifier())
+    classifier = load_digit_classifier(CLASSIFIERS[features])
+    logits = extract_features(draw(pipe, class_labels=labels), classifier)
     named = (logits.argmax(1) == labels).sum().item()
     sureness = logits.softmax(1).max(1).values.mean().item()
-    print(f"{named} of 50 digits are named as asked; the classifier is {sureness:.1%} sure of them")
-    assert named >= 46  # of 50 at 97 % each: 46 or more with a probability of 98 %
-    assert sureness > 0.9
+    print(f"{named} of 50 images are named as asked; the classifier is {sureness:.1%} sure of them")
+    assert named >= least
+    assert sureness > 0.8
 
 
 def test_without_a_label_it_draws_all_digits(pipe):

@@ -3,12 +3,14 @@
 from .config import EvaluateConfig
 from .evaluate import evaluate
 from .features import (
-    DIGIT_CLASSIFIER,
+    CLASSIFIERS,
     DigitClassifier,
     InceptionFeatures,
     RandomFeatures,
     extract_features,
+    find_classifier,
     load_digit_classifier,
+    share_found,
     to_uint8,
 )
 from .metrics import (
@@ -22,7 +24,7 @@ from .metrics import (
 )
 
 __all__ = [
-    "DIGIT_CLASSIFIER",
+    "CLASSIFIERS",
     "DigitClassifier",
     "EvaluateConfig",
     "InceptionFeatures",
@@ -31,11 +33,13 @@ __all__ = [
     "class_shares",
     "evaluate",
     "extract_features",
+    "find_classifier",
     "frechet_distance",
     "kernel_distance",
     "load_digit_classifier",
     "nearest_neighbors",
     "precision_recall",
     "require_torch_fidelity",
+    "share_found",
     "to_uint8",
 ]

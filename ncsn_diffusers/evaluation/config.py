@@ -13,7 +13,7 @@ from ..dataset_settings import ArrayFiles, DatasetSettings, without_parents
 from ..settings import DType, SamplingConfig
 
 OperatorName = Literal["missing-pixels", "stations", "pixelated", "blurred"]
-FeaturesName = Literal["digits", "random", "inception"]
+FeaturesName = Literal["digits", "fashion", "random", "inception"]
 
 
 @dataclass
@@ -51,10 +51,10 @@ class MetricSettings:
     """Metrics"""
 
     features: str | None = None
-    """Features to compare images by: `digits` (a classifier of 28×28 digits), `inception` (the FID's network, a
-    download of 91 MB), `random` (random weights, which need no download and take any images), or a file that
-    scripts/train_digit_classifier.py wrote. By default `digits` for the embedded digits and for 28×28 gray images
-    whose labels that classifier finds, and `random` for others."""
+    """Features to compare images by: `digits` or `fashion` (classifiers of 28×28 digits and of Fashion-MNIST),
+    `inception` (the FID's network, a download of 91 MB), `random` (random weights, which need no download and take any
+    images), or a file that scripts/train_digit_classifier.py wrote. By default the classifier that finds the labels of
+    28×28 gray images, and `random` for others."""
 
     loss_images: int = 500
     """Held-out images that the network's loss at each noise level is averaged over; 0 for none."""

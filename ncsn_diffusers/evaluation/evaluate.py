@@ -29,7 +29,15 @@ from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .branches import log_class_ratio
 from .calibration import calibrate, calibrate_exact, make_operator
 from .config import EvaluateConfig, FeaturesName, without_parents
-from .features import DigitClassifier, InceptionFeatures, RandomFeatures, extract_features, load_digit_classifier
+from .features import (
+    CLASSIFIERS,
+    InceptionFeatures,
+    RandomFeatures,
+    extract_features,
+    find_classifier,
+    load_digit_classifier,
+    share_found,
+)
 from .field_evaluation import FieldEvaluation
 from .metrics import (
     NUM_BLOCKS,
@@ -97,8 +105,8 @@ def find_real_source(config: EvaluateConfig, pipeline: str, shape: tuple[int, in
 
 
 def fitting_features(shape: tuple[int, int, int]) -> list[str]:
-    """The names of the features that take images of this shape, the default first."""
-    names = ["digits"] if shape == _DIGITS else []
+    """The names of the features that take images of this shape."""
+    names = list(CLASSIFIERS) if shape == _DIGITS else []
     return [*names, "random", *(["inception"] if shape[0] in (1, 3) else [])]
 
 
@@ -169,23 +177,24 @@ class Features:
 
 def load_features(name: str | None, accelerator: Accelerator, real: RealImages, is_embedded: bool) -> Features:
     """
-    The features of that name, or of the classifier in that file. By default the digit classifier's where the images
-    are digits: the embedded ones, or gray ones of 28×28 pixels whose labels it finds.
+    The features of that name, or of the classifier in that file. By default those of a shipped classifier where it
+    knows the images: the embedded digits, or gray ones of 28×28 pixels whose labels it finds.
 
     Raises:
         ValueError: these features are not for such images, or the file holds no such classifier.
     """
     shape, device = tuple(real.reference.shape[1:]), accelerator.device
     fitting = fitting_features(shape)
-    is_file = name is not None and name not in get_args(FeaturesName)
-    if (name is not None and not is_file and name not in fitting) or (is_file and shape != _DIGITS):
+    if name is not None and name not in fitting and (name in get_args(FeaturesName) or shape != _DIGITS):
         raise ValueError(
             f"`features`={name!r} do not fit images of shape {shape} (channels, height, width), but "
             f"{', '.join(fitting)} do."
         )
-    if name is None:
-        are_digits = is_embedded or (shape == _DIGITS and (_share_found(load_digit_classifier(), real) or 0) > 0.9)
-        name = "digits" if are_digits else "random"
+    if name is None and is_embedded:
+        name = "digits"
+    elif name is None:
+        is_known = shape == _DIGITS and real.labels is not None
+        name = (find_classifier(real.reference, real.labels) if is_known else None) or "random"
     if name == "random":
         network = RandomFeatures(shape[0], min(shape[1:])).to(device)
         return Features(
@@ -202,9 +211,8 @@ def load_features(name: str | None, accelerator: Accelerator, real: RealImages, 
             "2,048 of the Inception network of the FID, by torch-fidelity",
             lambda images: {"features": extract_features(images, extractor, _FEATURE_BATCH)},
         )
-    classifier = load_digit_classifier(name) if is_file else load_digit_classifier()
-    found = _share_found(classifier, real)
-    if found is not None and found < 0.5:
+    classifier = load_digit_classifier(CLASSIFIERS.get(name, name))
+    if real.labels is not None and (found := share_found(classifier, real.reference, real.labels)) < 0.5:
         raise ValueError(
             f"`features`={name!r} name only {found:.0%} of the reference's images as their labels do, so this "
             "classifier is not for such images; `random` features are."
@@ -215,17 +223,10 @@ def load_features(name: str | None, accelerator: Accelerator, real: RealImages, 
         features = extract_features(images, lambda batch: classifier.features(batch.to(device)), _FEATURE_BATCH)
         return {"features": features, "labels": classifier.head(features.float().to(device)).argmax(1).cpu()}
 
-    if is_file:
-        key = f"classifier-{fingerprint(*classifier.state_dict().values())[:12]}"
-        return Features(key, f"64 of the classifier {Path(name).name}", describe)
-    return Features(name, "64 of the digit classifier of ncsn_diffusers", describe)
-
-
-def _share_found(classifier: DigitClassifier, real: RealImages, num: int = 1000) -> float | None:
-    """The share of the first reference images that it gives their label; `None` where they have none."""
-    if real.labels is None:
-        return None
-    return (extract_features(real.reference[:num], classifier).argmax(1) == real.labels[:num]).double().mean().item()
+    if name in CLASSIFIERS:
+        return Features(name, f"64 of the classifier of {name} of ncsn_diffusers", describe)
+    key = f"classifier-{fingerprint(*classifier.state_dict().values())[:12]}"
+    return Features(key, f"64 of the classifier {Path(name).name}", describe)
 
 
 def check_numbers(config: EvaluateConfig, source: RealSource, real: RealImages, features: Features) -> None:

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision, pretrained
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline, precision
 from ncsn_diffusers.data import decode_images, load_training_data, open_array_files, open_arrays
 from ncsn_diffusers.evaluation import (
     CLASSIFIERS,
@@ -48,6 +48,7 @@ from ncsn_diffusers.evaluation import (
 )
 from ncsn_diffusers.images import make_grid, to_model_range, to_pil
 from ncsn_diffusers.kept_batches import KeptBatches, fingerprint
+from ncsn_diffusers.pretrained import find_pipeline
 from ncsn_diffusers.sampling import cast, describe_scheduler, make_generators, open_processes
 from ncsn_diffusers.settings import DType
 from ncsn_diffusers.training import Trainer, TrainingConfig, make_unet
@@ -116,7 +117,7 @@ PipelineName = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar
 
 
 def load(pipeline: str | None) -> NCSNPipeline:
-    pipe = NCSNPipeline.from_pretrained(pipeline or pretrained("mnist"))
+    pipe = NCSNPipeline.from_pretrained(find_pipeline(pipeline or "mnist"))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -335,7 +336,7 @@ def samplers(
     depend on their number.
 
     Args:
-        pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
+        pipeline: A pipeline that draws 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
         dataset_name: The real digits, on the Hub or in a folder, with the splits `train` and `test`.
         budgets: Numbers of network evaluations.
         names: Which samplers; NCSNv2 is available too, for a budget of 1160.

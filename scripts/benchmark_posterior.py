@@ -262,7 +262,7 @@ def posterior(
     written to OUTPUT.json row by row, with what the search has tried.
 
     Args:
-        pipeline: Folder of a pipeline that draws 28×28 grayscale digits; the one in the package by default.
+        pipeline: A pipeline of 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
         dataset_name: The real digits, on the Hub or in a folder, with the split `test`.
         tasks: Which measurements.
         names: Which methods; inpainting joins the measurement without noise, where deepinv's cannot.

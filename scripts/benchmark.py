@@ -336,7 +336,7 @@ def samplers(
     depend on their number.
 
     Args:
-        pipeline: A pipeline that draws 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
+        pipeline: A pipeline of 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
         dataset_name: The real digits, on the Hub or in a folder, with the splits `train` and `test`.
         budgets: Numbers of network evaluations.
         names: Which samplers; NCSNv2 is available too, for a budget of 1160.

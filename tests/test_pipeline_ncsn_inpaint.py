@@ -573,7 +573,7 @@ GOOD = {"image": torch.full((1, 1, 8, 8), 0.5), "mask_image": torch.ones(8, 8)}
         ({"class_labels": 1}, "`class_labels` are for a class-conditional network"),
         ({"guidance_scale": 2.0}, "`guidance_scale`=2.0 guides towards a class"),
         ({"output_type": "jpeg"}, "`output_type` must be one of"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be an int of at least 1"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be an int from 1 to 100000"),
         ({"num_langevin_steps": 0}, "`num_langevin_steps` must be an int from 1"),
         ({"sigmas": [1, 2]}, "`sigmas` must fall from each value to the next"),
         ({"strength": 0}, "`strength` must be a finite number above 0 and at most 1, not 0"),

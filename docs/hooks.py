@@ -19,7 +19,7 @@ PACKAGE = "ncsn_diffusers"
 API = {
     "pipelines": ("Pipelines", ("NCSNPipeline", "pipeline_ncsn_inpaint", "pipeline_ncsn_posterior", "pretrained")),
     "schedulers": ("Schedulers", ("scheduling_annealed_langevin", "ladder")),
-    "networks": ("Networks", ("networks_ncsn", "convert")),
+    "networks": ("Networks", ("networks_ncsn", "networks_nd", "convert")),
     "denoisers": ("Denoisers", ("denoiser", "units", "resampling")),
     "operators": ("Measurements", ("operators", "measured", "twisted")),
     "training": ("Training", ("training", "score_matching", "noise_levels")),

@@ -6,7 +6,8 @@ import diffusers
 
 from .denoiser import NCSNDenoiser
 from .hub.loading import NCSNPipeline
-from .networks_ncsn import GaussianResidualModel, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel, UNetNDModel
+from .networks_ncsn import LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
+from .networks_nd import GaussianResidualModel, UNetNDModel
 from .pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from .pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from .pretrained import pretrained

@@ -28,10 +28,9 @@ def check_flag(name, value):
 
 
 def check_count(name, value, at_least=1, at_most=math.inf):
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(f"`{name}` must be an int of at least {at_least}, not {short(value)}.")
-    if value > at_most:
-        raise ValueError(f"`{name}` must be at most {at_most}, not {short(value)}.")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not at_least <= value <= at_most:
+        limits = f"of at least {at_least}" if math.isinf(at_most) else f"from {at_least} to {at_most}"
+        raise ValueError(f"`{name}` must be an int {limits}, not {short(value)}.")
 
 
 def check_number(name, value, at_least=-math.inf, at_most=math.inf, above=-math.inf, below=math.inf):
@@ -40,6 +39,15 @@ def check_number(name, value, at_least=-math.inf, at_most=math.inf, above=-math.
         limits = [(at_least, "of at least"), (above, "above"), (at_most, "at most"), (below, "below")]
         stated = " and ".join(f"{word} {limit:g}" for limit, word in limits if math.isfinite(limit))
         raise ValueError(f"`{name}` must be a finite number {stated}, not {short(value)}.")
+
+
+def check_steps(num_langevin_steps, num_levels=1):
+    check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
+    if num_levels * num_langevin_steps > MAX_STEPS:
+        raise ValueError(
+            f"`num_langevin_steps`={num_langevin_steps} at each of {num_levels} levels makes "
+            f"{num_levels * num_langevin_steps} steps; a chain has at most {MAX_STEPS}."
+        )
 
 
 def check_levels(name, values, low, high, num_steps, extra, denoise=None) -> np.ndarray:

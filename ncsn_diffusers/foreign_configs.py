@@ -1,6 +1,6 @@
 """
-The configs that `AnnealedLangevinScheduler` reads, its own and those of diffusers' schedulers, and the schedulers that
-sample a network of this package.
+The configs that `AnnealedLangevinScheduler` writes and reads, its own and those of diffusers' schedulers, and the
+schedulers that sample a network of this package.
 
 A config means what the class that wrote it means. The rules are in the docstring of
 [`AnnealedLangevinScheduler.from_config`].
@@ -84,8 +84,35 @@ SPELLED_ALIKE = ("sigma_min", "sigma_max", "solver_order")
 KEPT = "_annealed_langevin"
 
 
-def translate_config(config: dict[str, Any], cls: type) -> dict[str, Any]:
-    """A config of any readable class as `cls.__init__` needs it; the rules are those of `from_config`."""
+def export_config(config: dict[str, Any], ladder: Ladder, cls: type) -> dict[str, Any]:
+    """
+    What `cls.__init__` puts into its config beside or in the place of its arguments: what the ladder is, in JSON's
+    types, so that the config equals its own reload, and what other classes would lose. [`translate_config`] takes it
+    out again.
+    """
+    betas = config["trained_betas"]
+    if betas is not None:
+        betas = np.asarray(betas, dtype=np.float64).tolist()
+    elif config["beta_schedule"] == "geometric":
+        betas = ladder.betas.tolist()
+    ends = {"sigma_min": ladder.smallest, "sigma_max": ladder.largest}
+    # Another class leaves out what is listed as a default, which must not happen to what it shares with this one.
+    defaults = sorted(set(config.get("_use_default_values", ())).intersection(SAMPLER_KEYS))
+    return {
+        **ends,
+        "num_train_timesteps": len(ladder),
+        "trained_betas": betas,
+        "_class_name": cls.__name__,  # as a saved config says: swaps then drop this class's keys silently
+        "_use_default_values": defaults,
+        KEPT: {**ends, "solver_order": config["solver_order"]},
+    }
+
+
+def translate_config(config: dict[str, Any], cls: type, noise_rule: str | None = None) -> dict[str, Any]:
+    """
+    A config of any readable class as `cls.__init__` needs it, under `noise_rule` if that is given in the place of the
+    config's own; the rules are those of `from_config`.
+    """
     config = dict(config)
     kept, listed = config.pop(KEPT, None), config.pop("_use_default_values", [])
     if not isinstance(listed, (list, tuple)):
@@ -121,6 +148,8 @@ def translate_config(config: dict[str, Any], cls: type) -> dict[str, Any]:
         )
 
     _drop_exported(config, own, is_own=writer is None)
+    if noise_rule not in (None, config.get("noise_rule", own["noise_rule"])):
+        config = {key: value for key, value in config.items() if key not in RULE_KEYS}
     return config
 
 

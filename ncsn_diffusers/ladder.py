@@ -20,6 +20,8 @@ from .checks import MAX_LEVELS, check_number, short
 # With sigma in this range, sigma² is a normal number in float32.
 SIGMA_LIMITS = (1e-10, 1e10)
 
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
 
 class Ladder:
     """
@@ -94,6 +96,35 @@ class Ladder:
         upper = torch.searchsorted(log_sigmas, values).clamp(1, len(self) - 1)
         below, above = _look_up(log_sigmas, upper - 1), _look_up(log_sigmas, upper)
         return upper - 1 + (values - below) / (above - below)
+
+    def spaced_levels(self, num: int, timestep_spacing: str) -> np.ndarray:
+        """
+        Levels at equal distances of their (fractional) indices, as Table 2 of Lin et al. 2023, arXiv:2305.08891, has it
+        for timesteps, without rounding.
+
+        Args:
+            num (`int`): Their number.
+            timestep_spacing (`str`): `"linspace"`, `"leading"` or `"trailing"`.
+
+        Returns:
+            `np.ndarray` of shape `(num,)`: falling, in float64.
+
+        Raises:
+            ValueError: there are more than trained ones, with `"trailing"`.
+        """
+        num_train = len(self)
+        if timestep_spacing == "linspace":
+            indices = np.linspace(num_train - 1, 0, num)
+        elif timestep_spacing == "leading":
+            indices = np.arange(num)[::-1] * num_train / num
+        else:
+            if num > num_train:
+                raise ValueError(
+                    f"`num_inference_steps`={num} with timestep_spacing='trailing' must be at most num_train_timesteps="
+                    f"{num_train}; timestep_spacing='linspace' takes any number."
+                )
+            indices = num_train - 1 - np.arange(num) * num_train / num
+        return self.sigma_at(torch.from_numpy(indices)).numpy()
 
     def _logs(self, like: torch.Tensor) -> torch.Tensor:
         """log sigma, copied once for each device."""

@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_choice, check_count, check_number
+from .checks import MAX_LEVELS, check_choice, check_count, check_number
 from .denoiser import Denoiser, Guided, Product
 from .foreign_configs import check_scheduler, is_langevin
 from .inputs import ClassLabels, read_data
@@ -384,7 +384,7 @@ class UploadedNCSNPipeline(NetworkPipeline):
                     f"`{key}`={settings[key]} is for AnnealedLangevinScheduler; {name} takes one step at each of its "
                     "own levels."
                 )
-            check_count("num_inference_steps", num_inference_steps)
+            check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
             if abs(total - 1) > 1e-6:
                 raise ValueError(
                     f"`class_labels` with weights whose sum is {total:g} need AnnealedLangevinScheduler, since {name} "

@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import check_count, check_number
+from .checks import MAX_LEVELS, check_count, check_number
 from .denoiser import Denoiser, Guided, Product, per_sample, unwrap
 from .inputs import ClassLabels, read_labels, read_shares
 from .units import Units
@@ -50,7 +50,7 @@ class NetworkPipeline(DiffusionPipeline):
         class_shares: Sequence[float] | None = None,
     ):
         super().__init__()
-        check_count("num_inference_steps", num_inference_steps)
+        check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
         for component in (unet, scheduler):
             check_not_of_diffusers_ncsn(type(component).__name__, "This pipeline")
         if null_class not in (None, -1):

@@ -90,9 +90,6 @@ score = (D - x)/sigma² the second form is (1) with r = step_lr/sigma_L²; hence
 
 For epsilon = 2e-5 and sigma_L = 0.01 the paper's text means r = 0.1, its code r = 0.2. NCSNv2's CIFAR-10 setting,
 step_lr = 6.2e-6, is r = 0.062. On data scaled from [0, 1] to [-1, 1] every sigma doubles and r stays.
-
-The file is long because it is uploaded with each pipeline and has to run there alone: the derivation, the sampler, the
-translation of other schedulers' configs, and the checks of every setting are all in it.
 """
 
 import json
@@ -100,7 +97,6 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -109,25 +105,22 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import MAX_LEVELS, MAX_STEPS, check_choice, check_count, check_flag, check_levels, check_number, short
+from .checks import MAX_LEVELS, check_choice, check_count, check_flag, check_levels, check_number, check_steps, short
 from .denoiser import denoised_coefficients
 from .foreign_configs import (
     BETA_SCHEDULES,
     COMPATIBLE,
-    KEPT,
     PREDICTION_TYPES,
-    RULE_KEYS,
-    SAMPLER_KEYS,
+    export_config,
     readable_config,
     translate_config,
 )
-from .ladder import SIGMA_LIMITS, Ladder, train_sigmas
+from .ladder import SIGMA_LIMITS, TIMESTEP_SPACINGS, Ladder, train_sigmas
 
 logger = logging.get_logger(__name__)
 
 CONDITIONINGS = ("timestep", "sigma")
 NOISE_RULES = ("consistent", "euler_maruyama")
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 # Sane limits, checked before anything is built.
 RHO_LIMITS = (0.1, 1e4)
@@ -257,7 +250,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         check_flag("denoise_final", denoise_final)
         check_flag("clip_sample", clip_sample)
         check_count("num_train_timesteps", num_train_timesteps, at_least=2, at_most=MAX_LEVELS)
-        check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
+        check_steps(num_langevin_steps)
         check_number("clip_sample_range", clip_sample_range, above=0, at_most=SIGMA_LIMITS[1])
         if step_size is not None:
             check_number("step_size", step_size, above=0, at_most=1)
@@ -268,26 +261,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             num_train_timesteps, sigma_min, sigma_max, beta_schedule, beta_start, beta_end, trained_betas
         )
         self.ladder = Ladder(sigmas)
-        betas = self.ladder.betas
-        self.betas = torch.from_numpy(betas).float()
+        self.betas = torch.from_numpy(self.ladder.betas).float()
         self.alphas_cumprod = torch.from_numpy(1 / (1 + sigmas**2)).float()
-
-        # The config says what the ladder is, in JSON's types, so that it equals its own reload.
-        if trained_betas is not None:
-            trained_betas = np.asarray(trained_betas, dtype=np.float64).tolist()
-        elif beta_schedule == "geometric":
-            trained_betas = betas.tolist()
-        ends = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1])}
-        # Another class leaves out what is listed as a default, which must not happen to what it shares with this one.
-        defaults = sorted(set(self.config.get("_use_default_values", ())).intersection(SAMPLER_KEYS))
-        self.register_to_config(
-            **ends,
-            num_train_timesteps=len(sigmas),
-            trained_betas=trained_betas,
-            _class_name=type(self).__name__,  # as a saved config says: swaps then drop this class's keys silently
-            _use_default_values=defaults,
-            **{KEPT: {**ends, "solver_order": solver_order}},
-        )
+        self.register_to_config(**export_config(self.config, self.ladder, type(self)))
 
         self.set_timesteps(sigmas=sigmas[::-1])
         self.num_inference_steps = None  # until the user chooses
@@ -332,11 +308,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         # Here and not in `from_config`, which a config passes by when it is given as a path.
-        config = translate_config(config_dict, cls)
-        noise_rule = config.get("noise_rule", "consistent")
-        if kwargs.get("noise_rule", noise_rule) != noise_rule:
-            config = {key: value for key, value in config.items() if key not in RULE_KEYS}
-        return super().extract_init_dict(config, **kwargs)
+        return super().extract_init_dict(translate_config(config_dict, cls, kwargs.get("noise_rule")), **kwargs)
 
     def __repr__(self) -> str:
         """The config, without the betas that follow from `sigma_min` and `sigma_max`; a user's are counted."""
@@ -414,7 +386,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             )
         if num_langevin_steps is None:
             num_langevin_steps = self.config.num_langevin_steps
-        check_count("num_langevin_steps", num_langevin_steps, at_most=MAX_STEPS)
+        check_steps(num_langevin_steps)
         denoise, paper = self.config.denoise_final, self.config.noise_rule == "euler_maruyama"
 
         if sigmas is not None:
@@ -424,25 +396,15 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             )
         elif timesteps is None:
             check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
-            levels = None
-        elif self.config.conditioning == "sigma":
-            levels = check_levels("timesteps", timesteps, *SIGMA_LIMITS, num_langevin_steps, extra=paper and denoise)
+            if self.config.rho is None or paper:
+                levels = self.ladder.spaced_levels(num_inference_steps, self.config.timestep_spacing)
+            else:
+                levels = self._budget_levels(num_inference_steps)
         else:
-            timesteps = check_levels(
-                "timesteps", timesteps, 0, len(self) - 1, num_langevin_steps, extra=paper and denoise
-            )
-            levels = self.ladder.sigma_at(torch.from_numpy(timesteps)).numpy()
-
-        num_levels = num_inference_steps if levels is None else len(levels)
-        if num_levels * num_langevin_steps > MAX_STEPS:
-            raise ValueError(
-                f"`num_langevin_steps`={num_langevin_steps} at each of {num_levels} levels makes "
-                f"{num_levels * num_langevin_steps} steps; a chain has at most {MAX_STEPS}."
-            )
-        if levels is None and (self.config.rho is None or paper):
-            levels = self.ladder.sigma_at(torch.from_numpy(self._spaced_indices(num_levels))).numpy()
-        elif levels is None:
-            levels = self._budget_levels(num_levels)
+            limits = SIGMA_LIMITS if self.config.conditioning == "sigma" else (0, len(self) - 1)
+            timesteps = check_levels("timesteps", timesteps, *limits, num_langevin_steps, extra=paper and denoise)
+            levels = self.t_to_sigma(timesteps).numpy()
+        check_steps(num_langevin_steps, len(levels))
 
         rows = self._make_table(levels.tolist(), num_langevin_steps)
         row_sigmas = torch.tensor([row.sigma for row in rows], dtype=torch.float64)
@@ -465,20 +427,6 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         below = above if self.config.denoise_final else 0  # else the last level is where the chain ends
         way = (above + np.arange(num)) / (above + num - 1 + below)  # from the largest, 0, to the smallest, 1
         return ((1 - way) * largest + way * smallest) ** self.config.rho
-
-    def _spaced_indices(self, num_inference_steps: int) -> np.ndarray:
-        """Falling (fractional) indices into the trained ladder, of shape `(num_inference_steps,)`."""
-        num_train, num = len(self), num_inference_steps
-        if self.config.timestep_spacing == "linspace":
-            return np.linspace(num_train - 1, 0, num)
-        if self.config.timestep_spacing == "leading":
-            return np.arange(num)[::-1] * num_train / num
-        if num > num_train:
-            raise ValueError(
-                f"`num_inference_steps`={num} with timestep_spacing='trailing' must be at most num_train_timesteps="
-                f"{num_train}; timestep_spacing='linspace' takes any number."
-            )
-        return num_train - 1 - np.arange(num) * num_train / num
 
     def _make_table(self, levels: list[float], num_steps: int) -> list["Row"]:
         """The rows of the module docstring's table for `num_steps` steps at each of the falling `levels`."""
@@ -544,8 +492,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: there is no such row.
         """
-        if not isinstance(begin_index, Integral) or not 0 <= begin_index < len(self.table):
-            raise ValueError(f"`begin_index` must be an int from 0 to {len(self.table) - 1}, not {begin_index!r}.")
+        check_count("begin_index", begin_index, at_least=0, at_most=len(self.table) - 1)
         self._begin_index = int(begin_index)
         self._restart(None)
 

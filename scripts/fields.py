@@ -31,7 +31,7 @@ from ncsn_diffusers import (
     UNetNDModel,
 )
 from ncsn_diffusers.denoiser import Denoiser
-from ncsn_diffusers.networks_ncsn import localized_covariance
+from ncsn_diffusers.networks_nd import localized_covariance
 from ncsn_diffusers.score_matching import draw_sigmas, score_matching_loss, stratified
 from ncsn_diffusers.units import Units
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import zipfile
 from pathlib import Path
@@ -294,8 +293,9 @@ def test_the_number_of_levels_is_saved(tmp_path):
     assert loaded.num_timesteps == 20
     assert (images[0] == images[1]).all()
     assert loaded.components["num_inference_steps"] == 10
-    with pytest.raises(ValueError, match="`num_inference_steps` must be an int of at least 1"):
-        NCSNPipeline(pipe.unet, pipe.scheduler, num_inference_steps=0)
+    for number in (0, 100_001):  # which would not load again
+        with pytest.raises(ValueError, match="`num_inference_steps` must be an int from 1 to 100000"):
+            NCSNPipeline(pipe.unet, pipe.scheduler, num_inference_steps=number)
     index = tmp_path / "pipeline" / "model_index.json"
     write(index, {**json.loads(index.read_text()), "num_inference_steps": "10"})
     with pytest.raises(OSError, match="`num_inference_steps` must be a whole number"):
@@ -334,36 +334,6 @@ def saved(tmp_path):
     pipe = converted(tmp_path, [weights("ncsnv2", LADDER), OPTIMIZER], sample_size=16)
     pipe.save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
-
-
-def test_the_uploaded_pipeline_stands_alone(saved, tmp_path):
-    files = collect_files(saved, "ann/faces", variants=["fp16"])
-    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
-    for name, content in files.items():
-        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "repository" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    script = """
-        import importlib.abc, sys
-        class Hidden(importlib.abc.MetaPathFinder):  # as if it were not installed
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] == "ncsn_diffusers":
-                    raise ModuleNotFoundError(name)
-        sys.meta_path.insert(0, Hidden())
-        import torch
-        from diffusers import DiffusionPipeline
-        pipe = DiffusionPipeline.from_pretrained(
-            sys.argv[1], trust_remote_code=True
-        )
-        assert type(pipe.unet).__name__ == "RefineNet2DModel"
-        images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-        torch.save(images, sys.argv[2])
-        """
-    command = [sys.executable, "-c", textwrap.dedent(script), tmp_path / "repository", tmp_path / "images.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    ours = NCSNPipeline.from_pretrained(saved)
-    images = ours(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    torch.testing.assert_close(torch.load(tmp_path / "images.pt", weights_only=True), images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

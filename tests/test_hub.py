@@ -37,17 +37,28 @@ from PIL import Image
 from saved_pipelines import check_same, draw, flatten, make_pipeline
 
 import ncsn_diffusers
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pipeline_ncsn
+from ncsn_diffusers import (
+    AnnealedLangevinScheduler,
+    GaussianResidualModel,
+    LevelUNet2DModel,
+    NCSNInpaintPipeline,
+    NCSNPipeline,
+    RefineNet2DModel,
+    SkipUNet2DModel,
+    UNetNDModel,
+    pipeline_ncsn,
+)
 from ncsn_diffusers.commands import push
 from ncsn_diffusers.foreign_configs import SCHEDULERS
 from ncsn_diffusers.hub import BackgroundPush, collect_files, push_to_hub, upload
+from ncsn_diffusers.hub.configs import OWN_NETWORKS
 from ncsn_diffusers.hub.files import MODULES
 from ncsn_diffusers.hub.modules import collect_module, is_module
 from ncsn_diffusers.hub.space import GRADIO, collect_space_files
 from ncsn_diffusers.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent
-PIPELINE, SCHEDULER, NETWORKS = (collect_module(MODULES[part]) for part in ("pipeline", "scheduler", "unet"))
+PIPELINE, SCHEDULER = (collect_module(MODULES[name]) for name in ("UploadedNCSNPipeline", "AnnealedLangevinScheduler"))
 FILES = {
     ".gitattributes",
     "README.md",
@@ -694,17 +705,85 @@ def test_without_the_package(hub, pipe, tmp_path):
     check_same(NCSNPipeline.from_pretrained("ann/copy"), saved)
 
 
+def make_networks():
+    """A small pipeline of each class of networks that diffusers does not have, of images and of fields."""
+    torch.manual_seed(0)
+    levels, sigmas = AnnealedLangevinScheduler(), [1.0, 0.4, 0.1]
+    by_sigma = AnnealedLangevinScheduler(conditioning="sigma", prediction_type="score")
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    small = {"block_out_channels": [8, 16], "norm_num_groups": 4}
+    refine = {"block_out_channels": [8] * 3, "dilations": [1, 2, 4], "sigmas": sigmas}
+    field = GaussianResidualModel.fit(5 + torch.randn(9, 2, 3, 4), levels, rank=3, unet=small)
+    torch.nn.init.normal_(field.model.conv_out.weight)
+    networks = [
+        (UNetNDModel((7,), 2, **small), levels),
+        (field, levels),
+        (RefineNet2DModel(8, 1, **refine), by_sigma),
+        (LevelUNet2DModel(sigmas, 8, 1, {**blocks, **small}), by_sigma),
+        (SkipUNet2DModel(8, 1, 1, **blocks, **small), levels),
+    ]
+    return {type(network).__name__: NCSNPipeline(network, scheduler) for network, scheduler in networks}
+
+
+def test_each_network_without_the_package(hub, tmp_path):
+    pipes = make_networks()
+    assert pipes.keys() == OWN_NETWORKS.keys()
+    expected = {}
+    for name, pipe in pipes.items():
+        pipe.push_to_hub(f"ann/{name}", variants=["fp16"])
+        modules = [file for file in hub.files(f"ann/{name}") if re.fullmatch(r"unet/.*\.py", file)]
+        assert [re.sub(r"_[0-9a-f]{8}\.py", ".py", file) for file in modules] == [f"unet/{MODULES[name].name}"]
+        loaded = NCSNPipeline.from_pretrained(f"ann/{name}")
+        assert type(loaded.unet) is type(pipe.unet)
+        expected[name] = draw(loaded, output_type="latent")
+        torch.testing.assert_close(draw(pipe, output_type="latent"), expected[name], rtol=1e-5, atol=1e-5)
+    torch.save(expected, tmp_path / "expected.pt")
+    program = """
+    import importlib.abc, sys
+
+    class Hidden(importlib.abc.MetaPathFinder):  # as if it were not installed
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "ncsn_diffusers":
+                raise ModuleNotFoundError(name)
+
+    sys.meta_path.insert(0, Hidden())
+    import torch
+    from diffusers import DiffusionPipeline
+
+    for name, expected in torch.load(sys.argv[1], weights_only=True).items():
+        pipe = DiffusionPipeline.from_pretrained(f"ann/{name}", trust_remote_code=True)
+        assert type(pipe.unet).__name__ == name
+        assert type(pipe.unet).__module__.startswith("diffusers_modules."), type(pipe.unet).__module__
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(num_inference_steps=3, output_type="latent", generator=generator).images
+        torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+        half = DiffusionPipeline.from_pretrained(f"ann/{name}", trust_remote_code=True, variant="fp16").unet
+        for key, weight in half.state_dict().items():
+            torch.testing.assert_close(weight.float(), pipe.unet.state_dict()[key], rtol=1e-3, atol=1e-6)
+    assert not any(name.startswith("ncsn_diffusers") for name in sys.modules)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path / "expected.pt"],
+        cwd=tmp_path,
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def write_modules(folder, value):
     """The package's modules with two siblings more, and a constant that differs."""
     folder.mkdir()
-    for path in MODULES["pipeline"].parent.glob("*.py"):
+    for path in MODULES["UploadedNCSNPipeline"].parent.glob("*.py"):
         (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     for module in ("pipeline_ncsn", "scheduling_annealed_langevin"):
         with open(folder / f"{module}.py", "a", encoding="utf-8") as file:
             file.write(f"\nfrom .tiny import (\n    double,\n)\n\nCONSTANT = {value}\n")
     (folder / "tiny.py").write_text("from .tinier import VALUE\n\n\ndef double():\n    return 2 * VALUE\n")
     (folder / "tinier.py").write_text(f"VALUE = {value}\n")
-    return {part: folder / path.name for part, path in MODULES.items()}
+    return {name: folder / path.name for name, path in MODULES.items()}
 
 
 def test_siblings_of_two_repositories_in_one_process(hub, pipe, tmp_path, monkeypatch):
@@ -751,14 +830,14 @@ def test_siblings_of_two_repositories_in_one_process(hub, pipe, tmp_path, monkey
 
 def test_names_of_modules(tmp_path):
     paths = write_modules(tmp_path / "one", 1)
-    name, files = collect_module(paths["pipeline"])
+    name, files = collect_module(paths["UploadedNCSNPipeline"])
     assert re.fullmatch(r"pipeline_ncsn_[0-9a-f]{8}", name) and all(map(is_module, files))
     assert not any(map(is_module, ["pipeline.py", "scheduler/my_file.py", "a/b/units_12345678.py", "x_12345678.txt"]))
-    assert collect_module(paths["pipeline"]) == (name, files)
+    assert collect_module(paths["UploadedNCSNPipeline"]) == (name, files)
     # the same sibling has one name, whichever module it goes with; a change deep below renames all above it
     siblings = {file for file in files if file.startswith("tin")}
-    assert len(siblings) == 2 and siblings <= collect_module(paths["scheduler"])[1].keys()
-    changed = collect_module(write_modules(tmp_path / "two", 2)["scheduler"])[1].keys() - files.keys()
+    assert len(siblings) == 2 and siblings <= collect_module(paths["AnnealedLangevinScheduler"])[1].keys()
+    changed = collect_module(write_modules(tmp_path / "two", 2)["AnnealedLangevinScheduler"])[1].keys() - files.keys()
     assert {re.sub(r"_[0-9a-f]{8}\.py", "", file) for file in changed} == {
         "scheduling_annealed_langevin",
         "tinier",
@@ -769,11 +848,12 @@ def test_names_of_modules(tmp_path):
     assert {f"{module}.py" for module in imported} == files.keys() - {f"{name}.py"}
     (tmp_path / "one" / "tinier.py").write_text("from . import tiny\n")
     with pytest.raises(ValueError, match=r"tinier\.py:1: from \. import tiny must read `from \.name import"):
-        collect_module(paths["pipeline"])
+        collect_module(paths["UploadedNCSNPipeline"])
     (tmp_path / "one" / "tinier.py").write_text("from .tiny import double\n")
     with pytest.raises(ValueError, match="imports itself"):
-        collect_module(paths["pipeline"])
-    assert len(NETWORKS[1]) == 1  # diffusers would not download a sibling in unet/
+        collect_module(paths["UploadedNCSNPipeline"])
+    for network in OWN_NETWORKS:
+        assert len(collect_module(MODULES[network])[1]) == 1, network  # diffusers would not download a sibling in unet/
 
 
 def test_modules_of_an_earlier_upload_do_not_stay(hub, pipe, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "ncsn_diffusers"
-UPLOADED = ("networks_ncsn", "pipeline_ncsn", "scheduling_annealed_langevin")
+UPLOADED = ("networks_ncsn", "networks_nd", "pipeline_ncsn", "scheduling_annealed_langevin")
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 

@@ -1446,8 +1446,8 @@ def test_progress_bar_shows_each_step_unless_disabled(capsys):
             {"callback_on_step_end_tensor_inputs": ["x"]},
             r"must be among \['latents', 'sigma', 'denoised'\], not \['x'\]",
         ),
-        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int of at least 1, not 0"),
-        ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int of at least 1, not 0"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be an int from 1 to 100000, not 0"),
+        ({"num_langevin_steps": 0}, r"`num_langevin_steps` must be an int from 1 to 1000000, not 0"),
         ({"sigmas": [1, 2]}, r"`sigmas` must fall from each value to the next, not \[1.0, 2.0\]"),
     ],
 )

@@ -23,14 +23,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..foreign_configs import SCHEDULERS
 from ..ladder import Ladder
-from ..networks_ncsn import (
-    ACTIVATIONS,
-    GaussianResidualModel,
-    LevelUNet2DModel,
-    RefineNet2DModel,
-    SkipUNet2DModel,
-    UNetNDModel,
-)
+from ..networks_ncsn import ACTIVATIONS, LevelUNet2DModel, RefineNet2DModel, SkipUNet2DModel
+from ..networks_nd import GaussianResidualModel, UNetNDModel
 from ..pipeline_network import SAVED_FORMAT, check_not_of_diffusers_ncsn
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..units import image_units

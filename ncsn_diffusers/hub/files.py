@@ -3,6 +3,7 @@ What of a saved pipeline is uploaded, chosen file by file: its configs, its weig
 scheduler and the pipeline, the card and its images. Checkpoints, logs and whatever else lies in a folder stay there.
 """
 
+import inspect
 import json
 import re
 import tempfile
@@ -12,14 +13,14 @@ from pathlib import Path
 from diffusers import ModelMixin
 from huggingface_hub import HfApi, get_token
 
-from .. import networks_ncsn, pipeline_ncsn, scheduling_annealed_langevin
+from ..pipeline_ncsn import UploadedNCSNPipeline
+from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .configs import (
     CONFIGS,
     INDEX,
     NETWORKS,
     OWN_NETWORKS,
     OWN_PIPELINES,
-    OWN_SCHEDULER,
     explain_missing_index,
     pipeline_class_name,
     read_configs,
@@ -31,11 +32,11 @@ from .saving import check_stamp
 from .weights import WEIGHTS, find_not_finite, weight_names
 
 VARIANTS = ("fp16", "ema")
-# The modules of what diffusers does not have. That of the networks has no siblings: diffusers would not download them.
+# The modules of the classes that diffusers does not have. Those of the networks have no siblings: diffusers would not
+# download them.
 MODULES = {
-    "pipeline": Path(pipeline_ncsn.__file__),
-    "scheduler": Path(scheduling_annealed_langevin.__file__),
-    "unet": Path(networks_ncsn.__file__),
+    cls.__name__: Path(inspect.getfile(cls))
+    for cls in (UploadedNCSNPipeline, AnnealedLangevinScheduler, *OWN_NETWORKS.values())
 }
 
 _SECRET = re.compile(r"hf_(oauth_|jwt_)?[A-Za-z0-9]{16,}")
@@ -79,13 +80,14 @@ def collect_files(
     files |= _make_variants(folder, NETWORKS[index["unet"][1]], variants, uses_ema)
 
     index.pop("_name_or_path", None)  # a path of this machine
-    name, modules = collect_module(MODULES["pipeline"])
-    index["_class_name"] = [name, "UploadedNCSNPipeline"]
+    name, modules = collect_module(MODULES[UploadedNCSNPipeline.__name__])
+    index["_class_name"] = [name, UploadedNCSNPipeline.__name__]
     files |= modules
-    for part, class_names in (("scheduler", (OWN_SCHEDULER,)), ("unet", OWN_NETWORKS)):
-        if index[part][1] in class_names:
-            name, modules = collect_module(MODULES[part])
-            index[part] = [name, index[part][1]]
+    for part in CONFIGS:
+        class_name = index[part][1]
+        if class_name in MODULES:
+            name, modules = collect_module(MODULES[class_name])
+            index[part] = [name, class_name]
             files |= {f"{part}/{file}": content for file, content in modules.items()}
     files[INDEX] = _to_json(index)
 

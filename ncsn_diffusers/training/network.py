@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from diffusers import UNet2DModel
 
-from ..networks_ncsn import RefineNet2DModel, UNetNDModel
+from ..networks_ncsn import RefineNet2DModel
+from ..networks_nd import UNetNDModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig
 

@@ -85,7 +85,7 @@ def test_what_is_shipped(name):
 
 def test_unknown_name():
     with pytest.raises(
-        ValueError, match="`name` must be one of avatars, fashion_mnist, mnist, temperature, no 'cifar10'"
+        ValueError, match="`name` must be one of avatars, fashion_mnist, mnist, temperature, not 'cifar10'"
     ):
         pretrained("cifar10")
     with pytest.raises(ValueError, match=r"not '\.\./assets/mnist'"):
@@ -104,8 +104,8 @@ def draw(pipe, **arguments):
     return pipe(**arguments, num_inference_steps=20, generator=generator, output_type="pt").images
 
 
-# of 50 at 97 % each, 46 or more are named as asked with a probability of 98 %; at NAMED %, at least LEAST
-@pytest.mark.parametrize(("name", "features", "least"), [("mnist", "digits", 46), ("fashion_mnist", "fashion", 40)])
+# of 50 at 97 % each, 46 or more are named as asked with a probability of 98 %; at 87 %, 38 or more
+@pytest.mark.parametrize(("name", "features", "least"), [("mnist", "digits", 46), ("fashion_mnist", "fashion", 38)])
 def test_its_images_are_those_asked_for(name, features, least):
     pipe = NCSNPipeline.from_pretrained(pretrained(name))
     pipe.set_progress_bar_config(disable=True)

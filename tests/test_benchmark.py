@@ -94,6 +94,53 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     assert Image.open(tmp_path / "all.png").width > 100
 
 
+def test_plot_samplers_from_the_table(tmp_path, benchmark, monkeypatch):
+    distances = {  # by evaluations
+        "annealed Langevin": {6: 0.45, 10: 0.54},
+        "DDIM": {6: 13.3, 10: 3.3},
+        "NCSNv2": {1161: 1.29},
+        "SDE-DPM-Solver++ at equal levels": {6: 0.46, 10: 0.54},
+    }
+    rows = [{"sampler": "real digits", "evaluations": 0, "distance": distance} for distance in (0.62, 0.51, 0.73)]
+    for name, line in distances.items():
+        rows += [{"sampler": name, "evaluations": n, "distance": distance} for n, distance in line.items()]
+    (tmp_path / "all.json").write_text(json.dumps({"num_images": 500, "rows": rows}))
+    figures = []
+
+    class KeptFigure(benchmark.Figure):
+        def savefig(self, *arguments, **keywords):
+            figures.append(self)
+            super().savefig(*arguments, **keywords)
+
+    monkeypatch.setattr(benchmark, "Figure", KeptFigure)
+    benchmark.plot_samplers(str(tmp_path / "all"))
+    (figure,) = figures
+    own, equal = figure.axes
+    shown = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in own.lines}
+    default = "annealed Langevin, the default"
+    assert shown == {
+        default: distances["annealed Langevin"],
+        "DDIM": distances["DDIM"],
+        "NCSNv2": distances["NCSNv2"],
+    }
+    shown = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in equal.lines}
+    assert shown == {
+        default: distances["annealed Langevin"],
+        "SDE-DPM-Solver++": distances["SDE-DPM-Solver++ at equal levels"],
+    }
+    for axes in figure.axes:
+        (band,) = axes.patches
+        assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.51, 0.73))
+        # where another line runs along the default, both are seen
+        assert axes.lines[0].get_linewidth() > 3 * max(line.get_linewidth() for line in axes.lines[1:])
+        assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "3 sets of real digits"
+    looks = list(benchmark.SAMPLER_LINES.values())
+    assert benchmark.SAMPLER_LINES.keys() == {
+        name.removesuffix(" at equal levels") for name in benchmark.SAMPLERS
+    } and len({look[1] for look in looks}) == len(looks)
+    assert Image.open(tmp_path / "all.png").width > 800
+
+
 @needs_statistics
 def test_samplers_draws_the_classes_in_turn(tmp_path, benchmark, folders, monkeypatch):
     pipe = quiet_pipeline(small_unet(sample_size=28, num_class_embeds=4), AnnealedLangevinScheduler())
@@ -281,6 +328,7 @@ def test_samplers_in_two_processes(tmp_path, benchmark, folders):
     [
         ({"names": ("DDIM", "Euler")}, "--names must be among annealed Langevin, DDIM, .*, not Euler"),
         ({"num_images": 50}, "--num_images 50 must be above the features' number, 64"),
+        ({"num_images": 101}, "--num_images 101 is above the 100 digits of the split `train`"),
         ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
     ],
 )
@@ -640,6 +688,7 @@ def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, posterior
         ({"num_search_images": 0}, "--num_search_images must be at least 1, not 0"),
         ({"evaluations": 49}, "--evaluations must be even and at least 4, not 49"),
         ({"noise_std": 0.0}, "--noise_std must be above 0, not 0.0: 'missing pixels, noiseless' is"),
+        ({"num_images": 101}, "--num_images 101 is above the 100 digits of the split `train`"),
         ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
     ],
 )

@@ -106,7 +106,7 @@ def make_grid(
         min_width (`int`, defaults to 0):
             The least width of the columns together, in pixels. Each pixel of the images becomes a square of as many
             pixels as that and the titles take; images that are large enough stay as they are.
-        titles (`Sequence[str]`, *optional*): One above each column. Titles are black on white and may have several lines.
+        titles (`Sequence[str]`, *optional*): One above each column, black on white; `"\\n"` starts a new line.
         row_titles (`Sequence[str]`, *optional*): One to the left of each row.
 
     Raises:

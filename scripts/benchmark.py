@@ -277,19 +277,14 @@ def schedulers(
         stock.set_progress_bar_config(disable=True)
         rows[f"diffusers' own\n{name}Pipeline, 50"] = (stock.to(pipe.device), scheduler, 50)
 
-    figure = Figure(figsize=(0.6 * num_images + 2.4, 0.62 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 1)
-    for axis, (label, (runner, scheduler, num_inference_steps)) in zip(
-        axes, tqdm(rows.items(), unit="row"), strict=True
-    ):
+    shown = []
+    for runner, scheduler, num_inference_steps in tqdm(rows.values(), unit="row"):
         runner.scheduler = scheduler
         arguments = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt"}
         arguments |= classes_in_turn(pipe, range(num_images))
         images = runner(batch_size=num_images, num_inference_steps=num_inference_steps, **arguments).images
-        axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).cpu(), cmap="gray", vmin=0, vmax=1)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        axis.set(xticks=[], yticks=[])
-    figure.savefig(output, dpi=110, bbox_inches="tight")
+        shown += to_pil(to_uint8(images))
+    make_grid(shown, num_images, margin=2, min_width=600, row_titles=list(rows)).save(output)
     print(f"Saved {Path(output).resolve()}.")
 
 
@@ -495,7 +490,8 @@ def compositions(
         row = rows[-1]
         print(f"{name:36} {row['named_as_asked']:7.1%} {row['frechet_distance']:8.2f} {ancestors:5d} ancestors")
     save_json(output, rows, num_images=num_images, num_inference_steps=num_inference_steps, seed=seed)
-    make_grid(shown, 10, margin=2, min_width=600).save(f"{output}.png")
+    row_titles = [name.replace(", ", ",\n") for name in COMPOSITIONS]
+    make_grid(shown, 10, margin=2, min_width=600, row_titles=row_titles).save(f"{output}.png")
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

@@ -164,10 +164,20 @@ def test_schedulers_draws_the_classes_in_turn(tmp_path, benchmark, monkeypatch):
 
     pipe = Pipeline(small_unet(num_class_embeds=4), AnnealedLangevinScheduler())
     monkeypatch.setattr(benchmark, "load", lambda name: pipe)
+    titles = keep_row_titles(benchmark, monkeypatch)
     benchmark.schedulers("digits", str(tmp_path / "schedulers.png"), num_images=4)
     # two rows of annealed Langevin, and none of diffusers' own pipelines
     assert asked == [[0, 1, 2, 0]] * (2 + len(benchmark.STOCK_SCHEDULERS))
-    assert Image.open(tmp_path / "schedulers.png").width > 100
+    assert titles[2:] == [f"{name}, 50" for name in benchmark.STOCK_SCHEDULERS]
+    assert all(title.startswith("annealed Langevin,\n") for title in titles[:2])
+    assert Image.open(tmp_path / "schedulers.png").width >= 600
+
+
+def keep_row_titles(benchmark, monkeypatch):
+    """The list that the row titles of each grid are added to."""
+    titles, make_grid = [], benchmark.make_grid
+    monkeypatch.setattr(benchmark, "make_grid", lambda *a, **k: titles.extend(k["row_titles"]) or make_grid(*a, **k))
+    return titles
 
 
 GAUSSIAN = Gaussian(
@@ -400,6 +410,7 @@ def test_compositions(tmp_path, benchmark, folders, capsys, monkeypatch):
 
     monkeypatch.setattr(benchmark, "frechet_distance", distance)  # 100 digits are too few for it
     arguments = {"num_images": 20, "num_inference_steps": 2, "dataset_name": str(folders[1])}
+    titles = keep_row_titles(benchmark, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         benchmark.compositions(str(tmp_path / "pipeline"), **arguments, output=str(tmp_path / "out"))
@@ -408,6 +419,7 @@ def test_compositions(tmp_path, benchmark, folders, capsys, monkeypatch):
     assert measured == [(20, 100)] * len(rows)
     assert all(row["ancestors"] == 20 or "resampled" in row["composition"] for row in rows)
     assert f"{rows[0]['named_as_asked']:7.1%}" in capsys.readouterr().out
+    assert [title.replace("\n", " ") for title in titles] == list(benchmark.COMPOSITIONS)
     assert Image.open(tmp_path / "out.png").width >= 600
 
 

@@ -77,7 +77,8 @@ def given(pipelines: Path) -> dict[str, object]:
         "pipe": NCSNPipeline.from_pretrained(pipelines / "plain"),
         "image": Image.fromarray(digits[0, 0].numpy()),
         "mask_image": Image.fromarray((np.arange(28 * 28).reshape(28, 28) > 400).astype(np.uint8) * 255),
-        "images": digits[:2],
+        "images": digits[:4],
+        "digits": digits[:10],
         "real_images": digits[:80],
         "fake_images": digits[80:],
     }

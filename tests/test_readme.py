@@ -66,7 +66,7 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
     for name, num_class_embeds in (("plain", None), ("classes", 11)):
         unet = small_unet(sample_size=28, num_class_embeds=num_class_embeds)
-        NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder / name)
+        NCSNPipeline(unet, AnnealedLangevinScheduler(), num_inference_steps=5).save_pretrained(folder / name)
     return folder
 
 

@@ -700,7 +700,6 @@ def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, posterior
         ({"num_search_images": 0}, "--num_search_images must be at least 1, not 0"),
         ({"evaluations": 49}, "--evaluations must be even and at least 4, not 49"),
         ({"noise_std": 0.0}, "--noise_std must be above 0, not 0.0: 'missing pixels, noiseless' is"),
-        ({"num_images": 101}, "--num_images 101 is above the 100 digits of the split `train`"),
         ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
     ],
 )

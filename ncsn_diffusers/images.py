@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,7 +24,8 @@ __all__ = [
     "to_uint8",
 ]
 
-TITLE_HEIGHT = 20  # pixels
+_LINE_HEIGHT = 16  # of titles, in pixels
+_TITLE_GAP = 4  # pixels between titles
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -89,7 +92,7 @@ def make_grid(
     margin: int = 0,
     min_width: int = 0,
     titles: Sequence[str] = (),
-    font: ImageFont.FreeTypeFont | None = None,
+    row_titles: Sequence[str] = (),
 ) -> Image.Image:
     """
     Images side by side, row by row.
@@ -101,38 +104,68 @@ def make_grid(
             Pixels around each image. With a margin the background is white; without one, unused places are black
             (transparent where the images are RGBA).
         min_width (`int`, defaults to 0):
-            The least width of the grid, in pixels. Each pixel of the images becomes a square of as many pixels as that
-            takes; images that are large enough stay as they are.
-        titles (`Sequence[str]`, *optional*): one above each column, which needs to be wide enough for it.
-        font (`PIL.ImageFont.FreeTypeFont`, *optional*): That of the titles; by default Pillow's, of Latin letters.
+            The least width of the columns together, in pixels. Each pixel of the images becomes a square of as many
+            pixels as that and the titles take; images that are large enough stay as they are.
+        titles (`Sequence[str]`, *optional*): One above each column, black on white; `"\\n"` starts a new line.
+        row_titles (`Sequence[str]`, *optional*): One to the left of each row.
 
     Raises:
-        ValueError: the images differ in size or mode, there are none, or there is not one title for each column.
+        ValueError: the images differ in size or mode, there are none, or there is not one title for each column or row.
     """
     if len({(image.mode, image.size) for image in images}) != 1:
         kinds = sorted({f"{image.mode} {image.width}×{image.height}" for image in images})
         raise ValueError(f"`images` must be of one mode and size, not {', '.join(kinds) or 'an empty list'}.")
     num_columns = min(num_columns or math.ceil(math.sqrt(len(images))), len(images))
-    if titles and len(titles) != num_columns:
-        raise ValueError(f"`titles` must be one for each of the {num_columns} columns, not {len(titles)}.")
     num_rows = math.ceil(len(images) / num_columns)
-    scale = max(1, math.ceil((min_width - (num_columns + 1) * margin) / (num_columns * images[0].width)))
+    for name, given, number, what in (
+        ("titles", titles, num_columns, "columns"),
+        ("row_titles", row_titles, num_rows, "rows"),
+    ):
+        if given and len(given) != number:
+            raise ValueError(f"`{name}` must be one for each of the {number} {what}, not {len(given)}.")
+    least = [(min_width - (num_columns + 1) * margin) / (num_columns * images[0].width)]
+    top = left = 0
+    if titles:
+        widths, heights = zip(*(_measure(title) for title in titles), strict=True)
+        top = max(heights) + _TITLE_GAP
+        least.append((max(widths) + _TITLE_GAP - margin) / images[0].width)
+    if row_titles:
+        widths, heights = zip(*(_measure(title) for title in row_titles), strict=True)
+        left = max(widths) + _TITLE_GAP
+        least.append((max(heights) - margin) / images[0].height)
+    scale = max(1, *(math.ceil(value) for value in least))
     images = [image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST) for image in images]
     width, height = images[0].width + margin, images[0].height + margin
-    top = TITLE_HEIGHT if titles else 0
-    size = (num_columns * width + margin, num_rows * height + margin + top)
+    size = (left + num_columns * width + margin, top + num_rows * height + margin)
     grid = Image.new(images[0].mode, size, "white" if margin else 0)
-    if titles:
-        grid.paste("white", (0, 0, size[0], top))
-        font = font or ImageFont.load_default(12)
-        draw = ImageDraw.Draw(grid)
-        for column, title in enumerate(titles):
-            middle = margin + column * width + images[0].width / 2
-            draw.text((middle, top / 2), title, fill="black", font=font, anchor="mm")
+    grid.paste("white", (0, 0, size[0], top))
+    grid.paste("white", (0, 0, left, size[1]))
+    draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles):
+        middle = left + margin + column * width + images[0].width / 2
+        draw.text((middle, top / 2), title, fill="black", font=_title_font(), anchor="mm", align="center")
+    for row, title in enumerate(row_titles):
+        middle = top + margin + row * height + images[0].height / 2
+        place = (left - _TITLE_GAP / 2, middle)
+        draw.text(place, title, fill="black", font=_title_font(), anchor="rm", align="right")
     for i, image in enumerate(images):
         row, column = divmod(i, num_columns)
-        grid.paste(image, (margin + column * width, margin + row * height + top))
+        grid.paste(image, (left + margin + column * width, top + margin + row * height))
     return grid
+
+
+@cache
+def _title_font() -> ImageFont.FreeTypeFont:
+    """DejaVu, as matplotlib has it: Pillow's own font knows no Greek and no mathematical signs."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)
+
+
+def _measure(title: str) -> tuple[int, int]:
+    """Width and height of a title in pixels; all titles of as many lines have one height."""
+    font, lines = _title_font(), title.split("\n")
+    return math.ceil(max(font.getlength(line) for line in lines)), _LINE_HEIGHT * len(lines)
 
 
 def class_columns(num_classes: int | None) -> int | None:

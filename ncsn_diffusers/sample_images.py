@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 from .atomic_files import replacing
 from .images import class_columns, make_grid, to_pil, to_uint8
@@ -18,7 +18,6 @@ from .sheets import SHEET, sample_sheet
 from .units import Units
 
 _KEPT = "unfinished"  # folder of the batches of a run that is not done
-_COLUMN_WIDTH = 64  # pixels at least, of a filmstrip, for the noise level above it
 
 
 def sample_images(config: SampleConfig) -> None:
@@ -134,12 +133,8 @@ def save_together(
     if config.save_grid:
         save(make_grid(to_pil(frames[:, -1]), num_columns, **SHEET), folder / "samples.png")
     if config.animation == "filmstrip":
-        import matplotlib
-
         titles = [*(f"σ = {sigma:.3g}" for sigma in batches["sigmas"][0].tolist()), "image"]
-        font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)  # Greek, too
-        sheet = SHEET | {"min_width": max(SHEET["min_width"], _COLUMN_WIDTH * len(titles))}
-        strip = make_grid(to_pil(frames.flatten(0, 1)), len(titles), **sheet, titles=titles, font=font)
+        strip = make_grid(to_pil(frames.flatten(0, 1)), len(titles), **SHEET, titles=titles)
         save(strip, folder / "filmstrip.png")
     if config.animation == "gif":
         first, *others = [make_grid(to_pil(step), num_columns, **SHEET) for step in frames.unbind(1)]

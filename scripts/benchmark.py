@@ -25,6 +25,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch.nn import functional as F  # noqa: N812
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
@@ -64,9 +65,10 @@ STOCK_SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
 }
 
+DEFAULT, AT_EQUAL_LEVELS, REAL = "annealed Langevin", " at equal levels", "real digits"  # in the names of rows
 # Samplers compared at the same number of evaluations, each with its best settings.
 FAST_SAMPLERS = {
-    "annealed Langevin": ("AnnealedLangevinScheduler", {}),
+    DEFAULT: ("AnnealedLangevinScheduler", {}),
     "DDIM": ("DDIMScheduler", {}),
     "DPM-Solver++": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "SDE-DPM-Solver++": (
@@ -78,11 +80,12 @@ FAST_SAMPLERS = {
 }
 # The same solvers on the levels of annealed Langevin: what is left is the difference of the steps.
 EQUAL_LEVELS = {
-    "DPM-Solver++ at equal levels": ("DPMSolverMultistepScheduler", {}),
-    "SDE-DPM-Solver++ at equal levels": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    f"DPM-Solver++{AT_EQUAL_LEVELS}": ("DPMSolverMultistepScheduler", {}),
+    f"SDE-DPM-Solver++{AT_EQUAL_LEVELS}": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     # the levels are replaced; of the spacings, "leading" is the one that starts with the variance sigma_1² + 1
-    "Euler ancestral at equal levels": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}),
+    f"Euler ancestral{AT_EQUAL_LEVELS}": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}),
 }
+REAL_SETS = 10  # at most, for the floor
 # Their yardstick, with 1,161 evaluations: 232 levels of 5 steps, and the final denoising.
 NCSNV2 = {"NCSNv2": ("AnnealedLangevinScheduler", {"noise_rule": "euler_maruyama", "num_langevin_steps": 5})}
 
@@ -293,19 +296,14 @@ def schedulers(
         stock.set_progress_bar_config(disable=True)
         rows[f"diffusers' own\n{name}Pipeline, 50"] = (stock.to(pipe.device), scheduler, 50)
 
-    figure = Figure(figsize=(0.6 * num_images + 2.4, 0.62 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 1)
-    for axis, (label, (runner, scheduler, num_inference_steps)) in zip(
-        axes, tqdm(rows.items(), unit="row"), strict=True
-    ):
+    shown = []
+    for runner, scheduler, num_inference_steps in tqdm(rows.values(), unit="row"):
         runner.scheduler = scheduler
         arguments = {"generator": torch.Generator().manual_seed(seed), "output_type": "pt"}
         arguments |= classes_in_turn(pipe, range(num_images))
         images = runner(batch_size=num_images, num_inference_steps=num_inference_steps, **arguments).images
-        axis.imshow(images.permute(2, 0, 3, 1).flatten(1, 2).cpu(), cmap="gray", vmin=0, vmax=1)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        axis.set(xticks=[], yticks=[])
-    figure.savefig(output, dpi=110, bbox_inches="tight")
+        shown += to_pil(to_uint8(images))
+    make_grid(shown, num_images, margin=2, min_width=600, row_titles=list(rows)).save(output)
     print(f"Saved {Path(output).resolve()}.")
 
 
@@ -326,14 +324,14 @@ def samplers(
     The Fréchet distance of digits to real ones over the number of network evaluations, for each sampler.
 
     Distances are taken to the data set's `test` split, in the features of the classifier that knows its images: digits,
-    Fashion-MNIST, or others by `--classifier`. The floor is the distance of
-    as many digits of its `train` split. The table also has the kernel distance (which does not depend on the number of
-    digits) in these features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A
-    class-conditional pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels
-    of annealed Langevin. The table is written to OUTPUT.json row by row, and the plot to OUTPUT.png. The samples'
-    features are kept in the folder OUTPUT, batch by batch: a run that was cut short goes on where it stopped, and one
-    with more images draws only the rest. Under `accelerate launch` processes share the work, and the results do not
-    depend on their number.
+    Fashion-MNIST, or others by `--classifier`. The floor is the distance of as many images of its `train` split, for up
+    to ten such sets. The table also has the kernel distance (which does not depend on the number of images) in these
+    features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A class-conditional
+    pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels of annealed
+    Langevin. The table is written to OUTPUT.json row by row, and the plot to OUTPUT.png. The samples' features are kept
+    in the folder OUTPUT, batch by batch: a run that was cut short goes on where it stopped, and one with more images
+    draws only the rest. Under `accelerate launch` processes share the work, and the results do not depend on their
+    number.
 
     Args:
         pipeline: A pipeline of 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
@@ -366,6 +364,8 @@ def samplers(
     config, weights = pipe.scheduler.config, fingerprint(*pipe.unet.state_dict().values())
     with accelerator.main_process_first():  # one prepares the data set's cache, the others read it
         dataset = load_dataset(dataset_name)
+    if num_images > len(dataset["train"]):
+        raise SystemExit(f"--num_images {num_images} is above the {len(dataset['train'])} images of the split `train`.")
     test = dataset["test"].shuffle(seed=seed)
     real_images = decode_images(test)
     classifier = load_classifier(classifier, real_images, torch.tensor(test["label"][:]))
@@ -407,9 +407,10 @@ def samplers(
     titles = ("distance", "kernel", "standard error", "pixel kernel", "standard error")
     titles += ("class entropy", "precision", "recall")
     accelerator.print(" ".join(f"{title:>14}" for title in titles))
-    held_out = torch.randperm(len(dataset["train"]), generator=torch.Generator().manual_seed(seed))[:num_images]
-    held_out_images = decode_images(dataset["train"].select(held_out))
-    compare("real digits", 0, extract_features(held_out_images, classifier.features), to_pixels(held_out_images))
+    shuffled = torch.randperm(len(dataset["train"]), generator=torch.Generator().manual_seed(seed))
+    for i in range(min(len(shuffled) // num_images, REAL_SETS)):
+        images = decode_images(dataset["train"].select(shuffled[i * num_images : (i + 1) * num_images]))
+        compare(REAL, 0, extract_features(images, classifier.features), to_pixels(images))
     for name, evaluations in itertools.product(names, budgets):
         num_levels = max(1, evaluations // SAMPLERS[name][1].get("num_langevin_steps", 1))
         pipe.scheduler = make_scheduler(name, config)
@@ -432,7 +433,7 @@ def samplers(
             raise SystemExit(f"benchmark.py: {error}") from error
         compare(name, evaluations, drawn["features"], drawn["pixels"])
     if accelerator.is_main_process:
-        plot_samplers(rows, num_images, output)
+        plot_samplers(output)
     accelerator.end_training()
 
 
@@ -513,7 +514,8 @@ def compositions(
         row = rows[-1]
         print(f"{name:36} {row['named_as_asked']:7.1%} {row['frechet_distance']:8.2f} {ancestors:5d} ancestors")
     save_json(output, rows, num_images=num_images, num_inference_steps=num_inference_steps, seed=seed)
-    make_grid(shown, 10, margin=2, min_width=600).save(f"{output}.png")
+    row_titles = [name.replace(", ", ",\n") for name in COMPOSITIONS]
+    make_grid(shown, 10, margin=2, min_width=600, row_titles=row_titles).save(f"{output}.png")
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -521,22 +523,63 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
     return images.flatten(1).float() / 255
 
 
-def plot_samplers(rows: list[dict[str, Any]], num_images: int, output: str) -> None:
-    """Distance over evaluations, from the table of [`samplers`], whose first row is the floor."""
-    floor, *rows = rows
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, own in itertools.groupby(rows, key=lambda row: row["sampler"]):
-        own = list(own)
-        axis.loglog([row["evaluations"] for row in own], [row["distance"] for row in own], "o-", label=name)
-    axis.axhline(floor["distance"], color="gray", linestyle="--", label=f"{num_images} real digits")
-    budgets = sorted({row["evaluations"] for row in rows})
-    axis.set_xticks(budgets, [str(budget) for budget in budgets])
-    axis.minorticks_off()
-    axis.set(xlabel="network evaluations", ylabel=f"Fréchet distance, {num_images} digits")
-    axis.legend()
+# How `plot_samplers` draws each: color (Okabe and Ito's, which color-blind people can tell apart), marker, line.
+SAMPLER_LINES = {
+    DEFAULT: ("#0072B2", "o", "-"),
+    "DDIM": ("#E69F00", "v", "-"),
+    "DPM-Solver++": ("#009E73", "s", "-"),
+    "SDE-DPM-Solver++": ("#D55E00", "^", "-"),
+    "UniPC": ("#CC79A7", "D", "--"),
+    "SA-Solver": ("#56B4E9", "P", "-"),
+    "Euler ancestral": ("#000000", "X", "-"),
+    "NCSNv2": ("#000000", "*", "none"),
+}
+
+
+def plot_samplers(output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")] = "samplers") -> None:
+    """
+    Draw OUTPUT.png, distance over evaluations, from the table OUTPUT.json of `samplers`, without sampling.
+
+    The samplers at levels of their own are on the left and those on the levels of the default on the right. The band is
+    from the nearest to the farthest set of real digits.
+
+    Args:
+        output: Path of the two files, without their endings.
+    """
+    record = json.loads(Path(f"{output}.json").read_text())
+    own, equal, real = {}, {}, []
+    for row in record["rows"]:
+        if row["sampler"] == REAL:
+            real.append(row["distance"])
+        else:
+            name = row["sampler"].removesuffix(AT_EQUAL_LEVELS)
+            group = own if name == row["sampler"] else equal
+            group.setdefault(name, []).append((row["evaluations"], row["distance"]))
+    default = {DEFAULT: own[DEFAULT]} if DEFAULT in own else {}
+    panels = {"levels of their own": own} | ({"on the levels of the default": equal | default} if equal else {})
+    sets = f"{len(real)} sets of real digits" if len(real) > 1 else "real digits"
+    figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        # the default is first in the legend, and thick, so that it and a line on top of it are both seen
+        for name in sorted(lines, key=lambda name: name != DEFAULT):
+            color, marker, style = SAMPLER_LINES[name]
+            look = {"linewidth": 6, "markersize": 12} if name == DEFAULT else {"linewidth": 1.5, "markersize": 6}
+            label = f"{name}, the default" if name == DEFAULT else name
+            axis.plot(*zip(*lines[name], strict=True), color=color, marker=marker, linestyle=style, label=label, **look)
+        axis.axhspan(min(real), max(real), color="#d0d0d0", linewidth=1, zorder=0, label=sets)
+        budgets = sorted({evaluations for line in lines.values() for evaluations, _ in line})
+        axis.set(xscale="log", xlabel="network evaluations", title=title)
+        axis.set_ylabel(f"Fréchet distance, {record['num_images']} digits")
+        axis.set_xticks(budgets, [str(budget) for budget in budgets])
+        axis.minorticks_off()
+        if max(distance for line in lines.values() for _, distance in line) > 5 * min(real):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=9)
     figure.savefig(f"{output}.png", dpi=110)
-    print(f"Saved {Path(output).resolve()}.json and .png.")
+    print(f"Saved {Path(output).resolve()}.png.")
 
 
 def convergence(budgets: tuple[int, ...] = (6, 10, 20, 35, 50, 100, 250, 500), output: str = "convergence") -> None:
@@ -830,6 +873,7 @@ if __name__ == "__main__":
         "memory": memory,
         "schedulers": schedulers,
         "samplers": samplers,
+        "plot_samplers": plot_samplers,
         "compositions": compositions,
         "convergence": convergence,
         "training": training,

@@ -96,6 +96,53 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     assert Image.open(tmp_path / "all.png").width > 100
 
 
+def test_plot_samplers_from_the_table(tmp_path, benchmark, monkeypatch):
+    distances = {  # by evaluations
+        "annealed Langevin": {6: 0.45, 10: 0.54},
+        "DDIM": {6: 13.3, 10: 3.3},
+        "NCSNv2": {1161: 1.29},
+        "SDE-DPM-Solver++ at equal levels": {6: 0.46, 10: 0.54},
+    }
+    rows = [{"sampler": "real digits", "evaluations": 0, "distance": distance} for distance in (0.62, 0.51, 0.73)]
+    for name, line in distances.items():
+        rows += [{"sampler": name, "evaluations": n, "distance": distance} for n, distance in line.items()]
+    (tmp_path / "all.json").write_text(json.dumps({"num_images": 500, "rows": rows}))
+    figures = []
+
+    class KeptFigure(benchmark.Figure):
+        def savefig(self, *arguments, **keywords):
+            figures.append(self)
+            super().savefig(*arguments, **keywords)
+
+    monkeypatch.setattr(benchmark, "Figure", KeptFigure)
+    benchmark.plot_samplers(str(tmp_path / "all"))
+    (figure,) = figures
+    own, equal = figure.axes
+    shown = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in own.lines}
+    default = "annealed Langevin, the default"
+    assert shown == {
+        default: distances["annealed Langevin"],
+        "DDIM": distances["DDIM"],
+        "NCSNv2": distances["NCSNv2"],
+    }
+    shown = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in equal.lines}
+    assert shown == {
+        default: distances["annealed Langevin"],
+        "SDE-DPM-Solver++": distances["SDE-DPM-Solver++ at equal levels"],
+    }
+    for axes in figure.axes:
+        (band,) = axes.patches
+        assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.51, 0.73))
+        # where another line runs along the default, both are seen
+        assert axes.lines[0].get_linewidth() > 3 * max(line.get_linewidth() for line in axes.lines[1:])
+        assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "3 sets of real digits"
+    looks = list(benchmark.SAMPLER_LINES.values())
+    assert benchmark.SAMPLER_LINES.keys() == {
+        name.removesuffix(" at equal levels") for name in benchmark.SAMPLERS
+    } and len({look[1] for look in looks}) == len(looks)
+    assert Image.open(tmp_path / "all.png").width > 800
+
+
 @needs_statistics
 def test_samplers_draws_the_classes_in_turn(tmp_path, benchmark, folders, monkeypatch):
     pipe = quiet_pipeline(small_unet(sample_size=28, num_class_embeds=4), AnnealedLangevinScheduler())
@@ -150,10 +197,20 @@ def test_schedulers_draws_the_classes_in_turn(tmp_path, benchmark, monkeypatch):
 
     pipe = Pipeline(small_unet(num_class_embeds=4), AnnealedLangevinScheduler())
     monkeypatch.setattr(benchmark, "load", lambda name: pipe)
+    titles = keep_row_titles(benchmark, monkeypatch)
     benchmark.schedulers("digits", str(tmp_path / "schedulers.png"), num_images=4)
     # two rows of annealed Langevin, and none of diffusers' own pipelines
     assert asked == [[0, 1, 2, 0]] * (2 + len(benchmark.STOCK_SCHEDULERS))
-    assert Image.open(tmp_path / "schedulers.png").width > 100
+    assert titles[2:] == [f"{name}, 50" for name in benchmark.STOCK_SCHEDULERS]
+    assert all(title.startswith("annealed Langevin,\n") for title in titles[:2])
+    assert Image.open(tmp_path / "schedulers.png").width >= 600
+
+
+def keep_row_titles(benchmark, monkeypatch):
+    """The list that the row titles of each grid are added to."""
+    titles, make_grid = [], benchmark.make_grid
+    monkeypatch.setattr(benchmark, "make_grid", lambda *a, **k: titles.extend(k["row_titles"]) or make_grid(*a, **k))
+    return titles
 
 
 GAUSSIAN = Gaussian(
@@ -314,6 +371,7 @@ def test_samplers_in_two_processes(tmp_path, benchmark, folders):
     [
         ({"names": ("DDIM", "Euler")}, "--names must be among annealed Langevin, DDIM, .*, not Euler"),
         ({"num_images": 50}, "--num_images 50 must be above the features' number, 64"),
+        ({"num_images": 101}, "--num_images 101 is above the 100 images of the split `train`"),
         ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),
     ],
 )
@@ -385,6 +443,7 @@ def test_compositions(tmp_path, benchmark, folders, capsys, monkeypatch):
 
     monkeypatch.setattr(benchmark, "frechet_distance", distance)  # 100 digits are too few for it
     arguments = {"num_images": 20, "num_inference_steps": 2, "dataset_name": str(folders[1])}
+    titles = keep_row_titles(benchmark, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         benchmark.compositions(str(tmp_path / "pipeline"), **arguments, output=str(tmp_path / "out"))
@@ -393,6 +452,7 @@ def test_compositions(tmp_path, benchmark, folders, capsys, monkeypatch):
     assert measured == [(20, 100)] * len(rows)
     assert all(row["ancestors"] == 20 or "resampled" in row["composition"] for row in rows)
     assert f"{rows[0]['named_as_asked']:7.1%}" in capsys.readouterr().out
+    assert [title.replace("\n", " ") for title in titles] == list(benchmark.COMPOSITIONS)
     assert Image.open(tmp_path / "out.png").width >= 600
 
 

@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
+from matplotlib.figure import Figure
 from networks import Gaussian, GaussianUNet, quiet_pipeline, train_sigmas
 from PIL import Image
 
 from ncsn_diffusers import AnnealedLangevinScheduler, sampling
 from ncsn_diffusers.evaluation.calibration import (
     OPERATORS,
+    Calibration,
     calibrate,
     calibrate_exact,
     coverage,
@@ -25,6 +27,7 @@ from ncsn_diffusers.evaluation.calibration import (
     simulate_exact,
     variance_ratio,
 )
+from ncsn_diffusers.evaluation.report import plot_reliability
 
 
 def normal(*shape, seed=0):
@@ -373,3 +376,33 @@ def test_the_report_sees_a_sampler_that_is_too_sure(report):
     assert 0.6**0.5 < found["spread_over_error"] < 0.9**0.5
     assert found["spread_over_error"] < 1 - 5 * exact["spread_over_error_standard_error"]
     assert found["coverage"] < 7 / 9 - 5 * exact["coverage_standard_error"]
+
+
+def test_the_reliability_plot_shows_what_is_above_right(tmp_path, monkeypatch):
+    def curve(*excess, error):
+        rights = (0.75, 0.25)
+        return Calibration(
+            [],
+            [{"nominal": r, "actual": r + e, "standard_error": error} for r, e in zip(rights, excess, strict=True)],
+            [],
+        )
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
+    operators = {
+        "blurred": (curve(0.03, 0.01, error=0.02), curve(-0.002, 0.001, error=0.004)),
+        "pixelated": (curve(0.03, 0.01, error=0.02), curve(-0.002, 0.001, error=0.004)),
+    }
+    plot_reliability(operators, tmp_path / "reliability.png")
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(operators)
+    (first, *bars), (second, *_) = (container.lines for container in axes.containers)
+    for line in (first, second):
+        assert line.get_ydata() == pytest.approx([0.03, 0.01])
+        assert line.get_xdata() == pytest.approx([0.75, 0.25], abs=0.01)
+    assert min(abs(first.get_xdata() - second.get_xdata())) > 0.005  # equal values do not hide one another
+    assert first.get_marker() != second.get_marker()
+    (ends,) = bars[1]
+    assert ends.get_segments()[0][:, 1] == pytest.approx([0.01, 0.05])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {(0.75, 0.006), (0.75, -0.01), (0.25, 0.009), (0.25, -0.007)} <= {(x, round(y, 6)) for x, y in band}

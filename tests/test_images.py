@@ -100,6 +100,38 @@ def test_titles_stand_above_their_columns():
         make_grid(images, num_columns=2, titles=["a", "b", "c"])
 
 
+def test_titles_stand_beside_their_rows():
+    images = to_pil(random_images(4, 3))
+    plain = np.asarray(make_grid(images, num_columns=2, margin=2, min_width=200))
+    titles = ["", "a", "two\nlines"]
+    with pytest.raises(ValueError, match="`row_titles` must be one for each of the 2 rows, not 3"):
+        make_grid(images, num_columns=2, row_titles=titles)
+    grid = np.asarray(
+        make_grid(images, num_columns=2, margin=2, min_width=200, titles=titles[:2], row_titles=titles[1:])
+    )
+    left = grid.shape[1] - plain.shape[1]
+    assert np.array_equal(grid[20:, left:], plain)
+    beside = grid[20:, :left].min(2) < 128
+    first, second = np.argwhere(beside[: len(plain) // 2]), np.argwhere(beside[len(plain) // 2 :])
+    assert len(first) and abs(first[:, 0].mean() - len(plain) / 4) < 4
+    assert len(second) and abs(second[:, 0].mean() - len(plain) / 4) < 4
+    assert np.ptp(second[:, 0]) > 2 * np.ptp(first[:, 0])  # two lines
+    assert abs(first[:, 1].max() - second[:, 1].max()) <= 2 and beside.nonzero()[1].max() < left - 1  # right-aligned
+    above = np.argwhere(grid[:20].min(2) < 128)
+    assert abs(above[:, 1].mean() - (left + 2 + 102 + 50)) < 5  # of the second column alone
+
+
+@pytest.mark.parametrize(
+    ("titles", "row_titles", "scale"),
+    [(("a", "b"), (), 1), (("standard deviation", "b"), (), 5), ((), ("1\n2\n3", "b"), 3), (("a", "b"), ("c", "d"), 1)],
+)
+def test_images_are_enlarged_until_their_titles_fit(titles, row_titles, scale):
+    images = to_pil(torch.zeros(4, 1, 16, 24, dtype=torch.uint8))
+    grid = np.asarray(make_grid(images, 2, margin=2, titles=titles, row_titles=row_titles))
+    black = (grid == 0).sum(1)  # titles are antialiased, so that they hardly have pure black
+    assert (black >= 2 * 24 * scale).sum() == 2 * 16 * scale and black.max() < 2 * 24 * scale + 24
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

@@ -66,7 +66,7 @@ def pipelines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines")
     for name, num_class_embeds in (("plain", None), ("classes", 11)):
         unet = small_unet(sample_size=28, num_class_embeds=num_class_embeds)
-        NCSNPipeline(unet, AnnealedLangevinScheduler()).save_pretrained(folder / name)
+        NCSNPipeline(unet, AnnealedLangevinScheduler(), num_inference_steps=5).save_pretrained(folder / name)
     return folder
 
 
@@ -77,7 +77,8 @@ def given(pipelines: Path) -> dict[str, object]:
         "pipe": NCSNPipeline.from_pretrained(pipelines / "plain"),
         "image": Image.fromarray(digits[0, 0].numpy()),
         "mask_image": Image.fromarray((np.arange(28 * 28).reshape(28, 28) > 400).astype(np.uint8) * 255),
-        "images": digits[:2],
+        "images": digits[:4],
+        "digits": digits[:10],
         "real_images": digits[:80],
         "fake_images": digits[80:],
     }

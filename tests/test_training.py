@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from PIL import Image
@@ -1499,15 +1500,68 @@ def test_validation_data_must_fit(small, image_folder, tmp_path):
         train(small(train_data_dir=str(tmp_path / "both"), validation_split="test"))
 
 
-def test_tensorboard(small, tmp_path):
+class KeepingTracker(GeneralTracker):
+    """A tracker that keeps what it is given, in the way that those of accelerate with images are called."""
+
+    name = "keeping"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.images = [], []
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **kwargs):
+        self.values.append((step, values))
+
+    def log_images(self, values, step=None, **kwargs):
+        self.images.append((step, values))
+
+
+def test_trackers_show_sections(small, tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(small(logger="tensorboard", eval_steps=2))
+    tracker = KeepingTracker()
+    start = RunLog.start
+
+    def start_both(self, *arguments):
+        start(self, *arguments)
+        self.accelerator.trackers.append(tracker)
+
+    monkeypatch.setattr(RunLog, "start", start_both)
+    train(small(logger="tensorboard", eval_steps=2, validation_split="train[:8]"))
+    records = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    tags = {
+        "loss": "loss/train",
+        "validation_loss": "loss/validation",
+        "loss at sigma 0.084 to 0.24": "loss by sigma/0.084 to 0.24",
+        "images_per_second": "speed/images_per_second",
+        "epoch": "speed/epoch",
+        "learning_rate": "optimizer/learning_rate",
+        "grad_norm": "optimizer/grad_norm",
+        "skipped_steps": "optimizer/skipped_steps",
+        "ema_decay": "optimizer/ema_decay",
+    }
     events = event_accumulator.EventAccumulator(str(tmp_path / "out" / "ncsn"))
     events.Reload()
-    record = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
-    (loss, *_) = events.Scalars("loss")
-    assert (loss.step, loss.value) == (record["step"], pytest.approx(record["loss"]))
-    assert [image.step for image in events.Images("samples")] == [2, 4]
+    for key, tag in tags.items():
+        logged = [(record["step"], pytest.approx(record[key], rel=1e-6)) for record in records if key in record]
+        assert logged
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == logged
+        assert [(step, values[tag]) for step, values in tracker.values if tag in values] == logged
+    shown = events.Tags()["scalars"]
+    assert set(tags.values()) <= set(shown) == {tag for _, values in tracker.values for tag in values}
+    assert {tag.partition("/")[0] for tag in shown} == {"loss", "loss by sigma", "optimizer", "speed"}
+    assert len(shown) == sum(len(record) - 1 for record in {frozenset(record): record for record in records}.values())
+    assert [image.step for image in events.Images("samples/drawn")] == [2, 4]
+    sheet = np.asarray(Image.open(tmp_path / "out" / "samples.png").convert("RGB"))
+    (_, (step, images)) = tracker.images
+    assert step == 4 and np.array_equal(images["samples/drawn"][0], sheet)
 
 
 def test_logger_must_be_installed(small, monkeypatch):

@@ -63,11 +63,12 @@ def plot_reliability(operators: dict[str, tuple[Calibration, Calibration]], path
     for k, (name, (samples, exact)) in enumerate(operators.items()):
         right, actual, error = _columns(samples.reliability)
         _, of_exact, deviation = _columns(exact.reliability)
-        color = f"C{k}"
+        color, marker = f"C{k}", "osD^vPX"[k % 7]
         excess = of_exact - right
         axes.fill_between(right, excess - 2 * deviation, excess + 2 * deviation, color=color, alpha=0.15, linewidth=0)
-        axes.errorbar(right, actual - right, error, color=color, marker="o", capsize=3, label=name)
-    axes.set(xlabel="right coverage", ylabel="coverage above right", xlim=(0, 1))
+        beside = right + 0.008 * (k - (len(operators) - 1) / 2)  # so that no error bar hides another
+        axes.errorbar(beside, actual - right, error, color=color, marker=marker, capsize=3, label=name)
+    axes.set(xlabel="right coverage", ylabel="coverage above right (below 0: too narrow)", xlim=(0, 1))
     axes.legend()
     figure.savefig(path, dpi=100)
 

@@ -22,6 +22,18 @@ from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig, training_command
 
 _LEVEL_BINS = 8
+_LEVEL_LOSS = "loss at sigma "  # and the range, in log.jsonl
+# Where the trackers show what log.jsonl has: they make a section of what comes before the slash.
+_TAGS = {
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "grad_norm": "optimizer/grad_norm",
+    "skipped_steps": "optimizer/skipped_steps",
+    "learning_rate": "optimizer/learning_rate",
+    "ema_decay": "optimizer/ema_decay",
+    "images_per_second": "speed/images_per_second",
+    "epoch": "speed/epoch",
+}
 _MAX_SKIPPED_IN_A_ROW = 20  # fp16's loss scale is halved at each of them: after 20 any would fit
 
 
@@ -90,7 +102,8 @@ class RunLog:
     def write(self, record: dict) -> None:
         """Append a record, of which `"step"` is one key."""
         with warn_unless_written("The trackers' record"):
-            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            values = {_tag(key): value for key, value in record.items() if key != "step"}
+            self.accelerator.log(values, step=record["step"])
         if self.accelerator.is_main_process:
             with warn_unless_written("log.jsonl"):
                 _append(self.path, json.dumps(record) + "\n")
@@ -105,7 +118,12 @@ class RunLog:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 with warn_unless_written("The trackers' record"):
-                    tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
+                    tracker.log_images({"samples/drawn": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
+
+
+def _tag(key: str) -> str:
+    """The trackers' name of a key of log.jsonl."""
+    return key.replace(_LEVEL_LOSS, "loss by sigma/") if key.startswith(_LEVEL_LOSS) else _TAGS[key]
 
 
 def _append(path: Path, line: str) -> None:
@@ -224,7 +242,7 @@ class StepStatistics:
             "images_per_second": (step - start_step) * batch_size / (time.perf_counter() - start),
         }
         self.restart_clock(step)
-        return record | {f"loss at sigma {name}": value for name, value in level_losses.items()}
+        return record | {_LEVEL_LOSS + name: value for name, value in level_losses.items()}
 
     def state_dict(self, step: int) -> dict:
         """What a checkpoint holds of the first `step` steps."""

@@ -65,7 +65,7 @@ STOCK_SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
 }
 
-DEFAULT, AT_EQUAL_LEVELS, REAL = "annealed Langevin", " at equal levels", "real digits"  # in the names of rows
+DEFAULT, AT_EQUAL_LEVELS, REAL = "annealed Langevin", " at equal levels", "real images"  # in the names of rows
 # Samplers compared at the same number of evaluations, each with its best settings.
 FAST_SAMPLERS = {
     DEFAULT: ("AnnealedLangevinScheduler", {}),
@@ -321,7 +321,7 @@ def samplers(
     overwrite_output_dir: bool = False,
 ) -> None:
     """
-    The Fréchet distance of digits to real ones over the number of network evaluations, for each sampler.
+    The Fréchet distance of samples to real images over the number of network evaluations, for each sampler.
 
     Distances are taken to the data set's `test` split, in the features of the classifier that knows its images: digits,
     Fashion-MNIST, or others by `--classifier`. The floor is the distance of as many images of its `train` split, for up
@@ -335,7 +335,7 @@ def samplers(
 
     Args:
         pipeline: A pipeline of 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
-        dataset_name: The real digits, on the Hub or in a folder, with the splits `train` and `test`.
+        dataset_name: The real images, on the Hub or in a folder, with the splits `train` and `test`.
         budgets: Numbers of network evaluations.
         names: Which samplers; NCSNv2 is available too, for a budget of 1160.
         num_images: Images for each distance; only Fréchet distances of the same number compare.
@@ -541,7 +541,7 @@ def plot_samplers(output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(met
     Draw OUTPUT.png, distance over evaluations, from the table OUTPUT.json of `samplers`, without sampling.
 
     The samplers at levels of their own are on the left and those on the levels of the default on the right. The band is
-    from the nearest to the farthest set of real digits.
+    from the nearest to the farthest set of real images.
 
     Args:
         output: Path of the two files, without their endings.
@@ -557,7 +557,7 @@ def plot_samplers(output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(met
             group.setdefault(name, []).append((row["evaluations"], row["distance"]))
     default = {DEFAULT: own[DEFAULT]} if DEFAULT in own else {}
     panels = {"levels of their own": own} | ({"on the levels of the default": equal | default} if equal else {})
-    sets = f"{len(real)} sets of real digits" if len(real) > 1 else "real digits"
+    sets = f"{len(real)} sets of real images" if len(real) > 1 else REAL
     figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
     for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
         # the default is first in the legend, and thick, so that it and a line on top of it are both seen
@@ -569,7 +569,7 @@ def plot_samplers(output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(met
         axis.axhspan(min(real), max(real), color="#d0d0d0", linewidth=1, zorder=0, label=sets)
         budgets = sorted({evaluations for line in lines.values() for evaluations, _ in line})
         axis.set(xscale="log", xlabel="network evaluations", title=title)
-        axis.set_ylabel(f"Fréchet distance, {record['num_images']} digits")
+        axis.set_ylabel(f"Fréchet distance, {record['num_images']} images")
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         axis.minorticks_off()
         if max(distance for line in lines.values() for _, distance in line) > 5 * min(real):

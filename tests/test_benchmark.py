@@ -103,7 +103,7 @@ def test_plot_samplers_from_the_table(tmp_path, benchmark, monkeypatch):
         "NCSNv2": {1161: 1.29},
         "SDE-DPM-Solver++ at equal levels": {6: 0.46, 10: 0.54},
     }
-    rows = [{"sampler": "real digits", "evaluations": 0, "distance": distance} for distance in (0.62, 0.51, 0.73)]
+    rows = [{"sampler": "real images", "evaluations": 0, "distance": distance} for distance in (0.62, 0.51, 0.73)]
     for name, line in distances.items():
         rows += [{"sampler": name, "evaluations": n, "distance": distance} for n, distance in line.items()]
     (tmp_path / "all.json").write_text(json.dumps({"num_images": 500, "rows": rows}))
@@ -135,7 +135,7 @@ def test_plot_samplers_from_the_table(tmp_path, benchmark, monkeypatch):
         assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.51, 0.73))
         # where another line runs along the default, both are seen
         assert axes.lines[0].get_linewidth() > 3 * max(line.get_linewidth() for line in axes.lines[1:])
-        assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "3 sets of real digits"
+        assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "3 sets of real images"
     looks = list(benchmark.SAMPLER_LINES.values())
     assert benchmark.SAMPLER_LINES.keys() == {
         name.removesuffix(" at equal levels") for name in benchmark.SAMPLERS

@@ -62,10 +62,14 @@ def with_blocks(language: str) -> list:
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """Folders of untrained pipelines for digits, in place of the shipped one and of one with classes."""
+    """Folders of untrained pipelines, in place of the shipped ones."""
     folder = tmp_path_factory.mktemp("pipelines")
-    for name, num_class_embeds in (("plain", None), ("classes", 11)):
-        unet = small_unet(sample_size=28, num_class_embeds=num_class_embeds)
+    for name, settings in (
+        ("plain", {"sample_size": 28}),
+        ("classes", {"sample_size": 28, "num_class_embeds": 11}),
+        ("colored", {"sample_size": 16, "channels": 3, "out_channels": 3}),
+    ):
+        unet = small_unet(**settings)
         NCSNPipeline(unet, AnnealedLangevinScheduler(), num_inference_steps=5).save_pretrained(folder / name)
     return folder
 
@@ -88,7 +92,7 @@ def given(pipelines: Path) -> dict[str, object]:
 def test_python_blocks(page, pipelines, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shipped = ncsn_diffusers.pretrained
-    untrained = {"mnist": str(pipelines / "classes")}
+    untrained = {"mnist": str(pipelines / "classes"), "avatars": str(pipelines / "colored")}
     monkeypatch.setattr(ncsn_diffusers, "pretrained", lambda name: untrained.get(name) or shipped(name))
     (tmp_path / "my-ncsn").symlink_to(pipelines / "plain")
     for block in blocks(page, "python"):

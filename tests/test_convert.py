@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 import zipfile
@@ -18,6 +16,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from forked import run_forked
 from networks import MIXTURE, AnalyticUNet, GaussianMixture
 from safetensors.torch import save_file
 
@@ -358,8 +357,7 @@ def test_the_uploaded_pipeline_stands_alone(saved, tmp_path):
         images = pipe(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
         torch.save(images, sys.argv[2])
         """
-    command = [sys.executable, "-c", textwrap.dedent(script), tmp_path / "repository", tmp_path / "images.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_forked("-c", textwrap.dedent(script), tmp_path / "repository", tmp_path / "images.pt")
     assert result.returncode == 0, result.stderr
     ours = NCSNPipeline.from_pretrained(saved)
     images = ours(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
@@ -682,9 +680,8 @@ def test_a_command_that_is_killed_can_be_given_again(tmp_path, monkeypatch):
 
 def test_command(tmp_path):
     torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
-    command = [sys.executable, "-m", "ncsn_diffusers.commands.convert", "checkpoint.pth", "pipeline"]
-    command += ["--sample_size", "16", "--data_min", "-1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = ["-m", "ncsn_diffusers.commands.convert", "checkpoint.pth", "pipeline"]
+    result = run_forked(*command, "--sample_size", 16, "--data_min", -1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Saved a RefineNet2DModel of 117,323 parameters" in result.stdout
     assert "the optimizer's state (1 tensors)" in result.stderr

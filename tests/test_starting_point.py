@@ -19,6 +19,9 @@ from ncsn_diffusers.training.config import training_command
 from ncsn_diffusers.units import Units, image_units
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -9,6 +9,8 @@ from multiprocessing import forkserver
 # Before torch is imported, and for the processes that tests start. The tests' tensors are so small that several threads
 # only wait for each other, many times longer than the work takes where another process has the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where there are several nonetheless, as under `accelerate launch`, they sleep while they wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before huggingface_hub is imported: every process of the tests has caches of its own. Several would write the same
 # files into the user's, such as the modules of pipelines that are loaded with their code.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ncsn_diffusers-tests-")

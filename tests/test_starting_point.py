@@ -18,7 +18,6 @@ from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, train
 from ncsn_diffusers.training.config import training_command
 from ncsn_diffusers.units import Units, image_units
 
-
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 

@@ -98,7 +98,7 @@ def trained_weights(config):
 
 
 def test_learns_to_draw_two_images(small, tmp_path):
-    train(small(num_epochs=200, learning_rate=5e-3))
+    train(small(num_epochs=100, learning_rate=5e-3))
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -1283,7 +1283,7 @@ def test_sharded_networks_are_refused(small, monkeypatch):
 
 
 def test_classes(small, tmp_path):
-    train(small(num_epochs=200, learning_rate=5e-3, class_conditional=True))
+    train(small(num_epochs=100, learning_rate=5e-3, class_conditional=True))
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.config.num_class_embeds == 3  # left, right and no label
     pipe.set_progress_bar_config(disable=True)

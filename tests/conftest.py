@@ -4,10 +4,13 @@ import atexit
 import os
 import shutil
 import tempfile
+from multiprocessing import forkserver
 
 # Before torch is imported, and for the processes that tests start. The tests' tensors are so small that several threads
 # only wait for each other, many times longer than the work takes where another process has the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where there are several nonetheless, as under `accelerate launch`, they sleep while they wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before huggingface_hub is imported: every process of the tests has caches of its own. Several would write the same
 # files into the user's, such as the modules of pipelines that are loaded with their code.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ncsn_diffusers-tests-")
@@ -15,13 +18,7 @@ os.environ.pop("HF_DATASETS_CACHE", None)
 os.environ.pop("HF_HUB_CACHE", None)
 os.environ.pop("HF_MODULES_CACHE", None)
 
-import huggingface_hub
-import pytest
-from hub_server import TOKEN, HubServer
-from huggingface_hub import constants
-
-from ncsn_diffusers import precision
-from ncsn_diffusers.hub import upload
+import pytest  # and nothing that imports torch: pytest's first process, which hands out the tests, needs none
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
@@ -38,8 +35,34 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.fixture(scope="session", autouse=True)
 def a_cpu_without_bfloat16():
     """The tests compute in float32 on every machine, except in processes of their own."""
+    from ncsn_diffusers import precision
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "cpu_has_bfloat16", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seconds_of_forked_processes_count():
+    """The server of tests/forked.py ends with the tests, so that its seconds are among those of pytest."""
+    yield
+    forkserver._forkserver._stop()
+
+
+@pytest.fixture
+def quick_pictures():
+    """Training draws samples of 2 steps, not of 50, and no curve: in a run of few steps they take most of the time."""
+    from ncsn_diffusers.training import Trainer, trainer
+
+    draw = Trainer._draw
+
+    def draw_quickly(trainer, pipeline):  # which is not the one that is saved
+        pipeline.register_to_config(num_inference_steps=2)
+        return draw(trainer, pipeline)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_draw", draw_quickly)
+        patch.setattr(trainer, "save_loss_curve", lambda losses, weighting, path: path.touch())
         yield
 
 
@@ -50,6 +73,12 @@ def hub(monkeypatch, tmp_path):
 
     The client reads its endpoint when it is imported: what it has read is replaced.
     """
+    import huggingface_hub
+    from hub_server import TOKEN, HubServer
+    from huggingface_hub import constants
+
+    from ncsn_diffusers.hub import upload
+
     with HubServer() as server:
         server.users = {TOKEN: ("ann", ["lab"]), "hf_bobsSecretToken0123456789": ("bob", [])}
         monkeypatch.setattr(constants, "ENDPOINT", server.url)

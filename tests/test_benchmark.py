@@ -4,8 +4,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from forked import run_forked, run_two_forked
 from networks import Gaussian, GaussianUNet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image
 from safetensors.torch import save_file
@@ -352,14 +351,8 @@ def test_samplers_in_two_processes(tmp_path, benchmark, folders):
         "--batch_size",
         20,
     )
-    launchers = {
-        "one": (sys.executable,),
-        "two": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-    }
-    for name, launcher in launchers.items():
-        command = (*launcher, ROOT / "scripts/benchmark.py", *arguments, "--output", tmp_path / name)
-        environment = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(list(map(str, command)), env=os.environ | environment, capture_output=True, text=True)
+    for name, run in (("one", run_forked), ("two", run_two_forked)):
+        result = run(ROOT / "scripts/benchmark.py", *arguments, "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("Saved") == result.stdout.count("sampler ") == 1
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")

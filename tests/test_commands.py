@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from forked import run_forked
 from PIL import Image
 
 import ncsn_diffusers
@@ -185,7 +186,7 @@ def test_the_dispatcher_answers_without_importing_torch(tmp_path):
     ],
 )
 def test_errors_name_the_command_as_typed(start, name, tmp_path):
-    result = run(*start, "--num_images", 0, cwd=tmp_path)
+    result = run_forked(*start, "--num_images", 0, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == f"{name}: --num_images must be at least 1, not 0."
 
@@ -224,7 +225,7 @@ import diffusers, ncsn_diffusers
 from ncsn_diffusers.training import train
 assert diffusers.NCSNPipeline is ncsn_diffusers.NCSNPipeline
 """
-    result = run("-c", program, cwd=tmp_path)
+    result = run_forked("-c", program, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 

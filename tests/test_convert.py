@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from forked import run_forked
 from networks import MIXTURE, AnalyticUNet, GaussianMixture
 from safetensors.torch import save_file
 
@@ -652,9 +651,8 @@ def test_a_command_that_is_killed_can_be_given_again(tmp_path, monkeypatch):
 
 def test_command(tmp_path):
     torch.save([weights("ncsnv2", LADDER), OPTIMIZER], tmp_path / "checkpoint.pth")
-    command = [sys.executable, "-m", "ncsn_diffusers.commands.convert", "checkpoint.pth", "pipeline"]
-    command += ["--sample_size", "16", "--data_min", "-1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = ["-m", "ncsn_diffusers.commands.convert", "checkpoint.pth", "pipeline"]
+    result = run_forked(*command, "--sample_size", 16, "--data_min", -1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Saved a RefineNet2DModel of 117,323 parameters" in result.stdout
     assert "the optimizer's state (1 tensors)" in result.stderr

@@ -4,11 +4,8 @@ import importlib
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -18,6 +15,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as Picture
 from diffusers import DDIMScheduler
+from forked import run_two_forked
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from networks import small_unet
 from PIL import Image
@@ -49,8 +47,6 @@ from ncsn_diffusers.units import image_units
 
 pytest.importorskip("torch_fidelity")
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 MODULE = ("-m", "ncsn_diffusers.commands.evaluate")
 
 evaluate = importlib.import_module("ncsn_diffusers.evaluation.evaluate")
@@ -295,20 +291,7 @@ def test_the_report_states_what_the_metrics_depend_on(pipeline, evaluation):
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path, pipeline, evaluation):
-    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    result = subprocess.run(
-        [*torchrun, *MODULE, pipeline, "--output_dir", tmp_path, *flags(ARGUMENTS)],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
+    result = run_two_forked(*MODULE, pipeline, "--output_dir", tmp_path, *flags(ARGUMENTS))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Fréchet distance") == 1
     assert result.stdout.count("66 samples differ from real images (Fréchet distance ") == 1

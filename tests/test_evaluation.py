@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -12,6 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from datasets import load_dataset
+from forked import run_forked
 
 from ncsn_diffusers.commands.cli import parse
 from ncsn_diffusers.data import EMBEDDED_DIGITS, decode_images
@@ -332,19 +331,9 @@ def test_train_digit_classifier(tmp_path):
     # training must not need the statistics' library
     (tmp_path / "torch_fidelity.py").write_text("raise ImportError")
     arguments = ["--dataset_name", "digits", "--num_epochs", "2", "--batch_size", "50"]
-    result = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "scripts/train_digit_classifier.py",
-            *arguments,
-            "--output_path",
-            "weights.safetensors",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    arguments += ["--output_path", "weights.safetensors"]
+    script = ROOT / "scripts/train_digit_classifier.py"
+    result = run_forked(script, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "80/80" in result.stderr
 

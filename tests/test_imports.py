@@ -93,16 +93,19 @@ def test_uploaded_files_need_no_package(graph, name):
             assert module in allowed, f"{name} needs {module}"
 
 
-def test_importing_sets_nothing_global():
+def test_the_theory_imports_no_data_set_and_no_command_line_and_importing_sets_nothing_global():
     program = """
 import importlib, pkgutil, sys
-import matplotlib
 import torch
 
-matplotlib.use("svg")
 before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()
-import ncsn_diffusers
+import ncsn_diffusers.likelihood, ncsn_diffusers.noise_levels, ncsn_diffusers.score_matching
+unneeded = {"datasets", "tyro", "matplotlib"} & set(sys.modules)
+assert not unneeded, unneeded
 
+import matplotlib
+
+matplotlib.use("svg")
 for module in pkgutil.walk_packages(ncsn_diffusers.__path__, "ncsn_diffusers."):
     importlib.import_module(module.name)
 assert matplotlib.get_backend() == "svg", matplotlib.get_backend()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -20,6 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from forked import run_forked
 from networks import small_unet
 from safetensors.torch import load_file, save_file
 from saved_pipelines import check_same, draw, flatten, make_pipeline
@@ -702,9 +702,7 @@ def test_without_the_import_the_message_names_the_class(saved):
     else:
         raise AssertionError("loaded")
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), saved], capture_output=True, text=True, timeout=120
-    )
+    result = run_forked("-c", textwrap.dedent(program), saved)
     assert result.returncode == 0, result.stderr
 
 

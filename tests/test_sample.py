@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from forked import Forked, run_forked, run_two_forked
 from networks import small_unet
 from PIL import Image
 
@@ -23,25 +23,7 @@ from ncsn_diffusers.images import make_grid
 from ncsn_diffusers.sampling import Sampler
 from ncsn_diffusers.settings import SampleConfig, parse_settings
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
-def run(*arguments, cwd, launcher=(sys.executable,), **environment):
-    return subprocess.run(
-        [str(part) for part in (*launcher, "-m", "ncsn_diffusers.commands.sample", *arguments)],
-        cwd=cwd,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
+MODULE = ("-m", "ncsn_diffusers.commands.sample")
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +64,11 @@ def read_sheet(image, columns, size, top=0):
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path, pipeline):
-    # accelerate launches several CPU processes through MPI only; torchrun does it with gloo
     arguments = [pipeline, "--num_images", 5, "--batch_size", 2, "--num_inference_steps", 4, "--save_images"]
     arguments += ["--animation", "gif", "--class_labels", 0, 2, "--dtype", "float32"]
-    launchers = {
-        1: (sys.executable,),
-        2: (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-    }
     files = {}
-    for number, launcher in launchers.items():
-        result = run(*arguments, "--output_dir", f"out{number}", cwd=tmp_path, launcher=launcher)
+    for number, run in ((1, run_forked), (2, run_two_forked)):
+        result = run(*MODULE, *arguments, "--output_dir", f"out{number}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "image" in result.stderr  # the progress bar
         assert result.stdout.count("Saved 5 images in") == 1
@@ -212,7 +189,7 @@ def test_a_ddpm_pipeline_under_langevin_dynamics(tmp_path):
 
 
 def test_no_pipeline_named_draws_the_digits_of_the_package(tmp_path):
-    result = run("--num_images", 3, "--num_inference_steps", 10, "--dtype", "float32", cwd=tmp_path)
+    result = run_forked(*MODULE, "--num_images", 3, "--num_inference_steps", 10, "--dtype", "float32", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     grid = read_sheet(Image.open(tmp_path / "samples" / "samples.png"), 3, 28)
     assert grid.shape == (28, 3 * 28)  # a column for each class
@@ -326,7 +303,7 @@ def test_what_the_pipeline_refuses(tmp_path, pipeline, arguments, message):
 
 def test_black_images_are_an_error(tmp_path, pipeline):
     arguments = ["--num_images", 2, "--num_inference_steps", 2, "--scheduler", "KDPM2AncestralDiscreteScheduler"]
-    result = run(pipeline, *arguments, cwd=tmp_path)
+    result = run_forked(*MODULE, pipeline, *arguments, cwd=tmp_path)
     assert result.returncode == 1
     assert "commands.sample: The sample of KDPM2AncestralDiscreteScheduler is not finite after step" in result.stderr
     assert "Traceback" not in result.stderr
@@ -334,7 +311,7 @@ def test_black_images_are_an_error(tmp_path, pipeline):
 
 
 def test_errors_on_the_command_line(tmp_path):
-    result = run("nowhere", cwd=tmp_path)
+    result = run_forked(*MODULE, "nowhere", cwd=tmp_path)
     assert result.returncode == 1
     assert "PIPELINE='nowhere': there is no such folder, and the Hub cannot be asked" in result.stderr
     assert "Traceback" not in result.stderr
@@ -408,24 +385,8 @@ def test_an_interrupted_run_goes_on(tmp_path, pipeline, monkeypatch):
     ("number", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )
 def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, number, word, code):
-    command = [
-        sys.executable,
-        "-m",
-        "ncsn_diffusers.commands.sample",
-        pipeline,
-        "--num_images",
-        100000,
-        "--save_images",
-    ]
-    process = subprocess.Popen(
-        [str(part) for part in (*command, "--num_inference_steps", 20)],
-        cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT, "PYTHONFAULTHANDLER": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        # a background job of a shell ignores SIGINT, and so would all that it starts
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    arguments = ["--num_images", 100000, "--save_images", "--num_inference_steps", 20]
+    process = Forked(*MODULE, pipeline, *arguments, cwd=tmp_path)
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("samples/unfinished/*.safetensors")):
@@ -440,7 +401,7 @@ def test_signals_end_a_run_at_once_and_it_says_how_to_go_on(tmp_path, pipeline, 
     finally:
         process.kill()
     assert time.monotonic() - start < 10  # 1 s on an idle machine
-    assert process.returncode == code
+    assert process.poll() == code
     last = errors.splitlines()[-1]
     assert last.endswith(f"commands.sample: {word}. The same command goes on where it stopped.")
     assert "Traceback" not in errors
@@ -486,6 +447,6 @@ def test_compile_compiles_the_network_once_and_draws_the_same(tmp_path, pipeline
 def test_no_such_folder_names_the_near_one(tmp_path, pipeline, monkeypatch):
     NCSNPipeline(small_unet(), AnnealedLangevinScheduler()).save_pretrained(tmp_path / "my-ncsn")
     (tmp_path / "my-ncnss").mkdir()  # no pipeline
-    result = run("my-ncns", cwd=tmp_path)
+    result = run_forked(*MODULE, "my-ncns", cwd=tmp_path)
     message = "PIPELINE='my-ncns': there is no such folder, and the Hub cannot be asked for a repository of that name. "
     assert result.stderr.splitlines()[-1].endswith(message + "Did you mean my-ncsn?")

@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from networks import small_unet
 from PIL import Image
 
@@ -50,9 +52,9 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], [*ACCELERATE, "--cpu", "--num_processes", "1"]])
-def test_train_from_a_folder(tmp_path, images, launcher):
-    result = run(*launcher, ROOT / "scripts/train_ncsn.py", "--train_data_dir", images, *SMALL, cwd=tmp_path)
+@pytest.mark.parametrize("start", [run_forked, partial(run, *ACCELERATE, "--cpu", "--num_processes", "1")])
+def test_train_from_a_folder(tmp_path, images, start):
+    result = start(ROOT / "scripts/train_ncsn.py", "--train_data_dir", images, *SMALL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "8/8" in result.stderr  # the progress bar, with the loss
     assert "loss=" in result.stderr
@@ -70,7 +72,7 @@ def test_train_from_a_folder(tmp_path, images, launcher):
     ],
 )
 def test_bad_flags(tmp_path, arguments, message):
-    result = run(sys.executable, ROOT / "scripts/train_ncsn.py", *arguments, cwd=tmp_path)
+    result = run_forked(ROOT / "scripts/train_ncsn.py", *arguments, cwd=tmp_path)
     assert result.returncode != 0
     assert message in " ".join((result.stdout + result.stderr).split())
 
@@ -85,16 +87,14 @@ def small_pipeline(tmp_path_factory):
 
 def test_benchmark_overhead(tmp_path, small_pipeline):
     arguments = ["--batch_size", 2, "--num_inference_steps", 3, "--repeats", 2]
-    result = run(sys.executable, ROOT / "scripts/benchmark.py", "overhead", small_pipeline, *arguments, cwd=tmp_path)
+    result = run_forked(ROOT / "scripts/benchmark.py", "overhead", small_pipeline, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"^ratio +(\S+)", result.stdout, re.MULTILINE)[1]) > 0
 
 
 @pytest.mark.slow
 def test_benchmark_schedulers(tmp_path, small_pipeline):
-    result = run(
-        sys.executable, ROOT / "scripts/benchmark.py", "schedulers", small_pipeline, "--num_images", 3, cwd=tmp_path
-    )
+    result = run_forked(ROOT / "scripts/benchmark.py", "schedulers", small_pipeline, "--num_images", 3, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "schedulers.png").width > 300
 

@@ -18,6 +18,8 @@ from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, train
 from ncsn_diffusers.training.config import training_command
 from ncsn_diffusers.units import Units, image_units
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
+from forked import Forked, run_forked, run_two_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,6 +58,17 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the mixed precision of a process's first run
 
 
+@pytest.fixture
+def pictures():
+    """For tests of what a run draws: with this fixture, it draws all that it draws for a user."""
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures_elsewhere(request):
+    if "pictures" not in request.fixturenames:
+        request.getfixturevalue("quick_pictures")
+
+
 def small_config(**arguments):
     defaults = {
         "block_out_channels": (16, 16),
@@ -87,7 +99,7 @@ def trained_weights(config):
 
 
 def test_learns_to_draw_two_images(small, tmp_path):
-    train(small(num_epochs=200, learning_rate=5e-3))
+    train(small(num_epochs=100, learning_rate=5e-3))
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -121,7 +133,7 @@ def test_every_convention_trains_and_is_saved(small, tmp_path, prediction_type, 
     assert images.std() > 0.01
 
 
-def test_output_folder(small, tmp_path):
+def test_output_folder(small, tmp_path, pictures):
     train(small(num_epochs=1))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
@@ -344,7 +356,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, capsys, monkeypatch):
     assert log.path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
-def test_what_cannot_be_written_leaves_the_old_file(small, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_written_leaves_the_old_file(small, tmp_path, monkeypatch, capsys, pictures):
     """As on a full disk: a file of 0 bytes is opened, and nothing goes into it."""
     train(small(num_epochs=1))
     out = tmp_path / "out"
@@ -417,7 +429,7 @@ def test_second_interrupt_ends_at_once(small, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["during the run", "at the end", "at the validation"])
-def test_interrupt_ends_the_drawing(small, tmp_path, monkeypatch, capsys, when):
+def test_interrupt_ends_the_drawing(small, tmp_path, monkeypatch, capsys, when, pictures):
     forward, calls = UNet2DModel.forward, []
 
     def interrupted(self, *arguments, **keywords):
@@ -468,42 +480,6 @@ def test_the_folder_is_looked_at_again(small, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
-def launch(*arguments, num_threads):
-    environment = {"OMP_NUM_THREADS": str(num_threads), "ACCELERATE_USE_CPU": "true", "PYTHONFAULTHANDLER": "1"}
-    return subprocess.Popen(
-        arguments, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-# Two processes that run a script, as torchrun starts them, but of one that has imported torch already
-FORK = """
-import os, runpy, socket, sys
-import ncsn_diffusers.training
-
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-del sys.argv[0]
-children = []
-for rank in ("0", "1"):
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    children.append(os.fork())
-    if not children[-1]:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-"""
-
-
-def run_two(*arguments, launcher=(sys.executable, "-c", FORK)):
-    """The output of two processes that run this script."""
-    process = launch(*launcher, *arguments, num_threads=1)
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, output
-    return output
-
-
 def flags(config):
     """The command line that makes this config."""
     default, words = TrainingConfig(), []
@@ -515,19 +491,18 @@ def flags(config):
 
 
 def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(small, tmp_path):
-    arguments = {"max_train_steps": 40, "checkpointing_steps": 1}
+    arguments = {"max_train_steps": 24, "checkpointing_steps": 1}
     whole = trained_weights(small(output_dir=str(tmp_path / "whole"), **arguments))
     config, out = small(resume_from_checkpoint="latest", **arguments), tmp_path / "out"
 
     threads = torch.get_num_threads()  # other threads, other roundings
 
     def run_until(condition):
-        process, deadline = launch(sys.executable, SCRIPT, *flags(config), num_threads=threads), time.monotonic() + 120
+        process, deadline = Forked(SCRIPT, *flags(config), OMP_NUM_THREADS=str(threads)), time.monotonic() + 120
         while process.poll() is None and not condition():
             assert time.monotonic() < deadline
             time.sleep(0.005)  # a checkpoint takes several times as long
         process.kill()
-        process.wait()
 
     run_until(lambda: any(out.glob("checkpoint-3")))  # between two checkpoints, as likely as not
     first = checkpoints.latest(out)
@@ -535,7 +510,7 @@ def test_killed_at_any_moment_loses_only_the_steps_since_the_last_checkpoint(sma
     start = int(first.name.split("-")[1])
     run_until(lambda: any(out.glob(f"incomplete-checkpoint-{start + 5}/*")))  # in the middle of one
     second = checkpoints.latest(out)
-    assert start + 4 <= int(second.name.split("-")[1]) < 40
+    assert start + 4 <= int(second.name.split("-")[1]) < 24
     assert torch.equal(trained_weights(config), whole)
     assert not list(out.glob("incomplete-*"))
 
@@ -585,10 +560,9 @@ def test_killed_at_a_write(small, tmp_path, kind):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         if kind != "fresh":
             shutil.copytree(tmp_path / "start", tmp_path / "out")
-        process = launch(sys.executable, script, str(last), num_threads=torch.get_num_threads())
-        output = process.communicate(timeout=120)[0].decode()
-        assert process.returncode == (-signal.SIGKILL if last else 0), output
-        return output
+        result = run_forked(script, last, OMP_NUM_THREADS=str(torch.get_num_threads()))
+        assert result.returncode == (-signal.SIGKILL if last else 0), result.stderr
+        return result.stdout
 
     count = int(run(0).split("COUNT ")[1])
     for last in range(3, count, count // 4):
@@ -888,9 +862,9 @@ def test_notebook_launcher(small, tmp_path):
         "from ncsn_diffusers.training import TrainingConfig, train\n"
         f"notebook_launcher(train, ({small(train_batch_size=10)!r},), num_processes=2)\n"
     )
-    process = launch(sys.executable, script, num_threads=1)
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, output
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
     one = train(small(output_dir=str(tmp_path / "one"), adam_epsilon=1e-8))
     two = NCSNPipeline.from_pretrained(tmp_path / "out")
     for p, q in zip(one.unet.parameters(), two.unet.parameters(), strict=True):
@@ -1079,19 +1053,23 @@ def test_accumulated_batches_follow_the_whole_one(small):
     assert (trained_weights(small(seed=1, **same)) - whole).abs().max() > 1e-3
 
 
-# accelerate launches several CPU processes through MPI only; torchrun does it with gloo
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+def torchrun(*command):
+    """accelerate launches several CPU processes through MPI only; torchrun does it with gloo."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
-    ("max_cache_gb", "launcher"), [(4.0, TORCHRUN), (0.0, (sys.executable, "-c", FORK))], ids=["torchrun", "fork"]
+    ("max_cache_gb", "run_two"), [(4.0, torchrun), (0.0, run_two_forked)], ids=["torchrun", "fork"]
 )
-def test_two_processes_follow_one(small, tmp_path, max_cache_gb, launcher):
+def test_two_processes_follow_one(small, tmp_path, max_cache_gb, run_two, pictures):
     arguments = {"class_conditional": True, "random_flip": True, "max_cache_gb": max_cache_gb, "num_epochs": 3}
     arguments |= {"eval_steps": 2, "eval_batch_size": 5, "validation_split": "train[:16]", "adam_epsilon": 1e-3}
     train(small(output_dir=str(tmp_path / "one"), **arguments))
     config = small(output_dir=str(tmp_path / "two"), train_batch_size=10, **arguments)
-    run_two(SCRIPT, *flags(config), launcher=launcher)
+    result = run_two(SCRIPT, *flags(config))
+    assert result.returncode == 0, result.stderr
     one, two = (
         torch.cat([p.flatten() for p in NCSNPipeline.from_pretrained(tmp_path / name).unet.parameters()])
         for name in ("one", "two")
@@ -1153,7 +1131,9 @@ def test_two_processes_and_a_full_disk(small, tmp_path, broken):
     config = small(train_batch_size=10, checkpointing_steps=1, checkpoints_total_limit=9)
     script = tmp_path / "run.py"
     script.write_text(FULL_DISK.replace("CONFIG", repr(config).replace("TrainingConfig", "training.TrainingConfig")))
-    output = run_two(script, broken)
+    result = run_two_forked(script, broken)
+    assert result.returncode == 0, result.stderr
+    output = result.stdout
     assert "The checkpoint of step 2 could not be written: [Errno 28] No space left on device." in output
     saved = {path.name for path in (tmp_path / "out").glob("*checkpoint-*")}
     steps = {"renaming": (), "interrupt": (1, 3)}.get(broken, (1, 3, 4))
@@ -1304,7 +1284,7 @@ def test_sharded_networks_are_refused(small, monkeypatch):
 
 
 def test_classes(small, tmp_path):
-    train(small(num_epochs=200, learning_rate=5e-3, class_conditional=True))
+    train(small(num_epochs=100, learning_rate=5e-3, class_conditional=True))
     pipe = NCSNPipeline.from_pretrained(tmp_path / "out")
     assert pipe.unet.config.num_class_embeds == 3  # left, right and no label
     pipe.set_progress_bar_config(disable=True)

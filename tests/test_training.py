@@ -393,9 +393,34 @@ def test_interrupt_saves_and_goes_on(small, tmp_path, monkeypatch, capfd, number
     captured = capfd.readouterr()
     assert "Interrupted: ending the step, then saving a checkpoint and the pipeline. A second" in captured.err
     assert "Interrupted after 2 of 4 steps" in captured.out
-    assert not (tmp_path / "out" / "samples.png").exists()
-    assert (tmp_path / "out" / "model_index.json").exists()
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [
+        *("checkpoint-2", "log.jsonl", "loss.png", "model_index.json", "scheduler", "training_config.json", "unet")
+    ]
+    assert checkpoints.is_complete(out / "checkpoint-2")
+    averages = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    saved = torch.load(out / "checkpoint-2" / "custom_checkpoint_1.pkl")
+    assert all(torch.equal(averages[name], saved[name]) for name in averages.keys() | saved.keys())
     assert torch.equal(trained_weights(small(resume_from_checkpoint="latest")), whole)
+
+
+def test_a_kill_that_follows_an_interrupt_loses_nothing(small, plain_weights, tmp_path, monkeypatch):
+    """A cluster kills what has not ended some seconds after SIGTERM: the checkpoint comes before the pipeline."""
+    loss = training.score_matching_loss
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    def killed(*_, **__):
+        raise MemoryError("in the place of SIGKILL")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "score_matching_loss", interrupted)
+        patch.setattr(Trainer, "_make_pipeline", killed)
+        train(small())
+    assert checkpoints.latest(tmp_path / "out") == tmp_path / "out" / "checkpoint-1"
+    assert torch.equal(trained_weights(small(resume_from_checkpoint="latest")), plain_weights)
 
 
 def test_second_interrupt_ends_at_once(small, monkeypatch):

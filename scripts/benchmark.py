@@ -560,6 +560,7 @@ def training(
     train_batch_size: int = 32,
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 1,
+    add_attention: bool = True,
     mixed_precision: str | None = None,
     compile: bool | None = None,
     num_steps: int = 20,
@@ -579,6 +580,7 @@ def training(
         train_batch_size: Images per step.
         block_out_channels: The network's channels.
         layers_per_block: The network's layers per level.
+        add_attention: Whether the network has attention.
         mixed_precision: Of all rows: no, fp16 or bf16; by default what training chooses.
         compile: Compile the network of the training step; by default what training chooses for a long run.
         num_steps: Steps per round.
@@ -593,6 +595,7 @@ def training(
                 train_batch_size=train_batch_size,
                 block_out_channels=block_out_channels,
                 layers_per_block=layers_per_block,
+                add_attention=add_attention,
                 mixed_precision=mixed_precision,
                 compile=compile,
                 max_train_steps=1000 + num_steps * 2 * (rounds + 1),
@@ -636,7 +639,11 @@ def training(
         for name, times in seconds.items()
     ]
     settings = {"train_batch_size": train_batch_size, "block_out_channels": block_out_channels}
-    settings |= {"layers_per_block": layers_per_block, "mixed_precision": mixed_precision}
+    settings |= {
+        "layers_per_block": layers_per_block,
+        "add_attention": add_attention,
+        "mixed_precision": mixed_precision,
+    }
     save_json(output, rows, **settings, compile=trainer.compiled)
 
 

@@ -1760,7 +1760,7 @@ def test_attention_in_bfloat16_on_a_cpu(num_tokens):
     target = torch.randn(4, 2, num_tokens, 16)
 
     def gradients(context, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
         with context:
             functional.scaled_dot_product_attention(*leaves).backward(target.to(dtype))
         return torch.stack([leaf.grad.float() for leaf in leaves])

@@ -51,8 +51,7 @@ class UNetNDModel(ModelMixin, ConfigMixin):
             Channels of each level, which each but the last halves the sides.
         layers_per_block (`int`, defaults to 1): Residual layers of each level on the way down; one more on the way up.
         attention_levels (`tuple[bool, ...]`, *optional*):
-            Which levels have self-attention after each residual layer; the last alone when not given. The middle of the
-            network always has it.
+            Which levels have self-attention after each residual layer; the last alone when not given.
         attention_head_dim (`int`, defaults to 8): Channels of each head of attention.
         norm_num_groups (`int`, defaults to 8): Groups of each group normalization.
         norm_eps (`float`, defaults to 1e-5): Added to the variances in them.
@@ -62,6 +61,7 @@ class UNetNDModel(ModelMixin, ConfigMixin):
             network that is given sigma. The output is then divided by sigma, as [`UNet2DModel`] does it.
         num_class_embeds (`int`, *optional*):
             Entries of the class embedding: the number of classes + 1 in this package, the last meaning "no label".
+        add_attention (`bool`, defaults to `True`): Whether the middle of the network has self-attention.
 
     Raises:
         ValueError:
@@ -87,6 +87,7 @@ class UNetNDModel(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         time_embedding_type: str = "positional",
         num_class_embeds: int | None = None,
+        add_attention: bool = True,
     ):
         super().__init__()
         sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
@@ -99,7 +100,8 @@ class UNetNDModel(ModelMixin, ConfigMixin):
                 "`attention_levels` and `block_out_channels` must have one entry for each level, not "
                 f"{attention_levels} and {block_out_channels}."
             )
-        attended = [c for c, attends in zip(channels, has_attention, strict=True) if attends] + channels[-1:]
+        attended = [c for c, attends in zip(channels, has_attention, strict=True) if attends]
+        attended += channels[-1:] if add_attention else []
         for name, divisor, all_channels in (
             ("norm_num_groups", norm_num_groups, channels),
             ("attention_head_dim", attention_head_dim, attended),
@@ -136,8 +138,8 @@ class UNetNDModel(ModelMixin, ConfigMixin):
             resnets = [residual(c, channels[i]) for c in inputs]
             self.down_blocks.append(_Level(resnets, attentions(i, len(inputs)), downsampler=sampler))
         # without a norm, as UNet2DModel has it beside "scale_shift"
-        middle = _SelfAttention(channels[-1], attention_head_dim, None, norm_eps)
-        self.mid_block = _Level([residual(channels[-1], channels[-1]) for _ in range(2)], [middle])
+        middle = [_SelfAttention(channels[-1], attention_head_dim, None, norm_eps)] if add_attention else []
+        self.mid_block = _Level([residual(channels[-1], channels[-1]) for _ in range(2)], middle)
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(num_levels)):
             inputs = [channels[min(i + 1, num_levels - 1)]] + [channels[i]] * layers_per_block

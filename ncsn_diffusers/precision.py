@@ -1,6 +1,9 @@
-"""Which number format, and which layout of images in memory, the device computes fast in."""
+"""Which number format, layout of images in memory and kernel of attention the device computes fast with."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DESCRIPTIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -27,3 +30,20 @@ def fast_memory_format(device: torch.device, dtype: torch.dtype, num_dims: int) 
     """
     on_cpu_in_bf16 = device.type == "cpu" and dtype == torch.bfloat16
     return torch.contiguous_format if on_cpu_in_bf16 or num_dims != 2 else torch.channels_last
+
+
+def fast_attention(device: torch.device, dtype: torch.dtype, num_tokens: int) -> AbstractContextManager:
+    """
+    A context to train in, in which attention to this number of tokens is computed by its fused kernel or, where that is
+    faster, by products of matrices.
+
+    The latter is so on a CPU in bfloat16 for few tokens. One thread of an EPYC core, 64 channels, forward and backward:
+
+    | samples × tokens | 32 × 49 | 32 × 64 | 16 × 256 |
+    | --- | --- | --- | --- |
+    | fused kernel, ms | 5.3 | 5.7 | 13.8 |
+    | products, ms | 2.9 | 3.7 | 19.8 |
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16 and num_tokens <= 64:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

@@ -627,6 +627,7 @@ def training(
     train_batch_size: int = 32,
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 1,
+    add_attention: bool = True,
     mixed_precision: str | None = None,
     compile: bool | None = None,
     num_steps: int = 20,
@@ -640,12 +641,13 @@ def training(
     The others are a plain loop (eager, decoded images in memory), the step of diffusers' own script for unconditional
     training (examples/unconditional_image_generation, written out here: an accelerator, DDPM's noise, the average in a
     model of its own, decoded images in memory), the training step on one constant batch, and the network alone, forward
-    and backward.
+    and backward. On a CPU the time is that of the process, so that other work on the machine does not count.
 
     Args:
         train_batch_size: Images per step.
         block_out_channels: The network's channels.
         layers_per_block: The network's layers per level.
+        add_attention: Whether the network has attention.
         mixed_precision: Of all rows: no, fp16 or bf16; by default what training chooses.
         compile: Compile the network of the training step; by default what training chooses for a long run.
         num_steps: Steps per round.
@@ -660,6 +662,7 @@ def training(
                 train_batch_size=train_batch_size,
                 block_out_channels=block_out_channels,
                 layers_per_block=layers_per_block,
+                add_attention=add_attention,
                 mixed_precision=mixed_precision,
                 compile=compile,
                 max_train_steps=1000 + num_steps * 2 * (rounds + 1),
@@ -676,25 +679,28 @@ def training(
             "diffusers' script": make_diffusers_step(trainer, digits),
             "network alone": make_network_step(trainer, digits),
         }
+        on_gpu = trainer.device.type == "cuda"
+        clock = time.perf_counter if on_gpu else time.process_time
         seconds, memory = {name: [] for name in loops}, {}
         for _ in tqdm(range(rounds + 1), unit="round"):
             for name, step in loops.items():
-                if trainer.device.type == "cuda":
+                if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                     torch.cuda.synchronize()
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(num_steps):
                     step()
-                if trainer.device.type == "cuda":
+                if on_gpu:
                     torch.cuda.synchronize()
                     memory[name] = torch.cuda.max_memory_allocated() / 1e9
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
 
     images, mixed_precision = num_steps * train_batch_size, trainer.accelerator.mixed_precision
     print(f"every row in {precision.DESCRIPTIONS[mixed_precision]}")
     for name, times in seconds.items():
         peak = f"   peak memory {memory[name]:.2f} GB" if memory else ""
-        print(f"{name:20} {images / statistics.median(times[1:]):9.1f} images a second{peak}")
+        unit = "second" if on_gpu else "CPU second"
+        print(f"{name:20} {images / statistics.median(times[1:]):9.1f} images a {unit}{peak}")
     for name in [name for name in loops if name != "training step"]:
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["training step"][1:], strict=True)]
         print(f"throughput over {name:20} {statistics.median(ratios):6.3f}   ({min(ratios):.3f} to {max(ratios):.3f})")
@@ -703,7 +709,11 @@ def training(
         for name, times in seconds.items()
     ]
     settings = {"train_batch_size": train_batch_size, "block_out_channels": block_out_channels}
-    settings |= {"layers_per_block": layers_per_block, "mixed_precision": mixed_precision}
+    settings |= {
+        "layers_per_block": layers_per_block,
+        "add_attention": add_attention,
+        "mixed_precision": mixed_precision,
+    }
     save_json(output, rows, **settings, compile=trainer.compiled)
 
 

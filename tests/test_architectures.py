@@ -106,6 +106,7 @@ def test_defaults_are_the_papers():
         ({"class_conditional": True}, "`class_conditional` needs `architecture`='unet'"),
         ({"compile": True}, "`compile` needs `architecture`='unet'"),
         ({"layers_per_block": 1}, "`layers_per_block`=1 is for `architecture`='unet'"),
+        ({"add_attention": False}, "`add_attention`=False is for `architecture`='unet'"),
         ({"block_out_channels": (8, 8)}, r"`block_out_channels` must be at least three .* not \(8, 8\)"),
         ({"block_out_channels": (8, 8, 9)}, "`block_out_channels` must be multiples of 8"),
     ],

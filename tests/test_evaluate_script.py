@@ -1,5 +1,6 @@
 """A whole evaluation: what it writes and returns, how it goes on, and what it refuses."""
 
+import errno
 import importlib
 import itertools
 import json
@@ -453,6 +454,18 @@ def test_other_images_features_and_schedulers(monkeypatch, tmp_path, colored):
         written = results["data", kind]
         assert written.metric_value == round(metrics["posterior"]["operators"]["blurred"][key], 4)
         assert written.metric_name == f"{title} (blurred, 2 images, 2 samples each)"
+
+    # a full disk leaves the card as it was
+    def full_disk(card, path):
+        path.write_text("---\nlicense")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    content = card_path.read_text(encoding="utf-8")
+    monkeypatch.setattr(ModelCard, "save", full_disk)
+    with pytest.raises(OSError, match=r"README\.md could not be written: No space left on device\. Make room and"):
+        run(colored / "pipeline", tmp_path, update_model_card=True, **arguments)
+    assert card_path.read_text(encoding="utf-8") == content
+    assert not (colored / "pipeline" / "incomplete-README.md").exists()
 
 
 # --- What it refuses ---

@@ -39,6 +39,7 @@ def small_nd(sample_size, **arguments):
         {"block_out_channels": (32, 64, 64)},
         {"block_out_channels": (16, 32), "layers_per_block": 2, "conditioning": "sigma"},
         {"block_out_channels": (8,)},
+        {"block_out_channels": (8, 16), "add_attention": False},
     ],
 )
 def test_in_two_dimensions_it_is_a_unet_2d_model(settings):
@@ -49,9 +50,10 @@ def test_in_two_dimensions_it_is_a_unet_2d_model(settings):
     for parameter in unet.parameters():
         parameter += 0.05 * torch.randn_like(parameter)  # biases and norms are not what they begin as
     shared = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
-    shared += ("attention_head_dim", "time_embedding_type", "num_class_embeds")
+    shared += ("attention_head_dim", "time_embedding_type", "num_class_embeds", "add_attention")
     network = UNetNDModel(
         (8, 12),
+        attention_levels=None if config.add_attention else (False, False),
         **{key: unet.config[key] for key in shared},
     ).eval()
     network.load_state_dict(unet.state_dict())
@@ -213,6 +215,27 @@ def test_which_unet_is_trained(size, kind, sentence):
     settings = ("block_out_channels", "layers_per_block", "norm_num_groups", "attention_head_dim", "num_class_embeds")
     images = make_unet(config, (3, 28, 28), num_classes=4)
     assert [network.config[key] for key in settings] == [images.config[key] for key in settings]
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 7), (24,)])
+def test_a_unet_without_attention(size):
+    names = {
+        add_attention: {
+            name
+            for name, _ in make_unet(
+                TrainingConfig(block_out_channels=(8, 16), add_attention=add_attention), (1, *size)
+            ).named_parameters()
+        }
+        for add_attention in (None, True, False)
+    }
+    assert names[None] == names[True] > names[False]
+    # on the way down, in the middle and, twice, on the way up
+    lost = {name.split(".to_")[0] for name in names[True] - names[False] if ".to_" in name}
+    assert lost == {
+        *("down_blocks.1.attentions.0", "mid_block.attentions.0"),
+        *("up_blocks.0.attentions.0", "up_blocks.0.attentions.1"),
+    }
+    assert not any("attentions" in name for name in names[False])
 
 
 def test_sides_that_do_not_fit_are_refused():

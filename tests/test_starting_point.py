@@ -71,6 +71,7 @@ def test_a_run_begins_with_the_weights_of_a_pipeline(small, tmp_path):
     # what was taken from it is recorded, and the rest is the run's own
     recorded = json.loads((tmp_path / "out" / "training_config.json").read_text())
     expected = {**LEVELS, "architecture": "unet", "block_out_channels": [8, 8], "layers_per_block": 1}
+    expected |= {"add_attention": True}  # in the middle alone, as diffusers names it
     expected |= {"conditioning": "timestep", "noise_distribution": "lognormal", "learning_rate": 2e-3}
     assert {name: recorded[name] for name in expected} == expected
     assert recorded["pretrained_model_name_or_path"] == str(tmp_path / "source")
@@ -175,6 +176,7 @@ def test_a_refinenet(small, tmp_path):
         ({"num_train_timesteps": 10}, r"`num_train_timesteps`=10 does not fit .*source', which has 100"),
         ({"block_out_channels": (16, 16)}, r"`block_out_channels`=\(16, 16\) does not fit .* which has \(8, 8\)"),
         ({"layers_per_block": 2}, r"`layers_per_block`=2 does not fit .*source', which has 1"),
+        ({"add_attention": False}, r"`add_attention`=False does not fit .*source', which has True"),
         ({"architecture": "ncsnv2"}, r"`architecture`='ncsnv2' does not fit .*source', which has 'unet'"),
         ({"channels": 3}, r"`channels`: the images have 3, and the network of .*source' takes 1; --channels 1 makes"),
         (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from diffusers.optimization import get_scheduler
 from forked import Forked, run_forked, run_two_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,7 @@ from ncsn_diffusers.training import Trainer, TrainingConfig, checkpoints, make_u
 from ncsn_diffusers.training import trainer as training
 from ncsn_diffusers.training.config import training_command
 from ncsn_diffusers.training.log import LossPerLevel, RunLog
+from ncsn_diffusers.training.network import count_tokens
 
 CPU_HAS_BFLOAT16 = precision.cpu_has_bfloat16  # which conftest.py replaces
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "train_ncsn.py")
@@ -224,6 +227,7 @@ def test_same_seed_same_weights(small):
         {"max_grad_norm": 1e-3},
         {"loss_weighting": "sigma_squared"},
         {"layers_per_block": 2},
+        {"add_attention": False},
         {"num_train_timesteps": 50},
         {"sigma_max": 10.0},
         {"class_conditional": True},
@@ -406,9 +410,34 @@ def test_interrupt_saves_and_goes_on(small, tmp_path, monkeypatch, capfd, number
     captured = capfd.readouterr()
     assert "Interrupted: ending the step, then saving a checkpoint and the pipeline. A second" in captured.err
     assert "Interrupted after 2 of 4 steps" in captured.out
-    assert not (tmp_path / "out" / "samples.png").exists()
-    assert (tmp_path / "out" / "model_index.json").exists()
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [
+        *("checkpoint-2", "log.jsonl", "loss.png", "model_index.json", "scheduler", "training_config.json", "unet")
+    ]
+    assert checkpoints.is_complete(out / "checkpoint-2")
+    averages = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    saved = torch.load(out / "checkpoint-2" / "custom_checkpoint_1.pkl")
+    assert all(torch.equal(averages[name], saved[name]) for name in averages.keys() | saved.keys())
     assert torch.equal(trained_weights(small(resume_from_checkpoint="latest")), whole)
+
+
+def test_a_kill_that_follows_an_interrupt_loses_nothing(small, plain_weights, tmp_path, monkeypatch):
+    """A cluster kills what has not ended some seconds after SIGTERM: the checkpoint comes before the pipeline."""
+    loss = training.score_matching_loss
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    def killed(*_, **__):
+        raise MemoryError("in the place of SIGKILL")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(training, "score_matching_loss", interrupted)
+        patch.setattr(Trainer, "_make_pipeline", killed)
+        train(small())
+    assert checkpoints.latest(tmp_path / "out") == tmp_path / "out" / "checkpoint-1"
+    assert torch.equal(trained_weights(small(resume_from_checkpoint="latest")), plain_weights)
 
 
 def test_second_interrupt_ends_at_once(small, monkeypatch):
@@ -582,6 +611,8 @@ def test_resume_errors(small, tmp_path, capsys):
         train(small(resume_from_checkpoint=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"has 2 steps behind it, more than the 1 of the run"):
         train(small(resume_from_checkpoint="latest", max_train_steps=1))
+    with pytest.raises(ValueError, match=r"holds another network than these settings make. add_attention: True → F"):
+        train(small(resume_from_checkpoint="latest", max_train_steps=2, add_attention=False))
     with pytest.raises(ValueError, match=r"holds another network than these settings make. block_out_channels"):
         train(small(resume_from_checkpoint="latest", block_out_channels=(8, 8)))
     capsys.readouterr()
@@ -1754,3 +1785,41 @@ def test_a_grid_that_is_not_finite_does_not_end_the_run(small, tmp_path, monkeyp
 def test_a_schedule_that_needs_rules_is_refused():
     with pytest.raises(ValueError, match=r"`lr_scheduler` must be one of .*, not 'piecewise_constant'"):
         TrainingConfig(lr_scheduler="piecewise_constant")
+
+
+@pytest.mark.parametrize("num_tokens", [49, 100])
+def test_attention_in_bfloat16_on_a_cpu(num_tokens):
+    torch.manual_seed(0)
+    inputs = [torch.randn(4, 2, num_tokens, 16) for _ in range(3)]
+    target = torch.randn(4, 2, num_tokens, 16)
+
+    def gradients(context, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        with context:
+            functional.scaled_dot_product_attention(*leaves).backward(target.to(dtype))
+        return torch.stack([leaf.grad.float() for leaf in leaves])
+
+    right = gradients(nullcontext(), torch.float32)
+    fused = gradients(sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.bfloat16)
+    chosen = gradients(precision.fast_attention(torch.device("cpu"), torch.bfloat16, num_tokens), torch.bfloat16)
+    assert torch.equal(chosen, fused) == (num_tokens > 64)
+    assert (chosen - right).norm() < 1.5 * (fused - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_step_in_bfloat16_on_a_cpu_has_the_faster_attention(small, monkeypatch, mixed_precision):
+    enabled, loss = [], training.score_matching_loss
+
+    def watched(*arguments):
+        enabled.append(torch.backends.cuda.flash_sdp_enabled())  # for all devices, despite its name
+        return loss(*arguments)
+
+    monkeypatch.setattr(training, "score_matching_loss", watched)
+    train(small(mixed_precision=mixed_precision, max_train_steps=1, eval_batch_size=1))
+    assert enabled == [mixed_precision == "no"]
+
+
+def test_tokens_of_the_last_level():
+    assert count_tokens((8, 8, 8), 28, 28) == 49
+    assert count_tokens((8, 8), 9, 6) == 15
+    assert count_tokens((8,), 24) == 24

@@ -9,7 +9,9 @@ from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..atomic_files import replacing
 from ..images import make_grid, to_pil
+from ..kept_batches import GO_ON
 from .calibration import NUM_SIMULATIONS, Calibration
 from .record import (
     BranchRecord,
@@ -286,6 +288,9 @@ def update_model_card(path: Path, record: EvaluationRecord) -> None:
     Args:
         path (`Path`): the card.
         record ([`EvaluationRecord`]): what was found.
+
+    Raises:
+        OSError: the card cannot be written, and stays as it was.
     """
     card = ModelCard.load(path)
     drawn = f"{record.sampling.num_images:,} samples, {record.sampling.evaluations:,} evaluations each"
@@ -312,4 +317,5 @@ def update_model_card(path: Path, record: EvaluationRecord) -> None:
     kept = [r for r in card.data.eval_results or [] if (r.unique_identifier, r.metric_type) not in written]
     card.data.eval_results = kept + results
     card.data.model_name = card.data.model_name or path.resolve().parent.name
-    card.save(path)
+    with replacing(path, GO_ON) as aside:
+        card.save(aside)

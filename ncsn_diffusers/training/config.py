@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "unet": {
         "block_out_channels": (32, 64, 64),
         "layers_per_block": 1,
+        "add_attention": True,
         "prediction_type": "v_prediction",
         "conditioning": "timestep",
         "num_train_timesteps": 1000,
@@ -30,7 +31,7 @@ ARCHITECTURES = {
 
 # The network and what it knows, which a pipeline gives where `pretrained_model_name_or_path` names one
 GIVEN_BY_PIPELINE = (
-    *("architecture", "block_out_channels", "layers_per_block", "prediction_type", "conditioning"),
+    *("architecture", "block_out_channels", "layers_per_block", "add_attention", "prediction_type", "conditioning"),
     *("num_train_timesteps", "sigma_min", "sigma_max"),
 )
 # The last two have defaults that depend on the architecture
@@ -130,6 +131,8 @@ class NetworkSettings:
     default 32 64 64 64, in the papers 128 256 256 256."""
     layers_per_block: int | None = None
     """Residual layers per level of a unet; by default 1."""
+    add_attention: bool | None = None
+    """Self-attention on the last level and in the middle of a unet; by default True."""
     prediction_type: str | None = None
     """What the network predicts: v_prediction, epsilon, sample or score; by default v_prediction, and score for a
     RefineNet."""
@@ -309,6 +312,11 @@ class TrainingConfig(
             raise ValueError(
                 f"`layers_per_block`={self.layers_per_block} is for `architecture`='unet': with {architecture} each "
                 "stage has two residual blocks."
+            )
+        if self.add_attention is not None:
+            raise ValueError(
+                f"`add_attention`={self.add_attention} is for `architecture`='unet': with {architecture} the network "
+                "has no attention."
             )
         if self.block_out_channels is not None and len(self.block_out_channels) < 3:
             raise ValueError(

@@ -54,6 +54,11 @@ def network_class(config: TrainingConfig, *size: int) -> type[UNet2DModel | UNet
     return UNet2DModel if len(size) == 2 and not any(side % divisor for side in size) else UNetNDModel
 
 
+def count_tokens(block_out_channels: Sequence[int], *size: int) -> int:
+    """The points of the last level of a network with these channels, between which [`make_unet`] puts attention."""
+    return math.prod(-(-side // 2 ** (len(block_out_channels) - 1)) for side in size)
+
+
 def describe_choice(config: TrainingConfig, *size: int) -> str:
     """A sentence that says which network is trained, and why where that is not the usual one."""
     chosen, sides = network_class(config, *size).__name__, " × ".join(map(str, size))
@@ -100,10 +105,11 @@ def make_unet(
     config: TrainingConfig, shape: Sequence[int], num_classes: int | None = None
 ) -> UNet2DModel | UNetNDModel:
     """
-    A U-Net for data of this shape, with attention on its last level; [`network_class`] says of which class.
+    A U-Net for data of this shape; [`network_class`] says of which class. With `add_attention` it has self-attention
+    after each residual layer of its last level and in its middle.
 
     Args:
-        config ([`TrainingConfig`]): `block_out_channels`, `layers_per_block`, `conditioning`.
+        config ([`TrainingConfig`]): `block_out_channels`, `layers_per_block`, `add_attention`, `conditioning`.
         shape (`tuple[int, ...]`):
             Of one sample: `(channels, length)`, `(channels, height, width)` or `(channels, depth, height, width)`. The
             network returns as many channels.
@@ -125,14 +131,17 @@ def make_unet(
         # A group of one channel would cancel all that the embeddings of level and class add to it.
         "norm_num_groups": math.gcd(32, math.gcd(*config.block_out_channels) // 4),
         "attention_head_dim": math.gcd(64, config.block_out_channels[-1]),  # diffusers' default, heads of 8, is slow
+        "add_attention": config.add_attention,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
     }
     if network_class(config, *size) is UNetNDModel:
-        return UNetNDModel(tuple(size), **settings)
+        levels = None if config.add_attention else (False,) * num_levels
+        return UNetNDModel(tuple(size), attention_levels=levels, **settings)
+    last = "Attn" if config.add_attention else ""
     return UNet2DModel(
         sample_size=size[0] if size[0] == size[1] else tuple(size),
-        down_block_types=("DownBlock2D",) * (num_levels - 1) + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
+        down_block_types=("DownBlock2D",) * (num_levels - 1) + (f"{last}DownBlock2D",),
+        up_block_types=(f"{last}UpBlock2D",) + ("UpBlock2D",) * (num_levels - 1),
         resnet_time_scale_shift="scale_shift",  # after the norm, where nothing cancels the embeddings
         **settings,
     )

@@ -99,6 +99,7 @@ def fill_settings(config: TrainingConfig, start: StartingPoint) -> TrainingConfi
         "architecture": architecture,
         "block_out_channels": tuple(network.block_out_channels),
         "layers_per_block": None if is_refinenet else network.layers_per_block,
+        "add_attention": None if is_refinenet else any(hasattr(module, "to_q") for module in start.network.modules()),
         **{name: scheduler[name] for name in GIVEN_BY_PIPELINE if name in scheduler},
     }
     for name, value in given.items():

@@ -32,7 +32,7 @@ from ..denoiser import Denoiser
 from ..hub.loading import NCSNPipeline
 from ..hub.upload import BackgroundPush
 from ..images import class_columns
-from ..precision import fast_memory_format
+from ..precision import fast_attention, fast_memory_format
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..score_matching import draw_sigmas, score_matching_loss, stratified
 from ..sheets import sample_sheet
@@ -42,7 +42,7 @@ from .config import FIXED_SETTINGS, TrainingConfig, changed_settings, record_giv
 from .data import Data, choose_noise_levels, open_training_data, open_validation_data
 from .log import RunLog, StepStatistics, save_loss_curve, warn_unless_written
 from .memory import check_disk, check_memory, find_parent
-from .network import check_size, describe_choice, make_network
+from .network import check_size, count_tokens, describe_choice, make_network
 from .processes import interrupts, make_accelerator, together
 from .starting_point import check_images, fill_settings, find_starting_point
 
@@ -128,6 +128,7 @@ class Trainer:
         # The network, and its moving average or else a copy made when needed, which is sampled, evaluated and saved
         self.scheduler = self._make_scheduler(manifest)
         self.unet = self._make_unet()
+        self.num_tokens = count_tokens(self.unet.config.block_out_channels, *self.images.shape[1:])
         self.eval_unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.weights, self.averages = list(self.unet.parameters()), list(self.eval_unet.parameters())
         superseded = checkpoints.find_all(self.output_dir) if self.checkpoint is None else []
@@ -271,8 +272,10 @@ class Trainer:
         return unet
 
     def _memory_format(self) -> torch.memory_format:
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        return fast_memory_format(self.device, dtype, len(self.images.shape) - 1)
+        return fast_memory_format(self.device, self._dtype(), len(self.images.shape) - 1)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
 
     def _compile(self) -> bool:
         """Compile the network if it is asked for, or pays; if not, check that a step fits in the memory."""
@@ -467,7 +470,8 @@ class Trainer:
             labels = self._with_dropout(labels, uniform[2, rows])
             with accelerator.accumulate(self.model):
                 denoiser = Denoiser.of(self.model, self.scheduler, labels)
-                losses = score_matching_loss(denoiser, clean, noise, sigmas[rows], config.loss_weighting)
+                with fast_attention(self.device, self._dtype(), self.num_tokens):
+                    losses = score_matching_loss(denoiser, clean, noise, sigmas[rows], config.loss_weighting)
                 loss = losses.mean()
                 # If the loss is not finite neither is its gradient, which all processes see.
                 accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))

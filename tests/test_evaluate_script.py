@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from typing import get_args

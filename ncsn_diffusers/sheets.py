@@ -66,9 +66,9 @@ def plot_fields(
     marks = [] if measured is None else cut_shown(measured[None])[0]
     num, channels = samples.shape[:2]
     if samples.ndim == 3:
-        columns = min(num, round(0.4 * width))
+        columns = min(num, 4)
         rows = -(-num // columns)
-        figure = Figure((width, 1 + 1.8 * rows), dpi=_WIDTH / width, layout="constrained")
+        figure = Figure((width, 0.1 * width + rows * max(1.2, 0.18 * width)), dpi=_WIDTH / width, layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         if limits is not None:
             low, high = min(low for low, _ in limits), max(high for _, high in limits)
@@ -84,7 +84,8 @@ def plot_fields(
     else:
         columns = min(num, round(0.8 * width) if channels == 1 else MOST_FIELDS_OF_CHANNELS)
         rows = -(-num // columns) if channels == 1 else channels
-        height = 0.1 * width + width / columns * rows * samples.shape[2] / samples.shape[3]
+        wide = (width - 0.8) / columns  # beside the color bar
+        height = 0.1 + rows * (0.1 + wide * samples.shape[2] / samples.shape[3])
         figure = Figure((width, height), dpi=_WIDTH / width, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         panels = [(i // columns, i % columns, i, 0) for i in range(num)]

@@ -137,9 +137,7 @@ class FieldChains(Chains):
             measured = np.full((shape[0], self.num_points), np.nan, np.float32)
             measured[:, stations] = measurement[0]
             measured = measured.reshape(shape)
-            caption = (
-                f"truth, and what {num_stations} {'station measures' if num_stations == 1 else 'stations measure'}"
-            )
+            caption = f"truth and {num_stations} station{'s' if num_stations > 1 else ''}"
             run.limits = find_limits(truth)
             picture = self.plot_one(truth[0], run.limits, measured)
             run.result = Example(truth[0], measured, [(picture, caption)])
@@ -155,16 +153,18 @@ class FieldChains(Chains):
             ).images
             if run.stopped:  # half a chain is no sample
                 return run.result
-            limits = find_limits(np.concatenate([truth, samples]))
-            deviation = samples.std(0, ddof=1)
+            limits, mean, deviation = (
+                find_limits(np.concatenate([truth, samples])),
+                samples.mean(0),
+                samples.std(0, ddof=1),
+            )
+            error = mean - truth[0]
             figures = [
                 (self.plot_one(truth[0], limits, measured), caption),
-                (self.plot_one(samples.mean(0), limits), f"mean of {num_samples} samples"),
-                (
-                    self.plot_one(deviation, [(0, values.max()) for values in cut_shown(deviation[None])[0]]),
-                    "their standard deviation",
-                ),
+                (self.plot_one(mean, limits), f"mean of {num_samples} samples"),
+                (self.plot_one(error, [(-high, high) for high in _find_largest(error)]), "mean minus truth"),
                 *((self.plot_one(sample, limits), f"sample {i}") for i, sample in enumerate(samples[:NUM_SHOWN], 1)),
+                (self.plot_one(deviation, [(0, high) for high in _find_largest(deviation)]), "standard deviation"),
             ]
             return Example(truth[0], measured, figures, samples, self._summarize(truth[0], measured, samples))
 
@@ -189,6 +189,11 @@ class FieldChains(Chains):
             f"standard deviation is {spread}. The truth lies within the samples' range at {share:.0%} of these points; "
             f"right is {right:.0%}, on average over many truths."
         )
+
+
+def _find_largest(field: np.ndarray) -> list[float]:
+    """The largest size of what is shown of each channel."""
+    return [np.abs(values).max() for values in cut_shown(field[None])[0]]
 
 
 class FieldOpening(Opening):

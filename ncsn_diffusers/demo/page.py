@@ -620,7 +620,8 @@ def _measure(gr, page, chains: FieldChains) -> None:
         return [_show_captioned(figures, chains.things, across=3), example.summary if example else ""]
 
     form = _Form(gr, page, "measure", chains.measure, show)
-    unit = chains.unit if chains.has_one_scale else "standard deviations of each channel"
+    unit = chains.unit if chains.has_one_scale else "parts"
+    noise = "Standard deviation" if chains.has_one_scale else "Parts of each channel's standard deviation"
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("A field that the network draws is measured at random points, its stations.")
@@ -631,7 +632,7 @@ def _measure(gr, page, chains: FieldChains) -> None:
                 noise_std = gr.Number(
                     chains.noise_std,
                     label=f"Noise, in {unit}" if unit else "Noise",
-                    info=f"Standard deviation, up to {chains.largest_noise:g}.",
+                    info=f"{noise}, up to {chains.largest_noise:g}.",
                     min_width=140,
                 )
             with gr.Row():

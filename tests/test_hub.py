@@ -329,7 +329,7 @@ def test_a_space_beside_the_model(hub, folder):
     )
     modules = {name for name in files if name.startswith("ncsn_diffusers/")}
     assert {
-        f"ncsn_diffusers/{name}.py" for name in ("demo/page", "ladder", "hub/loading", "sheets", "twisted")
+        f"ncsn_diffusers/{name}.py" for name in ("demo/page", "ladder", "hub/loading", "ranks", "sheets", "twisted")
     } <= modules
     unused = ("sample_images", "likelihood", "score_matching")
     assert not modules & {f"ncsn_diffusers/{name}.py" for name in unused}

@@ -27,7 +27,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMSchedul
 from networks import FieldUNet, Gaussian, GaussianUNet, conditional_unet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image, ImageFile
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pretrained
 from ncsn_diffusers.commands import demo
 from ncsn_diffusers.demo import Chains, FieldChains, launch, page, serve
 from ncsn_diffusers.demo.chains import (
@@ -1109,9 +1109,12 @@ def test_the_command_hands_its_settings_on(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_space_runs_from_its_folder(hub, pipe, tmp_path):
+@pytest.mark.parametrize("name", ["small", "temperature"])
+def test_a_space_runs_from_its_folder(name, hub, pipe, tmp_path):
     """Downloaded, in a process that does not know of this repository, with the model from the Hub."""
     pytest.importorskip("gradio")
+    if name == "temperature":
+        pipe = NCSNPipeline.from_pretrained(pretrained(name))
     push_to_hub(pipe, "digits", space=True)
     space, temporary = tmp_path / "space", tmp_path / "tmp"
     temporary.mkdir()
@@ -1130,8 +1133,12 @@ def test_a_space_runs_from_its_folder(hub, pipe, tmp_path):
             assert process.stdout.readline() == f"{space / 'ncsn_diffusers' / '__init__.py'}\n"
             url = re.search(r"at (http://127\.0\.0\.1:\d+/)", process.stdout.readline())[1]
             visitor = Visitor(url, str(tmp_path / "downloads"))
-            shown = visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0]
-            assert same(read_figures(shown)[0][0], draw(pipe, None, 1, 2, 4))
+            if name == "temperature":
+                shown, summary, _ = visitor("measure", "any", 90, 0.2, 3, 5, 1)
+                assert len(read_figures(shown)) == 6 and " K (RMSE)" in summary
+            else:
+                shown = visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0]
+                assert same(read_figures(shown)[0][0], draw(pipe, None, 1, 2, 4))
             assert list(temporary.glob("ncsn-demo-*"))
         finally:
             process.terminate()

@@ -1109,12 +1109,12 @@ def test_the_command_hands_its_settings_on(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["small", "temperature"])
-def test_a_space_runs_from_its_folder(name, hub, pipe, tmp_path):
+@pytest.mark.parametrize("kind", ["images", "fields"])
+def test_a_space_runs_from_its_folder(kind, hub, pipe, tmp_path):
     """Downloaded, in a process that does not know of this repository, with the model from the Hub."""
     pytest.importorskip("gradio")
-    if name == "temperature":
-        pipe = NCSNPipeline.from_pretrained(pretrained(name))
+    if kind == "fields":
+        pipe = NCSNPipeline.from_pretrained(pretrained("temperature"))
     push_to_hub(pipe, "digits", space=True)
     space, temporary = tmp_path / "space", tmp_path / "tmp"
     temporary.mkdir()
@@ -1133,7 +1133,7 @@ def test_a_space_runs_from_its_folder(name, hub, pipe, tmp_path):
             assert process.stdout.readline() == f"{space / 'ncsn_diffusers' / '__init__.py'}\n"
             url = re.search(r"at (http://127\.0\.0\.1:\d+/)", process.stdout.readline())[1]
             visitor = Visitor(url, str(tmp_path / "downloads"))
-            if name == "temperature":
+            if kind == "fields":
                 shown, summary, _ = visitor("measure", "any", 90, 0.2, 3, 5, 1)
                 assert len(read_figures(shown)) == 6 and " K (RMSE)" in summary
             else:

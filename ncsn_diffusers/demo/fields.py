@@ -2,7 +2,7 @@
 What the demo page draws of pipelines whose samples are no images: signals, maps and volumes, in the units of the data.
 
 A field that is drawn from the model is measured at a few points, its stations, and samples are drawn given the
-measurement. So there is a truth to compare them with, of which the model is right: what is wrong then is the sampler.
+measurement. So there is a truth to compare them with, about which the model is right: errors are the sampler's.
 """
 
 import math

@@ -532,11 +532,14 @@ def test_fields_are_drawn_as_the_pipeline_draws_them(shape):
     assert same(pictures, chains.to_pictures(samples, chains.find_limits(samples)))
 
 
-@pytest.mark.parametrize(("shape", "units"), [((1, 5, 6), [KELVIN]), ((2, 24), [KELVIN]), ((2, 7), [KELVIN, VOLTS])])
-def test_a_measured_field_has_the_exact_posterior_mean(shape, units):
+@pytest.mark.parametrize(
+    ("shape", "units", "number"),
+    [((1, 5, 6), [KELVIN], 4), ((2, 24), [KELVIN], 1), ((2, 7), [KELVIN, VOLTS], 2), ((1, 3, 4, 2), [KELVIN], 23)],
+)
+def test_a_measured_field_has_the_exact_posterior_mean(shape, units, number):
     gaussian, pipe = field_pipeline(shape, units)
     chains = FieldChains(pipe, max_images=400)
-    share, number = 0.2, 4  # standard deviations of the data; stations
+    share = 0.2  # standard deviations of the data
     noise_std = share if len(units) > 1 else share * 12
     _, example = end(chains.measure("any", number, noise_std, 400, 40, 5))
     np.testing.assert_array_equal(example.truth, draw(pipe, None, 5)[0])
@@ -546,7 +549,7 @@ def test_a_measured_field_has_the_exact_posterior_mean(shape, units):
     known = torch.from_numpy(known.ravel())
     y = standardize(np.nan_to_num(example.measured)[None], pipe)[0, known]
     truth = standardize(example.truth[None], pipe)[0]
-    assert 0.2 < (y - truth[known]).square().mean().sqrt() / (share / 2) < 2
+    assert 0.1 < (y - truth[known]).square().mean().sqrt() / (share / 2) < 2
     cross = gaussian.covariance[:, known]
     gain = cross @ torch.linalg.inv(cross[known] + (share / 2) ** 2 * torch.eye(int(known.sum())))
     mean = gaussian.mean + gain @ (y - gaussian.mean[known])
@@ -566,7 +569,7 @@ def test_a_measured_field_has_the_exact_posterior_mean(shape, units):
     assert f"samples' range at {inside:.0%} of these points; right is 100%" in example.summary  # 399/401
     assert " K (RMSE" in example.summary
     assert [caption for _, caption in example.figures] == [
-        "truth and 4 stations",
+        "truth and 1 station" if number == 1 else f"truth and {number} stations",
         "mean of 400 samples",
         "mean minus truth",
         "sample 1",
@@ -807,64 +810,6 @@ def test_what_cannot_be_drawn_at_the_opening_is_said():
     for tab in ("draw", "inpaint", "restore", "compare"):
         with pytest.raises(FloatingPointError, match="AnnealedLangevinScheduler"):
             opening.wait(tab)
-
-
-@pytest.fixture(scope="module")
-def field_url():
-    pytest.importorskip("gradio")
-    with serve(field_pipeline((1, 5, 6))[1]) as url:
-        yield url
-
-
-def list_tabs(url):
-    with urllib.request.urlopen(f"{url}config") as response:
-        components = json.load(response)["components"]
-    return [component["props"]["label"] for component in components if component["type"] == "tabitem"]
-
-
-def test_the_page_of_fields_has_no_tabs_of_images(url, field_url):
-    assert list_tabs(url) == ["Draw", "Inpaint", "Restore", "Compare"]
-    assert list_tabs(field_url) == ["Draw", "Measure", "Compare"]
-    with urllib.request.urlopen(f"{field_url}gradio_api/info") as response:
-        names = json.load(response)["named_endpoints"]
-    assert "/measure" in names and not {name for name in names if re.search("inpaint|restore|upload|example", name)}
-
-
-def test_the_page_of_fields_draws_measures_and_compares(field_url, tmp_path):
-    _, pipe = field_pipeline((1, 5, 6))
-    chains, visitor = FieldChains(pipe), Visitor(field_url, str(tmp_path / "downloads"))
-    shown, slider, _, status = visitor("draw", "any", 30, "HeunDiscreteScheduler", 4, 2)
-    frames, samples = end(chains.draw("any", 30, "HeunDiscreteScheduler", 4, 2))
-    limits = chains.find_limits(samples)
-    (denoised, caption), (noisy, _) = read_figures(shown)
-    assert caption == "denoised" and "Done." in status and slider["maximum"] == 25
-    assert same(denoised, chains.to_pictures(samples, limits))
-    shown, _ = visitor("go_back", 2)  # under the same colors
-    (denoised, _), (noisy, _) = read_figures(shown)
-    assert same(denoised, chains.to_pictures(frames[1].denoised, limits))
-    assert same(noisy, chains.to_pictures(frames[1].noisy, limits))
-    shown, summary, status = visitor("measure", "any", 4, 2.5, 3, 5, 7)
-    _, example = end(chains.measure("any", 4, 2.5, 3, 5, 7))
-    assert summary == example.summary and "Done." in status
-    expected = [(caption, pictures) for pictures, caption in example.figures]
-    for (pictures, caption), (name, wanted) in zip(read_figures(shown), expected, strict=True):
-        assert caption == name and same(pictures, wanted)
-    shown, _ = visitor("compare", "any", 5, ["AnnealedLangevinScheduler", "DDIMScheduler"], 2, 2)
-    samples = draw(pipe, None, 2, 2, 5)
-    (pictures, _), (_, caption) = read_figures(shown)
-    assert same(pictures, chains.to_pictures(samples, chains.find_limits(samples))) and caption == "DDIM, 5 evaluations"
-
-
-def test_the_page_of_fields_opens_with_plots(field_url):
-    assert "After step 50 of 50." in call(field_url, "open_draw", [])
-    assert "right is 80%" in call(field_url, "open_measure", [])
-    assert "DPM-Solver++, 20 evaluations" in call(field_url, "open_compare", [])
-
-
-def test_what_is_wrong_with_a_measurement_is_said_at_its_field(field_url):
-    answer = json.loads(call(field_url, "measure", list({**FIELD_GOOD, "noise_std": -1}.values())))["detail"]
-    assert [found["is_valid"] for found in answer] == [True, True, False, True, True, True]
-    assert answer[2]["message"] == "Noise must be a number from 0 to 120, not -1."
 
 
 def call(url, name, data):
@@ -1144,3 +1089,64 @@ def test_a_space_runs_from_its_folder(kind, hub, pipe, tmp_path):
             process.terminate()
     assert process.returncode == 0
     assert not list(temporary.glob("ncsn-demo-*"))
+
+
+# --- The page of fields: at the end, for a second server takes the folder of uploads from the first ---
+
+
+@pytest.fixture(scope="module")
+def field_url():
+    pytest.importorskip("gradio")
+    with serve(field_pipeline((1, 5, 6))[1]) as url:
+        yield url
+
+
+def list_tabs(url):
+    with urllib.request.urlopen(f"{url}config") as response:
+        components = json.load(response)["components"]
+    return [component["props"]["label"] for component in components if component["type"] == "tabitem"]
+
+
+def test_the_page_of_fields_has_no_tabs_of_images(url, field_url):
+    assert list_tabs(url) == ["Draw", "Inpaint", "Restore", "Compare"]
+    assert list_tabs(field_url) == ["Draw", "Measure", "Compare"]
+    with urllib.request.urlopen(f"{field_url}gradio_api/info") as response:
+        names = json.load(response)["named_endpoints"]
+    assert "/measure" in names and not {name for name in names if re.search("inpaint|restore|upload|example", name)}
+
+
+def test_the_page_of_fields_draws_measures_and_compares(field_url, tmp_path):
+    _, pipe = field_pipeline((1, 5, 6))
+    chains, visitor = FieldChains(pipe), Visitor(field_url, str(tmp_path / "downloads"))
+    shown, slider, _, status = visitor("draw", "any", 30, "HeunDiscreteScheduler", 4, 2)
+    frames, samples = end(chains.draw("any", 30, "HeunDiscreteScheduler", 4, 2))
+    limits = chains.find_limits(samples)
+    (denoised, caption), (noisy, _) = read_figures(shown)
+    assert caption == "denoised" and "Done." in status and slider["maximum"] == 25
+    assert same(denoised, chains.to_pictures(samples, limits))
+    shown, _ = visitor("go_back", 2)  # under the same colors
+    (denoised, _), (noisy, _) = read_figures(shown)
+    assert same(denoised, chains.to_pictures(frames[1].denoised, limits))
+    assert same(noisy, chains.to_pictures(frames[1].noisy, limits))
+    shown, summary, status = visitor("measure", "any", 4, 2.5, 3, 5, 7)
+    _, example = end(chains.measure("any", 4, 2.5, 3, 5, 7))
+    assert summary == example.summary and "Done." in status
+    expected = [(caption, pictures) for pictures, caption in example.figures]
+    for (pictures, caption), (name, wanted) in zip(read_figures(shown), expected, strict=True):
+        assert caption == name and same(pictures, wanted)
+    shown, _ = visitor("compare", "any", 5, ["AnnealedLangevinScheduler", "DDIMScheduler"], 2, 2)
+    samples = draw(pipe, None, 2, 2, 5)
+    (pictures, _), (_, caption) = read_figures(shown)
+    assert same(pictures, chains.to_pictures(samples, chains.find_limits(samples))) and caption == "DDIM, 5 evaluations"
+
+
+def test_the_page_of_fields_opens_with_plots(field_url):
+    assert "After step 50 of 50." in call(field_url, "open_draw", [])
+    assert "right is 80%" in call(field_url, "open_measure", [])
+    assert "DPM-Solver++, 20 evaluations" in call(field_url, "open_compare", [])
+
+
+def test_what_is_wrong_with_a_measurement_is_said_at_its_field(field_url):
+    answer = json.loads(call(field_url, "measure", list({**FIELD_GOOD, "noise_std": -1}.values())))["detail"]
+    assert [found["is_valid"] for found in answer] == [True, True, False, True, True, True]
+    assert answer[2]["message"] == "Noise must be a number from 0 to 120, not -1."

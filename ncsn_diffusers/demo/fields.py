@@ -135,7 +135,7 @@ class FieldChains(Chains):
             noise = torch.randn(measurement.shape, generator=generator)
             measurement = measurement + torch.as_tensor(noise_std).reshape(-1, 1) * noise
             measured = np.full((shape[0], self.num_points), np.nan, np.float32)
-            measured[:, stations] = measurement[0]
+            measured[:, stations.numpy()] = measurement[0].numpy()  # a tensor of one index would be a number
             measured = measured.reshape(shape)
             caption = f"truth and {num_stations} station{'s' if num_stations > 1 else ''}"
             run.limits = find_limits(truth)

@@ -620,8 +620,8 @@ def _measure(gr, page, chains: FieldChains) -> None:
         return [_show_captioned(figures, chains.things, across=3), example.summary if example else ""]
 
     form = _Form(gr, page, "measure", chains.measure, show)
-    unit = chains.unit if chains.has_one_scale else "parts"
-    noise = "Standard deviation" if chains.has_one_scale else "Parts of each channel's standard deviation"
+    unit = (chains.unit and f"in {chains.unit}") if chains.has_one_scale else "relative"
+    noise = "Standard deviation" if chains.has_one_scale else "In standard deviations of each channel"
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("A field that the network draws is measured at random points, its stations.")
@@ -631,7 +631,7 @@ def _measure(gr, page, chains: FieldChains) -> None:
                 stations = gr.Number(chains.num_stations, label="Stations", info=most, min_width=120)
                 noise_std = gr.Number(
                     chains.noise_std,
-                    label=f"Noise, in {unit}" if unit else "Noise",
+                    label=f"Noise, {unit}" if unit else "Noise",
                     info=f"{noise}, up to {chains.largest_noise:g}.",
                     min_width=140,
                 )

@@ -14,8 +14,8 @@ EXAMPLE = "ncsn-diffusers demo my-ncsn --open_browser"
 @dataclass
 class DemoConfig:
     """
-    Try a pipeline in the browser: draw, inpaint, restore, compare schedulers; of signals, maps and volumes draw, measure,
-    compare. Needs gradio, the extra `demo`.
+    Try a pipeline in the browser: draw, inpaint, restore, compare schedulers; of signals, maps and volumes: draw,
+    measure, compare. Needs gradio, the extra `demo`.
 
     The page is for this computer alone unless `host` says otherwise. Nothing that is uploaded to it is kept.
     """

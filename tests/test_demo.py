@@ -24,14 +24,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
-from networks import Gaussian, GaussianUNet, conditional_unet, quiet_pipeline, small_unet, train_sigmas
+from networks import FieldUNet, Gaussian, GaussianUNet, conditional_unet, quiet_pipeline, small_unet, train_sigmas
 from PIL import Image, ImageFile
 
-from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline
+from ncsn_diffusers import AnnealedLangevinScheduler, NCSNInpaintPipeline, NCSNPipeline, pretrained
 from ncsn_diffusers.commands import demo
-from ncsn_diffusers.demo import Chains, launch, page, serve
+from ncsn_diffusers.demo import Chains, FieldChains, launch, page, serve
 from ncsn_diffusers.demo.chains import (
     MAX_FRAMES,
+    MAX_FRAMES_OF_FIELDS,
     MAX_SEED,
     FieldError,
     Opening,
@@ -88,7 +89,7 @@ def end(run):
 def draw(pipe, scheduler=None, seed=0, num_images=1, levels=None, **arguments):
     """What the pipeline itself draws."""
     scheduler = (scheduler or type(pipe.scheduler)).from_config(pipe.scheduler.config)
-    pipe = quiet_pipeline(pipe.unet, scheduler)
+    pipe = quiet_pipeline(**{**pipe.components, "scheduler": scheduler})
     generators = make_generators(seed, range(num_images))
     return pipe(batch_size=num_images, num_inference_steps=levels, generator=generators, **arguments).images
 
@@ -480,8 +481,190 @@ def test_limits_and_networks_that_cannot_be_shown():
     for name in ("max_evaluations", "max_images"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, not 0"):
             Chains(quiet_pipeline(small_unet()), **{name: 0})
-    with pytest.raises(ValueError, match="1, 3 or 4 channels, and the network has 2"):
+    with pytest.raises(ValueError, match="`Chains` is for images, and this pipeline draws fields"):
         Chains(quiet_pipeline(small_unet(channels=2, out_channels=2)))
+    with pytest.raises(ValueError, match="`FieldChains` is for fields, and this pipeline draws images"):
+        FieldChains(quiet_pipeline(small_unet()))
+
+
+# --- Fields ---
+
+KELVIN, VOLTS = (280.0, 12.0), (2e-6, 1e-6)  # mean and standard deviation
+
+
+def field_pipeline(shape, units=(KELVIN, VOLTS), unit="K"):
+    """The exact network of correlated fields, and their Gaussian in the network's units."""
+    channels, *sizes = shape
+    positions = torch.cartesian_prod(*[torch.arange(float(size)) for size in sizes]).reshape(-1, len(sizes))
+    across = 0.6 + 0.4 * torch.eye(channels).double()
+    covariance = 0.25 * torch.kron(across, torch.exp(-torch.cdist(positions, positions).double() / 3))
+    gaussian = Gaussian(torch.linspace(-0.2, 0.2, len(covariance)), covariance)
+    scheduler = AnnealedLangevinScheduler()
+    network = FieldUNet(gaussian, shape, train_sigmas(scheduler))
+    means, stds = zip(*(units[i % len(units)] for i in range(channels)), strict=True)
+    arguments = {"data_mean": list(means), "data_std": list(stds), "value_range": None, "data_unit": unit}
+    return gaussian, quiet_pipeline(network, scheduler, **arguments)
+
+
+def standardize(field, pipe):
+    """As rows, in the network's units, by their definition."""
+    return pipe.units.to_network(torch.as_tensor(field)).flatten(1).double()
+
+
+FIELDS = [(1, 24), (2, 7), (1, 5, 6), (2, 3, 4), (1, 3, 4, 2), (9, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", FIELDS)
+def test_fields_are_drawn_as_the_pipeline_draws_them(shape):
+    _, pipe = field_pipeline(shape)
+    chains = FieldChains(pipe)
+    frames, samples = end(chains.draw("any", 60, "AnnealedLangevinScheduler", 3, 2))
+    np.testing.assert_array_equal(samples, draw(pipe, None, 3, 2, 60))
+    assert samples.shape == (2, *shape)
+    assert len(frames) == MAX_FRAMES_OF_FIELDS and frames[-1].step == 60
+    shown = samples[:, :8, shape[1] // 2] if len(shape) == 4 else samples  # eight channels, the middle slice
+    spread = chains.pipe.units.scale(torch.zeros(1, *shape)).flatten()[: shown.shape[1]].numpy()
+    spread = spread.reshape(-1, *[1] * (shown.ndim - 2))
+    np.testing.assert_allclose(frames[-1].denoised / spread, shown / spread, rtol=0, atol=0.05)  # in data's units
+    assert np.abs((frames[0].noisy - shown) / spread).mean() > 5  # not clipped
+    _, ((pictures, _),) = end(chains.compare("any", 5, ["HeunDiscreteScheduler"], 3, 2))
+    samples = draw(pipe, HeunDiscreteScheduler, 3, 2, 3)
+    assert same(pictures, chains.to_pictures(samples, chains.find_limits(samples)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "units", "number"),
+    [((1, 5, 6), [KELVIN], 4), ((2, 24), [KELVIN], 1), ((2, 7), [KELVIN, VOLTS], 2), ((1, 3, 4, 2), [KELVIN], 23)],
+)
+def test_a_measured_field_has_the_exact_posterior_mean(shape, units, number):
+    gaussian, pipe = field_pipeline(shape, units)
+    chains = FieldChains(pipe, max_images=400)
+    share = 0.2  # standard deviations of the data
+    noise_std = share if len(units) > 1 else share * 12
+    _, example = end(chains.measure("any", number, noise_std, 400, 40, 5))
+    np.testing.assert_array_equal(example.truth, draw(pipe, None, 5)[0])
+    known = ~np.isnan(example.measured)
+    assert (known.reshape(shape[0], -1).sum(1) == number).all() and (known == known[:1]).all()
+    # the textbook's formula, in the network's units, where the noise is half of `share`
+    known = torch.from_numpy(known.ravel())
+    y = standardize(np.nan_to_num(example.measured)[None], pipe)[0, known]
+    truth = standardize(example.truth[None], pipe)[0]
+    assert 0.1 < (y - truth[known]).square().mean().sqrt() / (share / 2) < 2
+    cross = gaussian.covariance[:, known]
+    gain = cross @ torch.linalg.inv(cross[known] + (share / 2) ** 2 * torch.eye(int(known.sum())))
+    mean = gaussian.mean + gain @ (y - gaussian.mean[known])
+    deviation = (gaussian.covariance - gain @ cross.T).diag().sqrt()
+    samples = standardize(example.samples, pipe)
+    # four standard errors of 400 samples, and 1 % of the data's deviation
+    assert ((samples.mean(0) - mean).abs() < 4 * deviation / 20 + 0.005).all()
+    assert abs(samples.std(0) / deviation - 1).max() < 0.2
+    # the summary is of the points between
+    between = np.isnan(example.measured)[0]
+    errors = (example.samples.mean(0) - example.truth)[:, between]
+    for error, spread in zip(errors, example.samples.var(0, ddof=1)[:, between], strict=True):
+        for value in (error, spread**0.5):
+            assert f"{(value.astype(float) ** 2).mean() ** 0.5:.2g}" in example.summary
+    values, truths = example.samples[:, :, between], example.truth[:, between]
+    inside = ((values.min(0) < truths) & (truths < values.max(0))).mean()
+    assert f"samples' range at {inside:.0%} of these points; right is 100%" in example.summary  # 399/401
+    assert " K (RMSE" in example.summary
+    assert [caption for _, caption in example.figures] == [
+        "truth and 1 station" if number == 1 else f"truth and {number} stations",
+        "mean of 400 samples",
+        "mean minus truth",
+        "sample 1",
+        "sample 2",
+        "standard deviation",
+    ]
+
+
+def test_the_range_of_nine_samples_holds_the_truth_as_often_as_is_right(monkeypatch):
+    monkeypatch.setattr(FieldChains, "plot_one", lambda *_: [])  # plots take the time
+    _, pipe = field_pipeline((1, 24))
+    pipe.register_to_config(num_inference_steps=12)
+    chains, shares = FieldChains(pipe), []
+    for seed in range(40):
+        _, example = end(chains.measure("any", 3, 1.2, 9, 12, 100 * seed))
+        shares.append(int(re.search(r"range at (\d+)% of these points; right is 80%", example.summary)[1]))
+    assert np.mean(shares) == pytest.approx(80, abs=3 * np.std(shares) / 40**0.5)
+
+
+def test_without_noise_the_stations_are_kept():
+    _, pipe = field_pipeline((1, 5, 6))
+    _, example = end(FieldChains(pipe).measure("any", 6, 0, 3, 5, 1))
+    known = ~np.isnan(example.measured)
+    np.testing.assert_array_equal(example.measured[known], example.truth[known])
+    np.testing.assert_allclose(example.samples[:, known], np.tile(example.truth[known], (3, 1)), atol=1e-3)  # kelvin
+
+
+def test_a_stopped_measurement_has_no_samples():
+    _, pipe = field_pipeline((1, 24))
+    run = FieldChains(pipe).measure("any", 3, 1.2, 4, 20, 0)
+    run.stop()
+    assert end(run)[1] is None and len(run.frames) == 1
+    run = FieldChains(pipe).measure("any", 3, 1.2, 4, 20, 0)
+    watch = run.watch
+
+    def stop_in_the_second_chain():
+        run.stopped = run.result is not None
+        return watch()
+
+    run.watch = stop_in_the_second_chain
+    _, example = end(run)
+    assert example.samples is None and example.summary == ""
+    assert [caption for _, caption in example.figures] == ["truth and 3 stations"]
+
+
+FIELD_GOOD = {"label": "any", "num_stations": 3, "noise_std": 1.2, "num_samples": 2, "levels": 2, "seed": 0}
+FIELD_BAD = [
+    ("num_stations", 0, "Stations must be a whole number from 1 to 23, not 0."),
+    ("num_stations", 24, "Stations must be a whole number from 1 to 23, not 24."),
+    ("num_stations", [3], "Stations must be a whole number from 1 to 23, not [3]."),
+    ("noise_std", -0.1, "Noise must be a number from 0 to 120, not -0.1."),
+    ("noise_std", 121, "Noise must be a number from 0 to 120, not 121."),
+    ("noise_std", math.nan, "Noise must be a number from 0 to 120, not nan."),
+    ("noise_std", math.inf, "Noise must be a number from 0 to 120, not inf."),
+    ("noise_std", "much", "Noise must be a number from 0 to 120, not 'much'."),
+    ("num_samples", 1, "Samples must be a whole number from 2 to 16, not 1."),
+    ("num_samples", 17, "Samples must be a whole number from 2 to 16, not 17."),
+    ("levels", 101, "Noise levels must be a whole number from 1 to 100, not 101."),
+    ("seed", None, SEED + "empty."),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "sentence"), FIELD_BAD)
+def test_bad_measurements_are_refused(field, value, sentence):
+    chains = FieldChains(field_pipeline((1, 24))[1])
+    with pytest.raises(FieldError) as error:
+        chains.measure(**{**FIELD_GOOD, field: value})
+    assert str(error.value) == sentence and error.value.field == field
+
+
+def test_what_plots_leave_out_is_said():
+    def describe(shape):
+        return FieldChains(field_pipeline(shape)[1])
+
+    assert describe((1, 24)).part == describe((8, 3, 4)).part == ""
+    assert describe((9, 24)).part == "Shown: the first 8 of 9 channels."
+    shown = "Shown: the first 8 of 9 channels and the middle slice of each volume."
+    assert describe((9, 2, 2, 2)).part == shown
+    chains = describe((2, 3, 4))  # a sheet of maps of several channels has six at most
+    assert chains.max_images == 6 and chains.max_samples == 16
+    with pytest.raises(FieldError, match="Samples must be a whole number from 1 to 6, not 7"):
+        chains.draw("any", 3, "AnnealedLangevinScheduler", 0, 7)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8), (1, 3, 5, 8)])
+def test_colors_stand_for_the_values_that_are_given(shape):
+    chains = FieldChains(field_pipeline(shape)[1])
+
+    def count(values, color):
+        (picture,) = chains.to_pictures(np.full((1, *shape), values, np.float32), [(270, 290)])
+        return (np.asarray(picture) == color).all(-1).sum()
+
+    dark, bright = (68, 1, 84), (253, 231, 36)  # the ends of viridis
+    assert count(260, dark) > 10_000 and count(300, bright) > 10_000
+    assert count(280, dark) < 5000 and count(280, bright) < 5000  # the color bar's
 
 
 # --- Uploads ---
@@ -871,9 +1054,12 @@ def test_the_command_hands_its_settings_on(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_space_runs_from_its_folder(hub, pipe, tmp_path):
+@pytest.mark.parametrize("kind", ["images", "fields"])
+def test_a_space_runs_from_its_folder(kind, hub, pipe, tmp_path):
     """Downloaded, in a process that does not know of this repository, with the model from the Hub."""
     pytest.importorskip("gradio")
+    if kind == "fields":
+        pipe = NCSNPipeline.from_pretrained(pretrained("temperature"))
     push_to_hub(pipe, "digits", space=True)
     space, temporary = tmp_path / "space", tmp_path / "tmp"
     temporary.mkdir()
@@ -892,10 +1078,75 @@ def test_a_space_runs_from_its_folder(hub, pipe, tmp_path):
             assert process.stdout.readline() == f"{space / 'ncsn_diffusers' / '__init__.py'}\n"
             url = re.search(r"at (http://127\.0\.0\.1:\d+/)", process.stdout.readline())[1]
             visitor = Visitor(url, str(tmp_path / "downloads"))
-            shown = visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0]
-            assert same(read_figures(shown)[0][0], draw(pipe, None, 1, 2, 4))
+            if kind == "fields":
+                shown, summary, _ = visitor("measure", "any", 90, 0.2, 3, 5, 1)
+                assert len(read_figures(shown)) == 6 and " K (RMSE)" in summary
+            else:
+                shown = visitor("draw", "any", 4, "AnnealedLangevinScheduler", 1, 2)[0]
+                assert same(read_figures(shown)[0][0], draw(pipe, None, 1, 2, 4))
             assert list(temporary.glob("ncsn-demo-*"))
         finally:
             process.terminate()
     assert process.returncode == 0
     assert not list(temporary.glob("ncsn-demo-*"))
+
+
+# --- The page of fields: at the end, for a second server takes the folder of uploads from the first ---
+
+
+@pytest.fixture(scope="module")
+def field_url():
+    pytest.importorskip("gradio")
+    with serve(field_pipeline((1, 5, 6))[1]) as url:
+        yield url
+
+
+def list_tabs(url):
+    with urllib.request.urlopen(f"{url}config") as response:
+        components = json.load(response)["components"]
+    return [component["props"]["label"] for component in components if component["type"] == "tabitem"]
+
+
+def test_the_page_of_fields_has_no_tabs_of_images(url, field_url):
+    assert list_tabs(url) == ["Draw", "Inpaint", "Restore", "Compare"]
+    assert list_tabs(field_url) == ["Draw", "Measure", "Compare"]
+    with urllib.request.urlopen(f"{field_url}gradio_api/info") as response:
+        names = json.load(response)["named_endpoints"]
+    assert "/measure" in names and not {name for name in names if re.search("inpaint|restore|upload|example", name)}
+
+
+def test_the_page_of_fields_draws_measures_and_compares(field_url, tmp_path):
+    _, pipe = field_pipeline((1, 5, 6))
+    chains, visitor = FieldChains(pipe), Visitor(field_url, str(tmp_path / "downloads"))
+    shown, slider, _, status = visitor("draw", "any", 30, "HeunDiscreteScheduler", 4, 2)
+    frames, samples = end(chains.draw("any", 30, "HeunDiscreteScheduler", 4, 2))
+    limits = chains.find_limits(samples)
+    (denoised, caption), (noisy, _) = read_figures(shown)
+    assert caption == "denoised" and "Done." in status and slider["maximum"] == 25
+    assert same(denoised, chains.to_pictures(samples, limits))
+    shown, _ = visitor("go_back", 2)  # under the same colors
+    (denoised, _), (noisy, _) = read_figures(shown)
+    assert same(denoised, chains.to_pictures(frames[1].denoised, limits))
+    assert same(noisy, chains.to_pictures(frames[1].noisy, limits))
+    shown, summary, status = visitor("measure", "any", 4, 2.5, 3, 5, 7)
+    _, example = end(chains.measure("any", 4, 2.5, 3, 5, 7))
+    assert summary == example.summary and "Done." in status
+    expected = [(caption, pictures) for pictures, caption in example.figures]
+    for (pictures, caption), (name, wanted) in zip(read_figures(shown), expected, strict=True):
+        assert caption == name and same(pictures, wanted)
+    shown, _ = visitor("compare", "any", 5, ["AnnealedLangevinScheduler", "DDIMScheduler"], 2, 2)
+    samples = draw(pipe, None, 2, 2, 5)
+    (pictures, _), (_, caption) = read_figures(shown)
+    assert same(pictures, chains.to_pictures(samples, chains.find_limits(samples))) and caption == "DDIM, 5 evaluations"
+
+
+def test_the_page_of_fields_opens_with_plots(field_url):
+    assert "After step 50 of 50." in call(field_url, "open_draw", [])
+    assert "right is 80%" in call(field_url, "open_measure", [])
+    assert "DPM-Solver++, 20 evaluations" in call(field_url, "open_compare", [])
+
+
+def test_what_is_wrong_with_a_measurement_is_said_at_its_field(field_url):
+    answer = json.loads(call(field_url, "measure", list({**FIELD_GOOD, "noise_std": -1}.values())))["detail"]
+    assert [found["is_valid"] for found in answer] == [True, True, False, True, True, True]
+    assert answer[2]["message"] == "Noise must be a number from 0 to 120, not -1."

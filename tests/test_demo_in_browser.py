@@ -325,6 +325,35 @@ def test_color(tmp_path):
         driver.quit()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_fields(width, tmp_path):
+    pipe = NCSNPipeline.from_pretrained(pretrained("temperature"))
+    pipe.set_progress_bar_config(disable=True)
+    driver = open_browser(tmp_path / "profile", width)
+    try:
+        with serve(pipe) as url:
+            driver.get(url)
+            page = Page(driver)
+            page.wait(lambda: page.captions() == ["denoised", "noisy"])
+            page.open_tab("Measure")
+            page.wait(lambda: len(page.captions()) == 6)
+            if width == 1280:
+                page.screenshot("demo_fields.png")
+            page.fill("Noise", 100)
+            page.click("Measure")
+            page.wait(lambda: "Noise must be a number from 0 to 17, not 100." in page.field("Noise, in K").text)
+            page.fill("Noise", 0.5)
+            page.fill("Stations", 20)
+            page.click("Measure")
+            page.wait(lambda: page.status() == "Done." and page.captions()[0] == "truth and 20 stations")
+            assert "right is 80%" in page.text() and len(page.images()) == 6
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            page.open_tab("Compare")
+            page.wait(lambda: len(page.captions()) == 3)
+    finally:
+        driver.quit()
+
+
 def test_no_image_is_broken(url, tmp_path):
     """Two visitors at once with the same seeds; `NCSN_VISITS` is the number of visits of each."""
     found, faults = [], []

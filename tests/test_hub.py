@@ -339,8 +339,10 @@ def test_a_space_beside_the_model(hub, folder):
         content.decode() for name, content in files.items() if name.endswith(".dist-info/METADATA")
     )
     modules = {name for name in files if name.startswith("ncsn_diffusers/")}
-    assert {f"ncsn_diffusers/{name}.py" for name in ("demo/page", "ladder", "hub/loading", "twisted")} <= modules
-    unused = ("sample_images", "sheets", "likelihood", "score_matching")
+    assert {
+        f"ncsn_diffusers/{name}.py" for name in ("demo/page", "ladder", "hub/loading", "ranks", "sheets", "twisted")
+    } <= modules
+    unused = ("sample_images", "likelihood", "score_matching")
     assert not modules & {f"ncsn_diffusers/{name}.py" for name in unused}
     for name, content in files.items():  # the package's own code, and none of the training's
         if name.startswith("ncsn_diffusers/"):

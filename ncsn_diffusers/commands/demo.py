@@ -14,7 +14,8 @@ EXAMPLE = "ncsn-diffusers demo my-ncsn --open_browser"
 @dataclass
 class DemoConfig:
     """
-    Try a pipeline in the browser: draw, inpaint, restore, compare schedulers. Needs gradio, the extra `demo`.
+    Try a pipeline in the browser: draw, inpaint, restore, compare schedulers; of signals, maps and volumes: draw,
+    measure, compare. Needs gradio, the extra `demo`.
 
     The page is for this computer alone unless `host` says otherwise. Nothing that is uploaded to it is kept.
     """
@@ -35,7 +36,7 @@ class DemoConfig:
     """Most network evaluations of a chain; a pipeline whose own chain is longer may take that."""
 
     max_images: int = 16
-    """Most images drawn at a time."""
+    """Most images, or other samples, drawn at a time."""
 
     num_parallel: int = 1
     """Runs at a time; further ones wait in a queue."""

@@ -30,6 +30,7 @@ from ..images import make_gaussian_blur, read_image
 from ..pipeline_ncsn_inpaint import NCSNInpaintPipeline
 from ..pipeline_ncsn_posterior import NCSNPosteriorPipeline
 from ..sampling import make_generators
+from ..sheets import Limits, cut_shown
 
 ANY_CLASS = "any"
 IN_TURN = "in turn"  # the image of seed s is of class s modulo their number
@@ -38,6 +39,7 @@ NUM_SAMPLES = 3  # completions and restorations
 NUM_EXAMPLES = 6  # images to be inpainted or restored
 NUM_RESAMPLINGS = 3  # passes a level, the inpainting pipeline's default
 MAX_FRAMES = 50
+MAX_FRAMES_OF_FIELDS = 25  # which take 8 bytes where images take 2
 MAX_COMPARED = 6
 MAX_SEED = 2**32 - 1
 MAX_PIXELS = 2**24  # of an upload
@@ -86,15 +88,16 @@ class Frame:
         step (`int`): The number of steps taken, from 1.
         num_steps (`int`): Those of the whole chain.
         sigma (`float`): The noise level of the step, in the network's units.
-        denoised (`list[PIL.Image.Image]`): The denoised estimates that the step was computed from.
-        noisy (`list[PIL.Image.Image]`): The samples after the step, clipped to the range of images.
+        denoised (`list[PIL.Image.Image]` or `np.ndarray`):
+            The denoised estimates that the step was computed from; of fields, the part that plots show.
+        noisy (as `denoised`): The samples after the step, clipped to the range of images.
     """
 
     step: int
     num_steps: int
     sigma: float
-    denoised: Images
-    noisy: Images
+    denoised: Images | np.ndarray
+    noisy: Images | np.ndarray
 
 
 class Run:
@@ -109,6 +112,7 @@ class Run:
     Attributes:
         frames (`list[Frame]`): The chain so far.
         result: That of the work, or what there is of it.
+        limits (`list`, *optional*): The values that the colors of fields stand for, as soon as they are known.
         stopped (`bool`): Whether somebody has asked the run to stop.
         done (`bool`): Whether the work has ended.
     """
@@ -116,6 +120,7 @@ class Run:
     def __init__(self, work: Callable[["Run"], Any], result: Any = None):
         self.frames: list[Frame] = []
         self.result = result
+        self.limits: Limits | None = None
         self.stopped = False
         self.done = False
         self._error: Exception | None = None
@@ -140,7 +145,7 @@ class Run:
     def watch(self) -> dict[str, Any]:
         """
         Arguments with which a pipeline reports its steps here, and ends when the run is stopped. Of a long chain, at
-        most `MAX_FRAMES` steps are kept, evenly spaced, the last among them.
+        most `MAX_FRAMES` steps are kept, of fields `MAX_FRAMES_OF_FIELDS`, evenly spaced, the last among them.
         """
         return {
             "callback_on_step_end": self._take,
@@ -149,10 +154,12 @@ class Run:
 
     def _take(self, pipe: NCSNPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         pipe._interrupt = self.stopped
-        kept = np.linspace(0, pipe.num_timesteps - 1, min(pipe.num_timesteps, MAX_FRAMES)).round()
+        most = MAX_FRAMES if pipe.draws_images else MAX_FRAMES_OF_FIELDS
+        kept = np.linspace(0, pipe.num_timesteps - 1, min(pipe.num_timesteps, most)).round()
         if step not in kept and not self.stopped:
             return
-        denoised, noisy = (to_images(pipe, pipe.units.to_data(tensors[name])) for name in ("denoised", "latents"))
+        show = to_images if pipe.draws_images else to_fields
+        denoised, noisy = (show(pipe, pipe.units.to_data(tensors[name])) for name in ("denoised", "latents"))
         frame = Frame(step + 1, pipe.num_timesteps, tensors["sigma"].item(), denoised, noisy)
         with self._changed:
             self.frames.append(frame)
@@ -205,7 +212,7 @@ class Chains:
     and returns a run that is yet to begin.
 
     Args:
-        pipe ([`NCSNPipeline`]): The pipeline, of 1, 3 or 4 channels.
+        pipe ([`NCSNPipeline`]): The pipeline, which draws images; for others there is [`FieldChains`].
         max_evaluations (`int`): The most network evaluations of a chain; never less than the pipeline's own chain has.
         max_images (`int`): The most images of a run.
 
@@ -217,15 +224,17 @@ class Chains:
         num_images (`int`): The number of images that drawing begins with.
 
     Raises:
-        ValueError: a limit is below 1, or images of the network's channels cannot be shown.
+        ValueError: a limit is below 1, or the pipeline draws no images.
     """
+
+    of_images = True
+    things = "Images"  # what is drawn
 
     def __init__(self, pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16):
         check_limits(max_evaluations=max_evaluations, max_images=max_images)
-        if pipe.sample_shape[0] not in (1, 3, 4):
-            raise ValueError(
-                f"The page shows images of 1, 3 or 4 channels, and the network has {pipe.sample_shape[0]}."
-            )
+        if pipe.draws_images != self.of_images:
+            wanted, found = ("images", "fields") if self.of_images else ("fields", "images")
+            raise ValueError(f"`{type(self).__name__}` is for {wanted}, and this pipeline draws {found}.")
         self.pipe = pipe
         self.max_images = max_images
         own = type(pipe.scheduler).__name__
@@ -285,7 +294,7 @@ class Chains:
                 images = self._draw(run, pipe, levels[name], seed, num_images, arguments)
                 if not run.stopped:  # half a chain is not to be compared
                     caption = f"{name_scheduler(name)}, {pipe.num_timesteps} evaluations"
-                    run.result = [*run.result, (images, caption)]
+                    run.result = [*run.result, (self.to_pictures(images, run.limits), caption)]
             return run.result
 
         return Run(work, [])
@@ -371,14 +380,25 @@ class Chains:
 
     def _draw(
         self, run: Run, pipe: NCSNPipeline, levels: int, seed: int, num_images: int, arguments: dict[str, Any]
-    ) -> list[Image.Image]:
-        return pipe(
+    ) -> Images | np.ndarray:
+        samples = pipe(
             batch_size=num_images,
             num_inference_steps=levels,
             generator=make_generators(seed, range(num_images)),
             **arguments,
             **run.watch(),
         ).images
+        if run.limits is None and not run.stopped:
+            run.limits = self.find_limits(samples)
+        return samples
+
+    def find_limits(self, samples: Any) -> Limits | None:
+        """The values that the colors of these samples are to stand for; `None` for images, whose colors are fixed."""
+        return None
+
+    def to_pictures(self, samples: Any, limits: Limits | None) -> Images:
+        """What the page shows of samples."""
+        return samples
 
     # Checks: a FieldError with a sentence for the page
 
@@ -397,7 +417,7 @@ class Chains:
 
     def _check_images(self, label: Any, seed: Any, num_images: Any) -> tuple[int, int, dict[str, Any]]:
         seed = check_whole("seed", "Seed", seed, 0, MAX_SEED)
-        num_images = check_whole("num_images", "Images", num_images, 1, self.max_images)
+        num_images = check_whole("num_images", self.things, num_images, 1, self.max_images)
         if self.classes and label == IN_TURN:
             labels = [(seed + i) % self.pipe.num_classes for i in range(num_images)]
             return seed, num_images, {"class_labels": labels}
@@ -492,6 +512,11 @@ def find_levels(scheduler: SchedulerMixin, evaluations: int) -> int:
 def to_images(pipe: NCSNPipeline, samples: torch.Tensor) -> Images:
     """Samples in [0, 1], of any height and width, clipped."""
     return pipe.image_processor.postprocess(samples.clamp(0, 1).cpu(), do_denormalize=[False] * len(samples))
+
+
+def to_fields(pipe: NCSNPipeline, samples: torch.Tensor) -> np.ndarray:
+    """What plots show of samples, in the units of the data."""
+    return cut_shown(samples.numpy(force=True)).astype(np.float32)
 
 
 def fit_image(image: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
@@ -600,22 +625,26 @@ class Opening:
         evaluations (`int`): The network evaluations of each of them.
     """
 
+    TABS = ("draw", "inpaint", "restore", "compare")
+
     def __init__(self, chains: Chains):
-        shape = chains.pipe.sample_shape
-        _, height, width = shape
-        self.mask = "0" * (height // 2 * width) + "1" * ((height - height // 2) * width)
-        blocks = list_blocks(shape)
-        self.damage, self.block = ("pixelated", blocks[-1]) if blocks else ("blurred", None)
-        self.blur, self.noise_std = min(2.0, largest_blur(shape)), 0.05
+        self._prepare(chains.pipe.sample_shape)
         compared = (chains.schedulers[0], "DDIMScheduler", "DPMSolverMultistepScheduler")
         self.compared = list(dict.fromkeys(name for name in compared if name in chains.schedulers))
         self.num_compared = min(4, chains.max_images)
         self.evaluations = min(20, chains.max_evaluations)
         self._chains = chains
-        self._runs: dict[str, Future[Run]] = {tab: Future() for tab in ("draw", "inpaint", "restore", "compare")}
+        self._runs: dict[str, Future[Run]] = {tab: Future() for tab in self.TABS}
         self._running: Run | None = None
         self._closed = False
         threading.Thread(target=self._work, daemon=True).start()
+
+    def _prepare(self, shape: tuple[int, int, int]) -> None:
+        _, height, width = shape
+        self.mask = "0" * (height // 2 * width) + "1" * ((height - height // 2) * width)
+        blocks = list_blocks(shape)
+        self.damage, self.block = ("pixelated", blocks[-1]) if blocks else ("blurred", None)
+        self.blur, self.noise_std = min(2.0, largest_blur(shape)), 0.05
 
     def _work(self) -> None:
         for tab, future in self._runs.items():

@@ -39,6 +39,7 @@ from .chains import (
     name_scheduler,
     read_upload,
 )
+from .fields import NUM_SHOWN, FieldChains, FieldOpening
 from .painter import STYLE as PAINTER_STYLE
 from .painter import make_painter, paint_on
 
@@ -56,6 +57,7 @@ STYLE = (
 .figures figcaption { padding-top: 4px; text-align: center; color: var(--body-text-color); }
 .sheet { display: grid; gap: 2px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
 .sheet img { width: 100%; margin: 0; image-rendering: pixelated; background: var(--background-fill-secondary); }
+.plots .sheet img { image-rendering: auto; }
 .empty { display: grid; place-items: center; min-height: 12em; border: 1px dashed var(--border-color-primary);
   border-radius: 8px; color: var(--body-text-color-subdued); }
 .examples { display: flex; flex-wrap: wrap; gap: 6px; }
@@ -74,6 +76,7 @@ STYLE = (
 @media (max-width: 640px) {
   .figures { grid-template-columns: minmax(0, 1fr); }
   .figures .sheet { max-width: 300px; margin: auto; }
+  .plots .figures .sheet { max-width: none; }
   .tab-container button { padding: 0 8px; }
 }
 """
@@ -116,11 +119,12 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
 
     Raises:
         ImportError: gradio is not installed.
-        ValueError: a limit is below 1, or the network's images cannot be shown.
+        ValueError: a limit is below 1.
     """
     gr = import_gradio()
     check_limits(num_parallel=num_parallel)
-    chains = Chains(pipe, max_evaluations, max_images)
+    of_images = pipe.draws_images
+    chains = (Chains if of_images else FieldChains)(pipe, max_evaluations, max_images)
     source = str(pipe.config.get("_name_or_path") or "")
     name = os.path.basename(source) or "NCSN"
 
@@ -138,20 +142,24 @@ def make_page(pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 
                 ) from error
 
     with Page(title=f"{name}: ncsn_diffusers", analytics_enabled=False, delete_cache=DISK_SECONDS) as page:
-        gr.Markdown(f"# {name}\n{_introduce(source)}")
-        page.opening = Opening(chains)
-        for title, fill in (("Draw", _draw), ("Inpaint", _inpaint), ("Restore", _restore), ("Compare", _compare)):
+        gr.Markdown(f"# {name}\n{_introduce(source, chains)}")
+        page.opening = (Opening if of_images else FieldOpening)(chains)
+        middle = [("Inpaint", _inpaint), ("Restore", _restore)] if of_images else [("Measure", _measure)]
+        for title, fill in (("Draw", _draw), *middle, ("Compare", _compare)):
             with gr.Tab(title):
                 fill(gr, page, chains)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=num_parallel)
 
 
-def _introduce(source: str) -> str:
+def _introduce(source: str, chains: Chains) -> str:
     """A sentence and links, as Markdown."""
     links = [line.split(", ", 1) for line in metadata("ncsn_diffusers").get_all("Project-URL") or []]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
         links.append(("Model", f"https://huggingface.co/{source}"))
-    sentence = "A noise conditional score network turns noise into images, one noise level at a time."
+    drawn = chains.things.lower()
+    sentence = f"A noise conditional score network turns noise into {drawn}, one noise level at a time."
+    if not chains.of_images and chains.part:
+        sentence += f" {chains.part}"
     return sentence + "\n\n" + " · ".join(f"[{name}]({url})" for name, url in links)
 
 
@@ -182,12 +190,26 @@ def _show(figures: Sequence[tuple[Images | Image.Image, str]], across: int | Non
     return f'<div class="figures" style="--across: {across or len(parts)}">{"".join(parts)}</div>'
 
 
-def _show_frame(frame: Frame) -> str:
-    return _show([(frame.denoised, "denoised"), (frame.noisy, "noisy")])
+def _show_frame(chains: Chains, run: Run, frame: Frame) -> str:
+    """Both under the same colors, and all frames of a run that is over, too."""
+    limits = run.limits or chains.find_limits(frame.denoised)
+    kinds = {"denoised": frame.denoised, "noisy": frame.noisy}
+    return _show(
+        [(chains.to_pictures(samples, limits), kind) for kind, samples in kinds.items()],
+        across=None if chains.of_images else 1,
+    )
 
 
-def _show_captioned(result: Sequence[tuple[Images | Image.Image, str]] | None) -> str:
-    return _show(result) if result else '<div class="empty">The images come here.</div>'
+def _make_place(gr: ModuleType, chains: Chains) -> Any:
+    """Where a tab shows images or plots."""
+    classes = None if chains.of_images else "plots"
+    return gr.HTML(_show_captioned(None, chains.things), elem_classes=classes, apply_default_css=False)
+
+
+def _show_captioned(
+    result: Sequence[tuple[Images | Image.Image, str]] | None, things: str = "Images", across: int | None = None
+) -> str:
+    return _show(result, across) if result else f'<div class="empty">The {things.lower()} come here.</div>'
 
 
 def _status(frame: Frame | None, text: str = "") -> str:
@@ -344,9 +366,10 @@ def _class_field(gr, chains: Chains, first: str = ANY_CLASS):
     return gr.Dropdown(choices, value=choices[0], label="Class", visible=bool(chains.classes), min_width=140)
 
 
-def _seed_field(gr):
+def _seed_field(gr, chains: Chains):
+    thing = chains.things.lower().removesuffix("s")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", info="The same seed draws the same image.", min_width=160, scale=1)
+        seed = gr.Number(0, label="Seed", info=f"The same seed draws the same {thing}.", min_width=160, scale=1)
         dice = gr.Button("🎲", elem_classes="dice", min_width=48, scale=0)
     dice.click(None, None, seed, js=f"() => Math.floor({LARGEST_ROLL} * Math.random())")
     return seed
@@ -357,7 +380,7 @@ def _evaluations_field(gr, chains: Chains, value: int):
 
 
 def _images_field(gr, chains: Chains, value: int):
-    return gr.Number(value, label="Images", info=f"Up to {chains.max_images}.", min_width=120)
+    return gr.Number(value, label=chains.things, info=f"Up to {chains.max_images}.", min_width=120)
 
 
 def _levels_field(gr, chains: Chains, evaluations_each: int):
@@ -440,26 +463,27 @@ def _image_field(gr, form: _Form, chains: Chains, target: Any, show: Callable[[I
 def _draw(gr, page, chains: Chains) -> None:
     def show(run, frame):
         if frame is not None:
-            return [_show_frame(frame), gr.skip(), gr.skip()]
+            return [_show_frame(chains, run, frame), gr.skip(), gr.skip()]
         if not run.frames:
             return [gr.skip(), gr.skip(), gr.skip()]
         number, last = len(run.frames), run.frames[-1]
         if run.result is not None:
             last.denoised = run.result
+            run.limits = run.limits or chains.find_limits(run.result)
         slider = gr.Slider(1, max(number, 2), value=number, interactive=number > 1)
-        return [_show_frame(last), slider, describe(last)]
+        return [_show_frame(chains, run, last), slider, describe(last)]
 
     def describe(frame):
         return f"After step {frame.step} of {frame.num_steps}. Noise level: σ = {frame.sigma:.3g}"
 
     def go_back(run, position):
         if run is None or not run.done:
-            raise gr.Error("There is no chain to go back through yet: draw an image first.", print_exception=False)
+            raise gr.Error("There is no chain to go back through yet: draw first.", print_exception=False)
         number = len(run.frames)
         if isinstance(position, bool) or not isinstance(position, int | float) or not 1 <= position <= number:
             raise gr.Error(f"The chain has positions from 1 to {number}, and no other.", print_exception=False)
         frame = run.frames[int(position) - 1]
-        return _show_frame(frame), describe(frame)
+        return _show_frame(chains, run, frame), describe(frame)
 
     form = _Form(gr, page, "draw", chains.draw, show)
     with gr.Row():
@@ -469,10 +493,10 @@ def _draw(gr, page, chains: Chains) -> None:
             with gr.Row():
                 evaluations = _evaluations_field(gr, chains, chains.evaluations)
                 number = _images_field(gr, chains, chains.num_images)
-            seed = _seed_field(gr)
+            seed = _seed_field(gr, chains)
             form.add_buttons("Draw")
         with gr.Column(scale=2):
-            images = gr.HTML(_show_captioned(None), apply_default_css=False)
+            images = _make_place(gr, chains)
             back = gr.Slider(1, 2, value=1, step=1, label="Back through the chain", interactive=False)
             level = gr.Markdown()
             examples = gr.Column()
@@ -504,7 +528,7 @@ def _list_drawings(chains: Chains) -> list[tuple[str, list]]:
     fast = "DPMSolverMultistepScheduler"
     if fast in chains.schedulers and chains.max_evaluations >= 10:
         examples.append(("10 evaluations", [IN_TURN, 10, fast, 0, number]))
-    examples.append(("One image", [IN_TURN, chains.evaluations, own, 3, 1]))
+    examples.append((f"One {chains.things.lower()[:-1]}", [IN_TURN, chains.evaluations, own, 3, 1]))
     return [(name, [value if i or chains.classes else ANY_CLASS for i, value in enumerate(v)]) for name, v in examples]
 
 
@@ -527,9 +551,9 @@ def _inpaint(gr, page, chains: Chains) -> None:
             with gr.Row():
                 label = _class_field(gr, chains)
                 levels = _levels_field(gr, chains, 1 + NUM_RESAMPLINGS)
-            seed = _seed_field(gr)
+            seed = _seed_field(gr, chains)
             form.add_buttons("Inpaint")
-            completions = gr.HTML(_show_captioned(None), apply_default_css=False)
+            completions = _make_place(gr, chains)
     with chooser:
 
         def put(image, mask):
@@ -573,14 +597,56 @@ def _restore(gr, page, chains: Chains) -> None:
             with gr.Row():
                 label = _class_field(gr, chains)
                 levels = _levels_field(gr, chains, 2)
-            seed = _seed_field(gr)
+            seed = _seed_field(gr, chains)
             form.add_buttons("Restore")
-            restored = gr.HTML(_show_captioned(None), apply_default_css=False)
+            restored = _make_place(gr, chains)
     damage.change(choose_fields, damage, [block, blur], queue=False, api_visibility="private", show_progress="hidden")
     with chooser:
         image = _image_field(gr, form, chains, chosen, lambda image, _: f'<img src="{_to_url(image)}" alt="the image">')
     fields = {"image": image, "damage": damage, "block": block, "blur": blur, "noise_std": noise_std}
     form.wire({**fields, "label": label, "levels": levels, "seed": seed}, [restored])
+
+
+def _measure(gr, page, chains: FieldChains) -> None:
+    def show(run, frame):
+        example = run.result
+        figures = list(example.figures) if example else []
+        if example is None or example.samples is None:  # under way, or stopped
+            frame = frame or (run.frames[-1] if run.frames else None)
+            names = ["truth"] if example is None else [f"sample {i + 1}" for i in range(NUM_SHOWN)]
+            if frame is not None and len(frame.denoised) >= len(names):  # not the truth's last frame once more
+                pairs = zip(names, frame.denoised, strict=False)
+                figures += [(chains.plot_one(field, run.limits), f"{name}, denoised") for name, field in pairs]
+        return [_show_captioned(figures, chains.things, across=3), example.summary if example else ""]
+
+    form = _Form(gr, page, "measure", chains.measure, show)
+    unit = (chains.unit and f"in {chains.unit}") if chains.has_one_scale else "relative"
+    noise = "Standard deviation" if chains.has_one_scale else "In standard deviations of each channel"
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            gr.Markdown("A field that the network draws is measured at random points, its stations.")
+            label = _class_field(gr, chains)
+            with gr.Row():
+                most = f"Up to {chains.num_points - 1} of {chains.num_points} points."
+                stations = gr.Number(chains.num_stations, label="Stations", info=most, min_width=120)
+                noise_std = gr.Number(
+                    chains.noise_std,
+                    label=f"Noise, {unit}" if unit else "Noise",
+                    info=f"{noise}, up to {chains.largest_noise:g}.",
+                    min_width=140,
+                )
+            with gr.Row():
+                number = gr.Number(
+                    chains.num_samples, label="Samples", info=f"From 2 to {chains.max_samples}.", min_width=120
+                )
+                levels = _levels_field(gr, chains, 2)
+            seed = _seed_field(gr, chains)
+            form.add_buttons("Measure")
+        with gr.Column(scale=2, min_width=300):
+            summary = gr.Markdown()
+            place = _make_place(gr, chains)
+    fields = {"label": label, "num_stations": stations, "noise_std": noise_std, "num_samples": number}
+    form.wire({**fields, "levels": levels, "seed": seed}, [place, summary])
 
 
 def _compare(gr, page, chains: Chains) -> None:
@@ -589,8 +655,9 @@ def _compare(gr, page, chains: Chains) -> None:
     def show(run, frame):
         figures = list(run.result)
         if frame is not None and not run.done:
-            figures.append((frame.denoised, "denoised"))
-        return [_show(figures, across=min(3, max(2, len(figures)))) if figures else gr.skip()]
+            figures.append((chains.to_pictures(frame.denoised, run.limits), "denoised"))
+        across = min(3, max(2, len(figures))) if chains.of_images else 1
+        return [_show(figures, across) if figures else gr.skip()]
 
     form = _Form(gr, page, "compare", chains.compare, show)
     with gr.Row():
@@ -606,9 +673,9 @@ def _compare(gr, page, chains: Chains) -> None:
             with gr.Row():
                 evaluations = _evaluations_field(gr, chains, opening.evaluations)
                 number = _images_field(gr, chains, opening.num_compared)
-            seed = _seed_field(gr)
+            seed = _seed_field(gr, chains)
             form.add_buttons("Compare")
         with gr.Column(scale=2):
-            images = gr.HTML(_show_captioned(None), apply_default_css=False)
+            images = _make_place(gr, chains)
     fields = {"label": label, "evaluations": evaluations, "schedulers": schedulers, "seed": seed, "num_images": number}
     form.wire(fields, [images])

@@ -14,7 +14,10 @@ from pathlib import Path
 GRADIO = "6.31.0"  # the version that the page was made with, which the extra `demo` asks for at least
 PACKAGE = Path(__file__).parent.parent
 # Of the package's dependencies, those that these modules import.
-REQUIREMENTS = ("accelerate", "diffusers", "huggingface_hub", "numpy", "pillow", "safetensors", "torch", "tqdm", "tyro")
+REQUIREMENTS = (
+    *("accelerate", "diffusers", "huggingface_hub", "matplotlib", "numpy", "pillow", "safetensors", "torch", "tqdm"),
+    "tyro",
+)
 
 
 def collect_space_files(repo_id: str, license: str | None = None) -> dict[str, bytes | Path]:
@@ -84,7 +87,7 @@ def _make_card(repo_id: str, license: str | None) -> str:
         *terms,
         f"models:\n- {json.dumps(repo_id)}",
     ]
-    text = f"""Draws, inpaints and restores images with the noise conditional score network
+    text = f"""Draws samples, from nothing or from what is left of one, with the noise conditional score network
 [{repo_id}](https://huggingface.co/{repo_id}).
 
 It also runs on your own computer: download the files of this Space, `pip install -r requirements.txt`, and

@@ -251,7 +251,7 @@ def test_the_report_states_what_the_metrics_depend_on(pipeline, evaluation):
     for fact in (
         "66 samples, 2 network evaluations each: AnnealedLangevinScheduler, num_inference_steps=2, seed 0, float32",
         "Reference: 134 images of `train` of MNIST (the embedded 10,000 digits); held out: 66 others of the same",
-        "Features: 64 of the digit classifier",
+        "Features: 64 of the classifier of digits of ncsn_diffusers",
         "| images | 66 | 66 |",
         row("Fréchet distance", "{0[frechet_distance]:.4g}".format),
         row(

@@ -91,7 +91,7 @@ def test_defaults_are_the_papers():
     config = TrainingConfig(architecture="ncsnv2")
     assert (config.num_train_timesteps, config.sigma_max, config.sigma_min) == ("auto", "auto", 0.02)
     config = TrainingConfig()
-    assert (config.architecture, config.layers_per_block, config.block_out_channels) == ("unet", 1, (32, 64, 64))
+    assert (config.architecture, config.layers_per_block, config.block_out_channels) == ("unet", 1, None)  # by size
     assert (config.num_train_timesteps, config.sigma_max, config.sigma_min) == (1000, 50.0, 0.01)
     assert (config.prediction_type, config.conditioning) == ("v_prediction", "timestep")
     assert (config.noise_distribution, config.loss_weighting) == ("lognormal", "edm")

@@ -15,7 +15,8 @@ from ncsn_diffusers import AnnealedLangevinScheduler, NCSNPipeline
 from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.networks_nd import GaussianResidualModel, UNetNDModel
 from ncsn_diffusers.training import TrainingConfig, make_unet, train
-from ncsn_diffusers.training.network import describe_choice
+from ncsn_diffusers.training.config import training_command
+from ncsn_diffusers.training.network import channels_of, count_tokens, describe_choice
 
 
 @pytest.fixture
@@ -215,6 +216,30 @@ def test_which_unet_is_trained(size, kind, sentence):
     settings = ("block_out_channels", "layers_per_block", "norm_num_groups", "attention_head_dim", "num_class_embeds")
     images = make_unet(config, (3, 28, 28), num_classes=4)
     assert [network.config[key] for key in settings] == [images.config[key] for key in settings]
+
+
+@pytest.mark.parametrize(
+    ("size", "num_levels"),
+    [
+        *(((28, 28), 3), ((96, 96), 3), ((100, 96), 4), ((128, 128), 4), ((256, 256), 5)),
+        *(((2000,), 3), ((4000,), 4), ((32, 32, 32), 3), ((64, 64, 64), 4)),
+    ],
+)
+def test_larger_data_are_halved_more_often(size, num_levels):
+    """So that no more than 576 points attend to each other."""
+    config = TrainingConfig()
+    channels = (32,) + (64,) * (num_levels - 1)
+    assert channels_of(config, *size) == channels
+    assert count_tokens(channels, *size) <= 576 and (num_levels == 3 or count_tokens(channels[:-1], *size) > 576)
+    said = f"For this size it has --block_out_channels {' '.join(map(str, channels))}."
+    assert (said in describe_choice(config, *size)) == (num_levels > 3)
+    assert "block_out_channels" not in training_command(config)
+    asked = TrainingConfig(block_out_channels=(32, 64, 64))
+    assert channels_of(asked, *size) == (32, 64, 64)
+    assert "--block_out_channels 32 64 64" in training_command(asked)
+    assert "For this size" not in describe_choice(asked, *size)
+    if len(size) == 2:
+        assert tuple(make_unet(config, (1, *size)).config.block_out_channels) == channels
 
 
 @pytest.mark.parametrize("size", [(28, 28), (9, 7), (24,)])

@@ -13,8 +13,7 @@ from ..dataset_settings import ArraySettings, DatasetSettings, without_parents
 _REFINENET = {"block_out_channels": (32, 64, 64, 64), "prediction_type": "score", "conditioning": "sigma"}
 _PAPERS = {"sigma_min": 0.02, "noise_distribution": "uniform", "loss_weighting": "sigma_squared"}
 ARCHITECTURES = {
-    "unet": {
-        "block_out_channels": (32, 64, 64),
+    "unet": {  # its `block_out_channels` depend on the size of the data
         "layers_per_block": 1,
         "add_attention": True,
         "prediction_type": "v_prediction",
@@ -126,9 +125,9 @@ class NetworkSettings:
     """unet; or a RefineNet that returns the score: of the 2019 paper (ncsn) or the 2020 paper (ncsnv2). By default
     unet."""
     block_out_channels: tuple[int, ...] | None = None
-    """Channels of each level of the network, which each but the last halves the image; by default 32 64 64. Of a
-    RefineNet, channels of each stage: the last two are dilated, those between them and the first halve the image; by
-    default 32 64 64 64, in the papers 128 256 256 256."""
+    """Channels of each level of the network, which each but the last halves the image; by default 32 64 64, and as many
+    further levels of 64 as leave at most 24 × 24 points. Of a RefineNet, channels of each stage: the last two are
+    dilated, those between them and the first halve the image; by default 32 64 64 64, in the papers 128 256 256 256."""
     layers_per_block: int | None = None
     """Residual layers per level of a unet; by default 1."""
     add_attention: bool | None = None
@@ -275,8 +274,9 @@ class TrainingConfig(
         for name in ("ema_max_decay", "class_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, not {getattr(self, name)}.")
-        if starts_anew and (not self.block_out_channels or any(channels % 8 for channels in self.block_out_channels)):
-            raise ValueError(f"`block_out_channels` must be multiples of 8, not {self.block_out_channels}.")
+        channels = self.block_out_channels
+        if starts_anew and channels is not None and (not channels or any(number % 8 for number in channels)):
+            raise ValueError(f"`block_out_channels` must be multiples of 8, not {channels}.")
         if self.architecture not in (None, "unet"):
             self._check_refinenet()
         if self.streaming and self.max_train_steps is None:

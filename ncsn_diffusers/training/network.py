@@ -11,6 +11,21 @@ from ..networks_nd import UNetNDModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig
 
+_MOST_TOKENS = 576  # 24 × 24 points that attend to each other; more take most of a step
+
+
+def channels_of(config: TrainingConfig, *size: int) -> tuple[int, ...]:
+    """
+    `block_out_channels`, or, where a unet has none, 32 64 64 and as many further levels of 64 as leave at most 576
+    points on the last one: a level more for images of 128 × 128, two for 256 × 256.
+    """
+    if config.block_out_channels is not None:
+        return config.block_out_channels
+    channels = (32, 64, 64)
+    while count_tokens(channels, *size) > _MOST_TOKENS:
+        channels += (64,)
+    return channels
+
 
 def check_size(config: TrainingConfig, *size: int) -> None:
     """
@@ -19,7 +34,8 @@ def check_size(config: TrainingConfig, *size: int) -> None:
     Raises:
         ValueError: there are not 1 to 3 sides, or they cannot be halved as often as `block_out_channels` requires.
     """
-    num_levels, sides = len(config.block_out_channels), "×".join(map(str, size))
+    channels, sides = channels_of(config, *size), "×".join(map(str, size))
+    num_levels = len(channels)
     if config.architecture != "unet":
         if len(size) != 2:
             raise ValueError(
@@ -30,7 +46,7 @@ def check_size(config: TrainingConfig, *size: int) -> None:
         if min(size) < least:
             raise ValueError(
                 f"`resolution`: images of {sides} are halved {num_levels - 3} times by `block_out_channels`="
-                f"{config.block_out_channels}, and 2 pixels must be left; both sides must be at least {least}."
+                f"{channels}, and 2 pixels must be left; both sides must be at least {least}."
             )
         return
     if not 1 <= len(size) <= 3:
@@ -39,7 +55,7 @@ def check_size(config: TrainingConfig, *size: int) -> None:
     if max(size) < least:
         raise ValueError(
             f"Data of {sides} are a single point before they are halved {num_levels - 1} times, as "
-            f"`block_out_channels`={config.block_out_channels} requires: the longest side must be at least {least}."
+            f"`block_out_channels`={channels} requires: the longest side must be at least {least}."
         )
 
 
@@ -50,7 +66,7 @@ def network_class(config: TrainingConfig, *size: int) -> type[UNet2DModel | UNet
     """
     if config.architecture != "unet":
         return RefineNet2DModel
-    divisor = 2 ** (len(config.block_out_channels) - 1)
+    divisor = 2 ** (len(channels_of(config, *size)) - 1)
     return UNet2DModel if len(size) == 2 and not any(side % divisor for side in size) else UNetNDModel
 
 
@@ -62,14 +78,13 @@ def count_tokens(block_out_channels: Sequence[int], *size: int) -> int:
 def describe_choice(config: TrainingConfig, *size: int) -> str:
     """A sentence that says which network is trained, and why where that is not the usual one."""
     chosen, sides = network_class(config, *size).__name__, " × ".join(map(str, size))
-    if chosen != "UNetNDModel":
-        return f"The network is a {chosen} for images of {sides}."
-    if len(size) != 2:
-        return f"The network is a UNetNDModel for {'signals' if len(size) == 1 else 'volumes'} of {sides}."
-    return (
-        f"The network is a UNetNDModel for images of {sides}: a UNet2DModel needs sides that are multiples of "
-        f"{2 ** (len(config.block_out_channels) - 1)}."
-    )
+    channels, what = channels_of(config, *size), {1: "signals", 2: "images", 3: "volumes"}[len(size)]
+    sentence = f"The network is a {chosen} for {what} of {sides}"
+    if chosen == "UNetNDModel" and len(size) == 2:
+        sentence += f": a UNet2DModel needs sides that are multiples of {2 ** (len(channels) - 1)}"
+    if config.block_out_channels is None and len(channels) > 3:
+        sentence += f". For this size it has --block_out_channels {' '.join(map(str, channels))}"
+    return f"{sentence}."
 
 
 def make_network(
@@ -121,16 +136,17 @@ def make_unet(
     """
     channels, *size = shape
     check_size(config, *size)
-    num_levels = len(config.block_out_channels)
+    block_out_channels = channels_of(config, *size)
+    num_levels = len(block_out_channels)
     settings = {
         "in_channels": channels,
         "out_channels": channels,
         "time_embedding_type": "fourier" if config.conditioning == "sigma" else "positional",
         "layers_per_block": config.layers_per_block,
-        "block_out_channels": config.block_out_channels,
+        "block_out_channels": block_out_channels,
         # A group of one channel would cancel all that the embeddings of level and class add to it.
-        "norm_num_groups": math.gcd(32, math.gcd(*config.block_out_channels) // 4),
-        "attention_head_dim": math.gcd(64, config.block_out_channels[-1]),  # diffusers' default, heads of 8, is slow
+        "norm_num_groups": math.gcd(32, math.gcd(*block_out_channels) // 4),
+        "attention_head_dim": math.gcd(64, block_out_channels[-1]),  # diffusers' default, heads of 8, is slow
         "add_attention": config.add_attention,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
     }

@@ -627,7 +627,7 @@ def training(
     train_batch_size: int = 32,
     block_out_channels: tuple[int, ...] = (32, 64, 64),
     layers_per_block: int = 1,
-    add_attention: bool = True,
+    add_attention: bool | None = None,
     mixed_precision: str | None = None,
     compile: bool | None = None,
     num_steps: int = 20,
@@ -647,7 +647,7 @@ def training(
         train_batch_size: Images per step.
         block_out_channels: The network's channels.
         layers_per_block: The network's layers per level.
-        add_attention: Whether the network has attention.
+        add_attention: Whether the network has attention; by default as training chooses.
         mixed_precision: Of all rows: no, fp16 or bf16; by default what training chooses.
         compile: Compile the network of the training step; by default what training chooses for a long run.
         num_steps: Steps per round.

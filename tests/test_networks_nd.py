@@ -16,7 +16,7 @@ from ncsn_diffusers.denoiser import Denoiser
 from ncsn_diffusers.networks_nd import GaussianResidualModel, UNetNDModel
 from ncsn_diffusers.training import TrainingConfig, make_unet, train
 from ncsn_diffusers.training.config import training_command
-from ncsn_diffusers.training.network import channels_of, count_tokens, describe_choice
+from ncsn_diffusers.training.network import channels_of, count_tokens, describe_choice, has_attention
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_which_unet_is_trained(size, kind, sentence):
 @pytest.mark.parametrize(
     ("size", "num_levels"),
     [
-        *(((28, 28), 3), ((96, 96), 3), ((100, 96), 4), ((128, 128), 4), ((256, 256), 5)),
+        *(((28, 28), 3), ((32, 32), 3), ((36, 36), 3), ((96, 96), 3), ((100, 96), 4), ((128, 128), 4), ((256, 256), 5)),
         *(((2000,), 3), ((4000,), 4), ((32, 32, 32), 3), ((64, 64, 64), 4)),
     ],
 )
@@ -240,9 +240,12 @@ def test_larger_data_are_halved_more_often(size, num_levels):
     assert "For this size" not in describe_choice(asked, *size)
     if len(size) == 2:
         assert tuple(make_unet(config, (1, *size)).config.block_out_channels) == channels
+    assert has_attention(config, *size) == (count_tokens(channels, *size) > 64) == (size not in ((28, 28), (32, 32)))
+    for asked in (True, False):
+        assert has_attention(TrainingConfig(add_attention=asked), *size) == asked
 
 
-@pytest.mark.parametrize("size", [(28, 28), (9, 7), (24,)])
+@pytest.mark.parametrize("size", [(16, 16), (9, 7), (24,)])
 def test_a_unet_without_attention(size):
     names = {
         add_attention: {
@@ -253,7 +256,7 @@ def test_a_unet_without_attention(size):
         }
         for add_attention in (None, True, False)
     }
-    assert names[None] == names[True] > names[False]
+    assert names[None] == names[False] < names[True]
     # on the way down, in the middle and, twice, on the way up
     lost = {name.split(".to_")[0] for name in names[True] - names[False] if ".to_" in name}
     assert lost == {

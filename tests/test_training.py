@@ -227,7 +227,7 @@ def test_same_seed_same_weights(small):
         {"max_grad_norm": 1e-3},
         {"loss_weighting": "sigma_squared"},
         {"layers_per_block": 2},
-        {"add_attention": False},
+        {"add_attention": True},
         {"num_train_timesteps": 50},
         {"sigma_max": 10.0},
         {"class_conditional": True},
@@ -611,8 +611,8 @@ def test_resume_errors(small, tmp_path, capsys):
         train(small(resume_from_checkpoint=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"has 2 steps behind it, more than the 1 of the run"):
         train(small(resume_from_checkpoint="latest", max_train_steps=1))
-    with pytest.raises(ValueError, match=r"holds another network than these settings make. add_attention: True → F"):
-        train(small(resume_from_checkpoint="latest", max_train_steps=2, add_attention=False))
+    with pytest.raises(ValueError, match=r"holds another network than these settings make. add_attention: None → T"):
+        train(small(resume_from_checkpoint="latest", max_train_steps=2, add_attention=True))
     with pytest.raises(ValueError, match=r"holds another network than these settings make. block_out_channels"):
         train(small(resume_from_checkpoint="latest", block_out_channels=(8, 8)))
     capsys.readouterr()
@@ -1755,7 +1755,9 @@ def test_no_norm_takes_the_embeddings_away(channels):
 
 @pytest.mark.parametrize(("channels", "heads"), [(64, 1), (96, 3), (128, 2), (40, 5)])
 def test_heads_of_attention_are_as_wide_as_fits(channels, heads):
-    attention = make_unet(TrainingConfig(block_out_channels=(32, channels)), (1, 8, 8)).mid_block.attentions[0]
+    attention = make_unet(
+        TrainingConfig(block_out_channels=(32, channels), add_attention=True), (1, 8, 8)
+    ).mid_block.attentions[0]
     assert attention.heads == heads
     assert attention.inner_dim == channels
 
@@ -1763,7 +1765,7 @@ def test_heads_of_attention_are_as_wide_as_fits(channels, heads):
 def test_default_network_is_small_and_fits_digits():
     unet = make_unet(TrainingConfig(), (1, 28, 28))
     assert unet.config.sample_size == 28
-    assert sum(p.numel() for p in unet.parameters()) == 1_191_105
+    assert sum(p.numel() for p in unet.parameters()) == 1_124_161
     scheduler = AnnealedLangevinScheduler()
     x = torch.randn(2, 1, 28, 28)
     assert (

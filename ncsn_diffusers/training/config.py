@@ -13,9 +13,8 @@ from ..dataset_settings import ArraySettings, DatasetSettings, without_parents
 _REFINENET = {"block_out_channels": (32, 64, 64, 64), "prediction_type": "score", "conditioning": "sigma"}
 _PAPERS = {"sigma_min": 0.02, "noise_distribution": "uniform", "loss_weighting": "sigma_squared"}
 ARCHITECTURES = {
-    "unet": {  # its `block_out_channels` depend on the size of the data
+    "unet": {  # its `block_out_channels` and `add_attention` depend on the size of the data
         "layers_per_block": 1,
-        "add_attention": True,
         "prediction_type": "v_prediction",
         "conditioning": "timestep",
         "num_train_timesteps": 1000,
@@ -131,7 +130,8 @@ class NetworkSettings:
     layers_per_block: int | None = None
     """Residual layers per level of a unet; by default 1."""
     add_attention: bool | None = None
-    """Self-attention on the last level and in the middle of a unet; by default True."""
+    """Self-attention on the last level and in the middle of a unet; by default where the last level has more than 8 × 8
+    points."""
     prediction_type: str | None = None
     """What the network predicts: v_prediction, epsilon, sample or score; by default v_prediction, and score for a
     RefineNet."""

@@ -11,6 +11,7 @@ from ..networks_nd import UNetNDModel
 from ..scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingConfig
 
+_FEW_TOKENS = 64
 _MOST_TOKENS = 576  # 24 × 24 points that attend to each other; more take most of a step
 
 
@@ -25,6 +26,16 @@ def channels_of(config: TrainingConfig, *size: int) -> tuple[int, ...]:
     while count_tokens(channels, *size) > _MOST_TOKENS:
         channels += (64,)
     return channels
+
+
+def has_attention(config: TrainingConfig, *size: int) -> bool:
+    """
+    `add_attention`, or, where a unet has none, whether the last level has more than 64 points. The convolutions on so
+    few see all of them, and training is faster without attention; docs/training.md has what was measured.
+    """
+    if config.add_attention is not None:
+        return config.add_attention
+    return count_tokens(channels_of(config, *size), *size) > _FEW_TOKENS
 
 
 def check_size(config: TrainingConfig, *size: int) -> None:
@@ -120,7 +131,7 @@ def make_unet(
     config: TrainingConfig, shape: Sequence[int], num_classes: int | None = None
 ) -> UNet2DModel | UNetNDModel:
     """
-    A U-Net for data of this shape; [`network_class`] says of which class. With `add_attention` it has self-attention
+    A U-Net for data of this shape; [`network_class`] says of which class. If [`has_attention`], it has self-attention
     after each residual layer of its last level and in its middle.
 
     Args:
@@ -137,7 +148,7 @@ def make_unet(
     channels, *size = shape
     check_size(config, *size)
     block_out_channels = channels_of(config, *size)
-    num_levels = len(block_out_channels)
+    num_levels, attends = len(block_out_channels), has_attention(config, *size)
     settings = {
         "in_channels": channels,
         "out_channels": channels,
@@ -147,13 +158,13 @@ def make_unet(
         # A group of one channel would cancel all that the embeddings of level and class add to it.
         "norm_num_groups": math.gcd(32, math.gcd(*block_out_channels) // 4),
         "attention_head_dim": math.gcd(64, block_out_channels[-1]),  # diffusers' default, heads of 8, is slow
-        "add_attention": config.add_attention,
+        "add_attention": attends,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
     }
     if network_class(config, *size) is UNetNDModel:
-        levels = None if config.add_attention else (False,) * num_levels
+        levels = None if attends else (False,) * num_levels
         return UNetNDModel(tuple(size), attention_levels=levels, **settings)
-    last = "Attn" if config.add_attention else ""
+    last = "Attn" if attends else ""
     return UNet2DModel(
         sample_size=size[0] if size[0] == size[1] else tuple(size),
         down_block_types=("DownBlock2D",) * (num_levels - 1) + (f"{last}DownBlock2D",),

@@ -37,10 +37,10 @@ def small_nd(sample_size, **arguments):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"block_out_channels": (32, 64, 64)},
-        {"block_out_channels": (16, 32), "layers_per_block": 2, "conditioning": "sigma"},
-        {"block_out_channels": (8,)},
-        {"block_out_channels": (8, 16), "add_attention": False},
+        {"block_out_channels": (32, 64, 64), "add_attention": True},
+        {"block_out_channels": (16, 32), "layers_per_block": 2, "conditioning": "sigma", "add_attention": True},
+        {"block_out_channels": (8,), "add_attention": True},
+        {"block_out_channels": (8, 16)},
     ],
 )
 def test_in_two_dimensions_it_is_a_unet_2d_model(settings):

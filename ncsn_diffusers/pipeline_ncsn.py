@@ -208,7 +208,8 @@ class UploadedNCSNPipeline(NetworkPipeline):
         if class_labels is None and image is None:
             class_labels = self._draw_classes(batch_size, generator)
         denoiser = self._prepare_denoiser(class_labels, batch_size, guidance_scale, guidance_max_sigma)
-        weighted = self._weigh(denoiser, batch_size, generator, resample, reward, image)
+        self._check_weights(denoiser, resample, reward, image)
+        weighted = None if resample is False else self._weigh(denoiser, batch_size, generator, resample, reward)
         chain = (num_inference_steps, num_langevin_steps, sigmas, 1.0 if image is None else strength, denoiser)
         timesteps = self._set_timesteps(self.scheduler, *chain)
         samples = self._sample(
@@ -310,22 +311,8 @@ class UploadedNCSNPipeline(NetworkPipeline):
         self._guidance_scale = float(guidance_scale)
         return denoiser
 
-    def _weigh(self, denoiser, batch_size, generator, resample, reward, image) -> Weighted | None:
-        """The denoiser of a call that resamples; `None` for one that does not."""
-        if resample is False:
-            if isinstance(denoiser, Product) and any(
-                share < 0 and part.labels is not None and part.labels[0] != self.num_classes
-                for part, share in zip(denoiser.denoisers, denoiser.shares, strict=True)
-            ):
-                logger.warning(
-                    "A class with a negative weight, without `resample`: the shares of the modes come out wrong, by up "
-                    "to 0.48 in an example of two dimensions that is exact otherwise."
-                )
-            if reward is not None:
-                raise ValueError("`reward` acts by resampling alone: give `resample=True`, or the size of its groups.")
-            return None
-        if image is not None:
-            raise ValueError("`resample` weights chains from noise; a chain from an `image` has another target.")
+    def _weigh(self, denoiser, batch_size, generator, resample, reward) -> Weighted:
+        """The denoiser of a call that resamples."""
 
         def reward_of(denoised: torch.Tensor) -> torch.Tensor:
             value = reward(self.units.to_data(denoised, clip=False))
@@ -373,29 +360,13 @@ class UploadedNCSNPipeline(NetworkPipeline):
         """The timesteps of the last `strength` of the chain, or of one from noise, which `scheduler` is set to."""
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        name, device = type(scheduler).__name__, self._execution_device
+        device = self._execution_device
         settings = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": sigmas}
         if num_langevin_steps is not None:
             settings["num_langevin_steps"] = num_langevin_steps
         total = denoiser.total if isinstance(denoiser, Product) else 1.0
         if not is_langevin(scheduler):
-            for key in settings.keys() - {"num_inference_steps"}:
-                raise ValueError(
-                    f"`{key}`={settings[key]} is for AnnealedLangevinScheduler; {name} takes one step at each of its "
-                    "own levels."
-                )
-            check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
-            if abs(total - 1) > 1e-6:
-                raise ValueError(
-                    f"`class_labels` with weights whose sum is {total:g} need AnnealedLangevinScheduler, since {name} "
-                    "cannot have its levels divided by the root of that sum. A sum of 1 works with every scheduler."
-                )
-            if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
-                raise ValueError(
-                    f"`num_inference_steps`={num_inference_steps} is too few for {name}, whose first, Runge-Kutta "
-                    "steps need 4 levels: take at least 4, or DDIMScheduler, or "
-                    f"{name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
-                )
+            self._check_stock_chain(scheduler, settings, total)
         scheduler.set_timesteps(device=device, **settings)
         if abs(total - 1) > 1e-6:
             levels = scheduler.sigmas[:-1] / total**0.5  # those at which the networks are told their own ladder
@@ -409,16 +380,6 @@ class UploadedNCSNPipeline(NetworkPipeline):
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
         return timesteps
-
-    def _check_first_level(self, scheduler, timesteps: torch.Tensor, num_inference_steps: int) -> None:
-        """With one level, diffusers' spacings "linspace" and "leading" begin at the smallest, on noise alone."""
-        ladder = Denoiser.of(self.unet, scheduler).ladder
-        first = ladder.sigma_at(timesteps[0].item())
-        if first < 0.5 * min(1.0, ladder.largest):
-            raise ValueError(
-                f"`num_inference_steps`={num_inference_steps} is too few for {type(scheduler).__name__}, which "
-                f"would begin at sigma={first:.2g} and return noise: take more, or set timestep_spacing='trailing'."
-            )
 
     def _draws_noise(self, num_steps: int) -> list[bool]:
         """
@@ -488,18 +449,15 @@ class UploadedNCSNPipeline(NetworkPipeline):
             sigmas = [network.ladder.sigma_at(t) for t in timesteps.tolist()]
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        settle = getattr(denoiser, "settle", None)
+        settles = hasattr(denoiser, "settle")
         level_tensors = torch.tensor(sigmas, device=sample.device, dtype=sample.dtype)
         totals = torch.zeros_like(level_tensors)  # not finite from where the sample is not
 
         self._interrupt, self._num_timesteps = False, len(timesteps)
         for i, (t, sigma) in enumerate(zip(self.progress_bar(timesteps), sigmas, strict=True)):
             scale = 1.0 if langevin else (1 + sigma**2) ** 0.5
-            if settle is not None and i % scheduler.order == 0:  # steps of a pair stay together
-                # x in a unit of the scheduler's sample, which is x itself or x/√(1 + sigma²)
-                one = torch.ones((), dtype=sample.dtype)
-                unit = 1.0 if langevin else scale * float(scheduler.scale_model_input(one, t))
-                sample = settle(unit * sample, sigma) / unit
+            if settles and i % scheduler.order == 0:  # steps of a pair stay together
+                sample = self._settle(denoiser, sample, sigma, scheduler, t)
             x = sample if langevin else scale * scheduler.scale_model_input(sample, t)
             denoised = denoiser(x, sigma)
             if variance_noise is not None:
@@ -515,6 +473,14 @@ class UploadedNCSNPipeline(NetworkPipeline):
                 break
         self._check_sample(sample, totals[: i + 1], sigmas)
         return sample
+
+    def _settle(self, denoiser, sample, sigma, scheduler, t) -> torch.Tensor:
+        """The sample that the denoiser puts in its place, both as the scheduler scales them."""
+        unit = 1.0
+        if not is_langevin(scheduler):  # its sample is x or x/√(1 + sigma²)
+            one = torch.ones((), dtype=sample.dtype)
+            unit = (1 + sigma**2) ** 0.5 * float(scheduler.scale_model_input(one, t))
+        return denoiser.settle(unit * sample, sigma) / unit
 
     def _call_back(self, callback, i, t, tensors, sample) -> torch.Tensor:
         """The sample after the callback, which may have changed it and the guidance."""
@@ -615,6 +581,55 @@ class UploadedNCSNPipeline(NetworkPipeline):
                 f"{' × '.join(map(str, self.sample_shape))}; 'np', 'pt' and 'latent' take any data."
             )
         check_scheduler(self.scheduler)
+
+    def _check_weights(self, denoiser, resample, reward, image) -> None:
+        if resample is not False:
+            if image is not None:
+                raise ValueError("`resample` weights chains from noise; a chain from an `image` has another target.")
+            return
+        if reward is not None:
+            raise ValueError("`reward` acts by resampling alone: give `resample=True`, or the size of its groups.")
+        if isinstance(denoiser, Product) and any(
+            share < 0 and part.labels is not None and part.labels[0] != self.num_classes
+            for part, share in zip(denoiser.denoisers, denoiser.shares, strict=True)
+        ):
+            logger.warning(
+                "A class with a negative weight, without `resample`: the shares of the modes come out wrong, by up "
+                "to 0.48 in an example of two dimensions that is exact otherwise."
+            )
+
+    @staticmethod
+    def _check_stock_chain(scheduler: SchedulerMixin, settings: dict, total: float) -> None:
+        """Whether a scheduler of diffusers takes what a call asks of its chain; `total` is the sum of the weights."""
+        name = type(scheduler).__name__
+        for key in settings.keys() - {"num_inference_steps"}:
+            raise ValueError(
+                f"`{key}`={settings[key]} is for AnnealedLangevinScheduler; {name} takes one step at each of its own "
+                "levels."
+            )
+        num_inference_steps = settings["num_inference_steps"]
+        check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"`class_labels` with weights whose sum is {total:g} need AnnealedLangevinScheduler, since {name} "
+                "cannot have its levels divided by the root of that sum. A sum of 1 works with every scheduler."
+            )
+        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
+            raise ValueError(
+                f"`num_inference_steps`={num_inference_steps} is too few for {name}, whose first, Runge-Kutta "
+                "steps need 4 levels: take at least 4, or DDIMScheduler, or "
+                f"{name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
+            )
+
+    def _check_first_level(self, scheduler, timesteps: torch.Tensor, num_inference_steps: int) -> None:
+        """With one level, diffusers' spacings "linspace" and "leading" begin at the smallest, on noise alone."""
+        ladder = Denoiser.of(self.unet, scheduler).ladder
+        first = ladder.sigma_at(timesteps[0].item())
+        if first < 0.5 * min(1.0, ladder.largest):
+            raise ValueError(
+                f"`num_inference_steps`={num_inference_steps} is too few for {type(scheduler).__name__}, which "
+                f"would begin at sigma={first:.2g} and return noise: take more, or set timestep_spacing='trailing'."
+            )
 
     def _check_callback(self, callback: Callable | None, names: Sequence[str] | None) -> Sequence[str]:
         """The tensors that a callback is given; diffusers' callback classes name them themselves."""

@@ -9,7 +9,7 @@ units (units.py).
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -197,47 +197,23 @@ class NetworkPipeline(DiffusionPipeline):
         Raises:
             ValueError: the labels do not fit the network, or a number is out of its range.
         """
+        self._check_guidance(class_labels, guidance_scale, guidance_max_sigma)
         if self._parts is not None:
-            if class_labels is not None or guidance_scale != 1:
-                raise ValueError(
-                    "A product of several networks takes its classes and weights in `NCSNPipeline.product`."
-                )
             return Product([(p.make_denoiser(c, batch_size=batch_size), weight) for p, c, weight in self._parts])
         batch_size, class_labels = self._check_batch(batch_size, class_labels)
-        check_number("guidance_scale", guidance_scale, at_least=0, below=math.inf)
-        if guidance_max_sigma is not None:
-            check_number("guidance_max_sigma", guidance_max_sigma, above=0)
         network = Denoiser.of(self.unet, self.scheduler)
-        guides = guidance_scale != 1
 
         def told(label: int | torch.Tensor | None) -> Denoiser:
             """The network, told a class or each sample's class."""
             if self.num_classes is None:
                 return network
-            if label is None:
-                if self.config.null_class is None:
-                    raise ValueError(
-                        f"`class_labels` are needed: this network knows {self.num_classes} classes and has no "
-                        "embedding for 'no label'."
-                    )
-                label = self.num_classes
+            label = self.num_classes if label is None else label
             return network.given(torch.as_tensor(label, device=self._execution_device).expand(batch_size))
 
         if isinstance(class_labels, dict):
-            if guides:
-                raise ValueError(
-                    f"`guidance_scale`={guidance_scale} is itself a product of classes, {{c: w, None: 1 - w}}: give "
-                    "`class_labels` all weights and leave it out."
-                )
             parts = [(told(label), weight) for label, weight in class_labels.items()]
             return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else Product(parts)
-        if guides and class_labels is None:
-            raise ValueError(f"`guidance_scale`={guidance_scale} guides towards a class: it needs `class_labels`.")
         if class_labels is None or self.config.null_class is None:
-            if guides:
-                raise ValueError(
-                    f"`guidance_scale`={guidance_scale} guides away from 'no label', which this network does not know."
-                )
             return told(class_labels)
         return Guided(told(class_labels), told(None), float(guidance_scale), guidance_max_sigma or math.inf)
 
@@ -309,6 +285,34 @@ class NetworkPipeline(DiffusionPipeline):
         return difference / per_sample(sigma.to(x.device), x) ** 2
 
     # Checks that calls share
+
+    def _check_guidance(self, class_labels, guidance_scale: float, guidance_max_sigma: float | None) -> None:
+        """Whether the network can be guided so, and knows what it is to be told."""
+        check_number("guidance_scale", guidance_scale, at_least=0, below=math.inf)
+        if guidance_max_sigma is not None:
+            check_number("guidance_max_sigma", guidance_max_sigma, above=0)
+        guides = guidance_scale != 1
+        if self._parts is not None:
+            if class_labels is not None or guides:
+                raise ValueError(
+                    "A product of several networks takes its classes and weights in `NCSNPipeline.product`."
+                )
+        elif guides and isinstance(class_labels, Mapping):
+            raise ValueError(
+                f"`guidance_scale`={guidance_scale} is itself a product of classes, {{c: w, None: 1 - w}}: give "
+                "`class_labels` all weights and leave it out."
+            )
+        elif guides and class_labels is None:
+            raise ValueError(f"`guidance_scale`={guidance_scale} guides towards a class: it needs `class_labels`.")
+        elif guides and self.config.null_class is None:
+            raise ValueError(
+                f"`guidance_scale`={guidance_scale} guides away from 'no label', which this network does not know."
+            )
+        elif class_labels is None and self.config.null_class is None and self.num_classes is not None:
+            raise ValueError(
+                f"`class_labels` are needed: this network knows {self.num_classes} classes and has no embedding for "
+                "'no label'."
+            )
 
     def _check_batch(
         self, batch_size: int | None, class_labels, name: str = "batch_size", **data: torch.Tensor | None

@@ -28,14 +28,14 @@ def unet():
     return NCSNPipeline.from_pretrained(FOLDER).unet
 
 
-def check(name, unet, scheduler, *args, pipeline_class=NCSNPipeline, **kwargs):
+def check(name, unet, scheduler, *args, pipeline_class=NCSNPipeline, tolerance=2.5e-5, **kwargs):
     pipe = pipeline_class(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 6, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     images = pipe(*args, **arguments, **kwargs).images
     expected = torch.from_numpy(EXPECTED[name])
     # 1e-5 of the largest value; some schedulers take differences of evaluations, whose roundings add up to twice that
-    torch.testing.assert_close(images, expected, rtol=0, atol=2.5e-5 * max(1, expected.abs().max().item()))
+    torch.testing.assert_close(images, expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item()))
 
 
 # Drawn with 0.42.1. With 0.32.0 ten of these schedulers draw images that are up to 3e-3 away.
@@ -49,6 +49,10 @@ def test_every_scheduler_draws_what_it_drew(name, unet):
     check(f"{name}/class", unet, scheduler(), 2, class_labels=[0, 1])
     check(f"{name}/guided", unet, scheduler(), 2, class_labels=1, guidance_scale=1.5)
     arguments = {"pipeline_class": NCSNPosteriorPipeline, "units": "data"}
+    if name != "AnnealedLangevinScheduler":
+        # They begin at sigma = 50, where D hardly depends on x: the difference of two evaluations is their rounding,
+        # another on each model of CPU. Shifting the start by 1e-6 moves the result by up to 8e-4.
+        arguments["tolerance"] = 3e-3
     check(f"{name}/posterior", unet, scheduler(), MEASUREMENT, lambda x: F.avg_pool2d(x, 2), 0.05, 2, **arguments)
     if name != "PNDMScheduler":  # which cannot begin in the middle
         check(f"{name}/image", unet, scheduler(), 2, class_labels=1, image=IMAGE, strength=0.5)

@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,6 +210,7 @@ def overhead(
         return time.perf_counter() - start
 
     bare()  # warm up
+    synchronizations = count_synchronizations(whole)
     pairs = [(seconds(whole), seconds(bare)) for _ in tqdm(range(repeats), unit="pair")]
     ratios = [a / b for a, b in pairs]
     print(f"pipeline   {statistics.median(a for a, _ in pairs):8.3f} s")
@@ -216,7 +218,22 @@ def overhead(
     print(f"ratio      {statistics.median(ratios):8.3f}   (lowest {min(ratios):.3f}, highest {max(ratios):.3f})")
     rows = [{"pipeline_seconds": a, "bare_seconds": b, "ratio": a / b} for a, b in pairs]
     settings = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
+    settings["synchronizations"] = synchronizations
     save_json(output, rows, pipeline=pipeline, **settings, compile_backend=compile_backend)
+
+
+def count_synchronizations(function: Callable[[], Any]) -> int | None:
+    """How often `function` waits for the GPU, by torch's own count; `None` where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 def memory(
@@ -694,6 +711,7 @@ def training(
                     torch.cuda.synchronize()
                     memory[name] = torch.cuda.max_memory_allocated() / 1e9
                 seconds[name].append(clock() - start)
+        synchronizations = count_synchronizations(lambda: [trainer.training_step(batches) for _ in range(num_steps)])
 
     images, mixed_precision = num_steps * train_batch_size, trainer.accelerator.mixed_precision
     print(f"every row in {precision.DESCRIPTIONS[mixed_precision]}")
@@ -713,8 +731,73 @@ def training(
         "layers_per_block": layers_per_block,
         "add_attention": add_attention,
         "mixed_precision": mixed_precision,
+        "synchronizations": synchronizations,
     }
     save_json(output, rows, **settings, compile=trainer.compiled)
+
+
+def machine(
+    pipeline: PipelineName = None,
+    batch_size: int = 64,
+    num_inference_steps: int = 50,
+    num_steps: int = 20,
+    rounds: int = 5,
+    output: str = "machine",
+) -> None:
+    """
+    One table of what this machine does: training, sampling, evaluation, their memory, and how often they wait for a
+    GPU. It runs `training`, `overhead` and `memory`, and measures the features of an evaluation.
+
+    Args:
+        pipeline: Folder of the pipeline; the digits that come with the package by default.
+        batch_size: Images per call, and per training step.
+        num_inference_steps: Network evaluations per call.
+        num_steps: Training steps per round.
+        rounds: Rounds, after one to warm up, whose median counts.
+        output: Path of the table, OUTPUT.md, and of the measurements, OUTPUT-training.json and so on.
+    """
+    check_output(output)
+    training(batch_size, num_steps=num_steps, rounds=rounds, output=f"{output}-training")
+    overhead(pipeline, batch_size, num_inference_steps, rounds, output=f"{output}-overhead")
+    memory(pipeline, batch_size, (num_inference_steps,), f"{output}-memory")
+    trained, sampled, stored = (
+        json.loads(Path(f"{output}-{name}.json").read_text()) for name in ("training", "overhead", "memory")
+    )
+    loops = {row["loop"]: row["images_per_second"] for row in trained["rows"]}
+    over_plain = [a / b for a, b in zip(loops["training step"], loops["plain loop"], strict=True)]
+    classifier = load_digit_classifier().to("cuda" if torch.cuda.is_available() else "cpu")
+    digits = decode_images(load_training_data())[:2000].float() / 255
+    rates = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        extract_features(digits, classifier)  # on the CPU in the end: it waits for the device
+        rates.append(len(digits) / (time.perf_counter() - start))
+    seconds = statistics.median(row["pipeline_seconds"] for row in sampled["rows"])
+    (peak,) = stored["rows"]
+
+    def on_gpu(value):
+        return "no GPU" if value is None else f"{value:.6g}"
+
+    held = next(row["peak_memory_gb"] for row in trained["rows"] if row["loop"] == "training step")
+    held = None if held is None else 1000 * held
+
+    kind = "a second" if trained["device"] != "cpu" else "a CPU second"
+    precision_used = precision.DESCRIPTIONS[trained["mixed_precision"]]
+    lines = [
+        f"| {trained['device']}, torch {trained['torch']}, {batch_size} images a batch | |",
+        "| --- | --- |",
+        f"| training in {precision_used}, images {kind} | {statistics.median(loops['training step']):.1f} |",
+        f"| training step over a plain loop | {statistics.median(over_plain):.2f} |",
+        f"| times that {num_steps} training steps wait for the GPU | {on_gpu(trained['synchronizations'])} |",
+        f"| peak memory of a training step, MB | {on_gpu(held)} |",
+        f"| sampling, images a second at {num_inference_steps} evaluations | {batch_size / seconds:.2f} |",
+        f"| a call over its bare network evaluations | {statistics.median(r['ratio'] for r in sampled['rows']):.3f} |",
+        f"| times that a call waits for the GPU | {on_gpu(sampled['synchronizations'])} |",
+        f"| peak memory of a call, MB | {peak['peak_bytes'] / 1e6:.1f} |",
+        f"| features of an evaluation, images a second | {statistics.median(rates[1:]):.0f} |",
+    ]
+    Path(f"{output}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def arrays(
@@ -887,6 +970,7 @@ if __name__ == "__main__":
         "compositions": compositions,
         "convergence": convergence,
         "training": training,
+        "machine": machine,
         "arrays": arrays,
     }
     tyro.extras.subcommand_cli_from_dict(commands, use_underscores=True)

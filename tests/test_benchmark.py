@@ -528,6 +528,45 @@ def test_training(tmp_path, benchmark, capsys, monkeypatch):
     }
 
 
+def test_machine_makes_a_table_of_what_the_others_measured(tmp_path, benchmark, folders, monkeypatch):
+    counts = iter([7, 1])
+    monkeypatch.setattr(benchmark, "count_synchronizations", lambda function: next(counts))
+    output = tmp_path / "machine"
+    benchmark.machine(str(folders[0]), 2, num_inference_steps=3, num_steps=1, rounds=1, output=str(output))
+    saved = {name: json.loads(Path(f"{output}-{name}.json").read_text()) for name in ("training", "overhead", "memory")}
+    table = [line.strip("| ").split(" | ") for line in output.with_suffix(".md").read_text().splitlines()]
+    assert table[0] == [f"{saved['training']['device']}, torch {torch.__version__}, 2 images a batch"]
+    figures = dict(table[2:])
+    rates = {row["loop"]: row["images_per_second"][0] for row in saved["training"]["rows"]}
+    (call,), (peak,) = saved["overhead"]["rows"], saved["memory"]["rows"]
+    (trained,) = [name for name in figures if name.startswith("training in ")]
+    assert figures.pop(trained) == f"{rates['training step']:.1f}"
+    assert float(figures.pop("features of an evaluation, images a second")) > 10
+    assert figures == {
+        "training step over a plain loop": f"{rates['training step'] / rates['plain loop']:.2f}",
+        "times that 1 training steps wait for the GPU": "7",
+        "sampling, images a second at 3 evaluations": f"{2 / call['pipeline_seconds']:.2f}",
+        "a call over its bare network evaluations": f"{call['ratio']:.3f}",
+        "times that a call waits for the GPU": "1",
+        "peak memory of a training step, MB": "no GPU",
+        "peak memory of a call, MB": f"{peak['peak_bytes'] / 1e6:.1f}",
+    }
+
+
+def test_waits_for_the_gpu_are_counted(benchmark, monkeypatch):
+    assert torch.cuda.is_available() or benchmark.count_synchronizations(lambda: 1 / 0) is None
+    modes = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def function():
+        for words in ("called a synchronizing CUDA operation", "another", "called a synchronizing CUDA operation"):
+            warnings.warn(words, stacklevel=1)
+
+    assert benchmark.count_synchronizations(function) == 2
+    assert modes == ["warn", "default"]
+
+
 # --- Posterior samples ---
 
 needs_deepinv = pytest.mark.skipif(

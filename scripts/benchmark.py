@@ -330,6 +330,7 @@ def samplers(
     budgets: tuple[int, ...] = (6, 10, 20, 50),
     names: tuple[str, ...] = tuple(FAST_SAMPLERS | EQUAL_LEVELS),
     num_images: int = 1000,
+    num_sets: int = 1,
     batch_size: int = 50,
     seed: int = 0,
     dtype: DType = "float32",
@@ -345,10 +346,13 @@ def samplers(
     to ten such sets. The table also has the kernel distance (which does not depend on the number of images) in these
     features and in the raw pixels, class entropy (2.303 for even shares), precision and recall. A class-conditional
     pipeline draws its classes in turn. Rows "at equal levels" are solvers of diffusers on the levels of annealed
-    Langevin. The table is written to OUTPUT.json row by row, and the plot to OUTPUT.png. The samples' features are kept
-    in the folder OUTPUT, batch by batch: a run that was cut short goes on where it stopped, and one with more images
-    draws only the rest. Under `accelerate launch` processes share the work, and the results do not depend on their
-    number.
+    Langevin. With several sets of images, distance, precision and recall are means over the sets, and the end shows by
+    how much each sampler's distance is above that of annealed Langevin with as many evaluations, set by set, so from
+    the same noise, with the standard error over the sets.
+
+    The table is written to OUTPUT.json row by row, and the plot to OUTPUT.png. The samples' features are kept in the
+    folder OUTPUT, batch by batch: a run that was cut short goes on where it stopped, and one with more images draws
+    only the rest. Under `accelerate launch` processes share the work, and the results do not depend on their number.
 
     Args:
         pipeline: A pipeline of 28×28 grayscale images: its folder, or the name of one of the package; mnist by default.
@@ -356,6 +360,7 @@ def samplers(
         budgets: Numbers of network evaluations.
         names: Which samplers; NCSNv2 is available too, for a budget of 1160.
         num_images: Images for each distance; only Fréchet distances of the same number compare.
+        num_sets: Sets of so many images for each row.
         batch_size: Images per call.
         seed: Seed of the first image of every row; image i uses seed + i, so all rows start from the same noise.
         dtype: What the network computes in.
@@ -395,12 +400,15 @@ def samplers(
             return
         kernel, kernel_error = kernel_distance(real, features)
         pixel_kernel, pixel_kernel_error = kernel_distance(real_pixels, pixels)
-        precision, recall = precision_recall(real, features)
+        sets = features.split(num_images)
+        distances = [frechet_distance(real, part) for part in sets]
+        precision, recall = np.mean([precision_recall(real, part) for part in sets], 0).tolist()
         rows.append(
             {
                 "sampler": name,
                 "evaluations": evaluations,
-                "distance": frechet_distance(real, features),
+                "distance": statistics.mean(distances),
+                "set_distances": distances,
                 "kernel_distance": kernel,
                 "kernel_distance_standard_error": kernel_error,
                 "pixel_kernel_distance": pixel_kernel,
@@ -410,9 +418,10 @@ def samplers(
                 "recall": recall,
             }
         )
-        settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images, "seed": seed}
-        save_json(output, rows, **settings, dtype=dtype)
-        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>32}" for v in rows[-1].values()))
+        settings = {"pipeline": pipeline, "dataset_name": dataset_name, "num_images": num_images, "num_sets": num_sets}
+        save_json(output, rows, **settings, seed=seed, dtype=dtype)
+        shown = [value for value in rows[-1].values() if not isinstance(value, list)]
+        tqdm.write(" ".join(f"{v:>14.4f}" if isinstance(v, float) else f"{v:>32}" for v in shown))
 
     def describe_samples(indices):
         generators = make_generators(seed, indices)
@@ -441,7 +450,7 @@ def samplers(
             drawn = kept.compute(
                 f"{name}, {evaluations}",
                 depends_on,
-                num_images,
+                num_images * num_sets,
                 batch_size,
                 describe_samples,
                 may_replace=overwrite_output_dir,
@@ -450,8 +459,27 @@ def samplers(
             raise SystemExit(f"benchmark.py: {error}") from error
         compare(name, evaluations, drawn["features"], drawn["pixels"])
     if accelerator.is_main_process:
+        for name, evaluations, above, error in above_default(rows):
+            print(f"{name:>32}{evaluations:>6} evaluations: {above:+.4f} ± {error:.4f} above {DEFAULT}")
         plot_samplers(output)
     accelerator.end_training()
+
+
+def above_default(rows: list[dict]) -> list[tuple[str, int, float, float]]:
+    """
+    Sampler, evaluations, and the mean over the sets of images by which its distance is above the default's with as many
+    evaluations, with the standard error of that mean; of rows with several sets.
+    """
+    default = {row["evaluations"]: row["set_distances"] for row in rows if row["sampler"] == DEFAULT}
+    found = []
+    for row in rows:
+        distances = row["set_distances"]
+        if row["sampler"] in (DEFAULT, REAL) or len(distances) < 2 or row["evaluations"] not in default:
+            continue
+        above = np.subtract(distances, default[row["evaluations"]])
+        error = above.std(ddof=1) / len(above) ** 0.5
+        found.append((row["sampler"], row["evaluations"], float(above.mean()), float(error)))
+    return found
 
 
 # Compositions of a class c, as the arguments of a call.

@@ -95,6 +95,24 @@ def test_samplers(tmp_path, benchmark, folders, capsys):
     assert Image.open(tmp_path / "all.png").width > 100
 
 
+@needs_statistics
+def test_several_sets_of_images_give_errors(tmp_path, benchmark, folders, capsys):
+    pipeline, digits = folders
+    arguments = {"budgets": (2,), "names": ("annealed Langevin", "DDIM"), "num_images": 66, "batch_size": 33}
+    benchmark.samplers(str(pipeline), str(digits), **arguments, num_sets=2, output=str(tmp_path / "two"))
+    *_, default, ddim = rows_of(tmp_path / "two")
+    assert len(default["set_distances"]) == 2
+    assert default["distance"] == pytest.approx(np.mean(default["set_distances"]))
+    above = np.subtract(ddim["set_distances"], default["set_distances"])
+    # of two numbers the standard error of the mean is half their difference
+    line = f"DDIM     2 evaluations: {above.mean():+.4f} ± {abs(above[0] - above[1]) / 2:.4f} above annealed Langevin"
+    assert line in capsys.readouterr().out
+    # a set is what a run of its own draws from the same seeds
+    benchmark.samplers(str(pipeline), str(digits), **arguments, seed=66, output=str(tmp_path / "second"))
+    *_, alone, _ = rows_of(tmp_path / "second")
+    assert alone["distance"] == pytest.approx(default["set_distances"][1], rel=1e-4)
+
+
 def test_plot_samplers_from_the_table(tmp_path, benchmark, monkeypatch):
     distances = {  # by evaluations
         "annealed Langevin": {6: 0.45, 10: 0.54},

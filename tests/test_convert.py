@@ -442,10 +442,10 @@ def test_a_damaged_checkpoint(tmp_path):
 def test_many_tensors_are_refused_at_once(tmp_path, new):
     state = {f"a{i}": torch.zeros(1) for i in range(21_000)}
     torch.save([state, {}], tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=new)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(OSError, match=r"holds 21,\d\d\d tensors, of 20,000 at most"):
         convert(tmp_path / "checkpoint.pth")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # Weights alone

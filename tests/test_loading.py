@@ -72,10 +72,10 @@ def rewrite(path: Path, **values):
 )
 def test_config_that_is_no_json_object(saved, name, content):
     (saved / name).write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(OSError, match=f"^{name} of '{saved}' cannot be used: it ") as raised:
         NCSNPipeline.from_pretrained(saved)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(raised.value)) < 500
 
 
@@ -143,10 +143,10 @@ def test_value_that_cannot_be_used(saved, file, key, value, monkeypatch):
     if key == "out_channels":
         rewrite(saved / file, in_channels=1)
     monkeypatch.setattr(loading, "check_weights", lambda *_, **__: pytest.fail("went on to the weights"))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(OSError, match=f"^{file} of '{saved}' cannot be used: ") as raised:
         NCSNPipeline.from_pretrained(saved)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert f"`{key}`" in str(raised.value)
     assert len(str(raised.value)) < 1000
     assert "antigravity" not in sys.modules
@@ -312,10 +312,10 @@ def test_shard_indexes_are_checked(tmp_path):
         (changed(**{key: ...}), f"`weight_map` lacks 1 tensors of the network: `{key}`"),
     ):
         index.write_text(json.dumps(value))
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(OSError, match=f"^unet/{index.name} of '.*' cannot be used: {message}"):
             NCSNPipeline.from_pretrained(tmp_path / "pipe")
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 @pytest.fixture
@@ -380,10 +380,10 @@ def test_a_header_of_many_tensors(foreign):
     header = {f"a{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(300_000)}
     content = json.dumps(header).encode()
     (foreign / WEIGHTS).write_bytes(len(content).to_bytes(8, "little") + content + bytes(1_200_000))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(OSError, match=f"^{WEIGHTS} of .* its header takes 2[0-9,]* bytes, of 4,000,000 at most"):
         NCSNPipeline.from_pretrained(foreign)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # --- Replacing a pipeline ---

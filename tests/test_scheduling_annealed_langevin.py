@@ -1298,7 +1298,7 @@ def test_wrong_values_are_refused_at_once_with_their_key(key):
     for value in WRONG:
         if (value is True and isinstance(sane[key], bool)) or (value is None and (sane[key] is None or key == "rho")):
             continue
-        start = time.perf_counter()
+        start = time.process_time()
         for make in (
             lambda config: AnnealedLangevinScheduler(**config),
             lambda config: AnnealedLangevinScheduler.from_config(
@@ -1311,7 +1311,7 @@ def test_wrong_values_are_refused_at_once_with_their_key(key):
         if key in DDPMScheduler().config:
             with pytest.raises(ValueError, match=f"`{key}`"):
                 AnnealedLangevinScheduler.from_config(stock)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 def test_extremes_of_what_is_accepted_stay_finite():

@@ -64,8 +64,8 @@ from .operators import LinearOperator, dot, expand
 
 # The least share of ⟨r, z⟩ that ⟨z, q⟩ may be: below it the network's Jacobian is lost in its noise.
 LEAST_CURVATURE = 1e-4
-# The largest a, in units of the step that leaves the least residual. At 4 the residual grows by √3; exact networks of
-# Gaussian data need as much, and on clothes with a hole a step of ten times that residual was seen.
+# The largest a, in units of the step that leaves the least residual. At 4 the residual grows by √3, as it may with an
+# exact network of Gaussian data; on clothes with a hole it grew tenfold.
 LONGEST_STEP = 4.0
 # The step of the last difference of D, in units of sigma: the network is told sigma and sees 1.04 sigma.
 LAST_STEP = 0.3

@@ -455,10 +455,9 @@ class UploadedNCSNPipeline(NetworkPipeline):
 
         self._interrupt, self._num_timesteps = False, len(timesteps)
         for i, (t, sigma) in enumerate(zip(self.progress_bar(timesteps), sigmas, strict=True)):
-            scale = 1.0 if langevin else (1 + sigma**2) ** 0.5
             if settles and i % scheduler.order == 0:  # steps of a pair stay together
                 sample = self._settle(denoiser, sample, sigma, scheduler, t)
-            x = sample if langevin else scale * scheduler.scale_model_input(sample, t)
+            x = sample if langevin else (1 + sigma**2) ** 0.5 * scheduler.scale_model_input(sample, t)
             denoised = denoiser(x, sigma)
             if variance_noise is not None:
                 extra["variance_noise"] = variance_noise(i)

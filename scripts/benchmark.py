@@ -372,6 +372,8 @@ def samplers(
     unknown = set(names) - set(SAMPLERS)
     if unknown:
         raise SystemExit(f"--names must be among {', '.join(SAMPLERS)}, not {', '.join(sorted(unknown))}.")
+    if num_sets < 1:
+        raise SystemExit(f"--num_sets must be at least 1, not {num_sets}.")
     check_output(output)
     try:
         require_torch_fidelity()
@@ -793,12 +795,14 @@ def machine(
     )
     loops = {row["loop"]: row["images_per_second"] for row in trained["rows"]}
     over_plain = [a / b for a, b in zip(loops["training step"], loops["plain loop"], strict=True)]
-    classifier = load_digit_classifier().to("cuda" if torch.cuda.is_available() else "cpu")
-    digits = decode_images(load_training_data())[:2000].float() / 255
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = load_digit_classifier().to(device)
+    digits = decode_images(load_training_data().select(range(2000)))
     rates = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        extract_features(digits, classifier)  # on the CPU in the end: it waits for the device
+        # on the CPU in the end: it waits for the device
+        extract_features(digits, lambda batch: classifier.features(batch.to(device)))
         rates.append(len(digits) / (time.perf_counter() - start))
     seconds = statistics.median(row["pipeline_seconds"] for row in sampled["rows"])
     (peak,) = stored["rows"]

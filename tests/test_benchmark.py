@@ -381,6 +381,7 @@ def test_samplers_in_two_processes(tmp_path, benchmark, folders):
     ("arguments", "message"),
     [
         ({"names": ("DDIM", "Euler")}, "--names must be among annealed Langevin, DDIM, .*, not Euler"),
+        ({"num_sets": 0}, "--num_sets must be at least 1, not 0"),
         ({"num_images": 50}, "--num_images 50 must be above the features' number, 64"),
         ({"num_images": 101}, "--num_images 101 is above the 100 images of the split `train`"),
         ({"output": "nowhere/all"}, "--output nowhere/all is not in a folder that exists"),

@@ -228,7 +228,7 @@ class Chains:
     """
 
     of_images = True
-    things = "Images"  # what is drawn
+    thing, things = "image", "Images"  # what is drawn
 
     def __init__(self, pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16):
         check_limits(max_evaluations=max_evaluations, max_images=max_images)

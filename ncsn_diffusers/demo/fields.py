@@ -62,7 +62,7 @@ class FieldChains(Chains):
     """
 
     of_images = False
-    things = "Samples"
+    thing, things = "sample", "Samples"
 
     def __init__(self, pipe: NCSNPipeline, max_evaluations: int = 200, max_images: int = 16):
         channels, *sizes = pipe.sample_shape

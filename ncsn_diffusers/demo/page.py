@@ -367,9 +367,8 @@ def _class_field(gr, chains: Chains, first: str = ANY_CLASS):
 
 
 def _seed_field(gr, chains: Chains):
-    thing = chains.things.lower().removesuffix("s")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", info=f"The same seed draws the same {thing}.", min_width=160, scale=1)
+        seed = gr.Number(0, label="Seed", info=f"The same seed draws the same {chains.thing}.", min_width=160, scale=1)
         dice = gr.Button("🎲", elem_classes="dice", min_width=48, scale=0)
     dice.click(None, None, seed, js=f"() => Math.floor({LARGEST_ROLL} * Math.random())")
     return seed
@@ -528,7 +527,7 @@ def _list_drawings(chains: Chains) -> list[tuple[str, list]]:
     fast = "DPMSolverMultistepScheduler"
     if fast in chains.schedulers and chains.max_evaluations >= 10:
         examples.append(("10 evaluations", [IN_TURN, 10, fast, 0, number]))
-    examples.append((f"One {chains.things.lower()[:-1]}", [IN_TURN, chains.evaluations, own, 3, 1]))
+    examples.append((f"One {chains.thing}", [IN_TURN, chains.evaluations, own, 3, 1]))
     return [(name, [value if i or chains.classes else ANY_CLASS for i, value in enumerate(v)]) for name, v in examples]
 
 

@@ -29,10 +29,14 @@ class Ladder:
 
     Args:
         sigmas (`np.ndarray` of shape `(num_levels,)`): The levels, rising, in float64, in the network's units.
+
+    Attributes:
+        smallest, largest (`float`): The first and the last level.
     """
 
     def __init__(self, sigmas: np.ndarray):
         self.sigmas = sigmas
+        self.smallest, self.largest = float(sigmas[0]), float(sigmas[-1])
         self._log_sigmas = {}
 
     @classmethod
@@ -43,16 +47,6 @@ class Ladder:
 
     def __len__(self) -> int:
         return len(self.sigmas)
-
-    @property
-    def smallest(self) -> float:
-        """The smallest trained level."""
-        return float(self.sigmas[0])
-
-    @property
-    def largest(self) -> float:
-        """The largest trained level."""
-        return float(self.sigmas[-1])
 
     @property
     def betas(self) -> np.ndarray:

@@ -10,36 +10,26 @@ Everything that goes in or comes out is in the units of the data (units.py), [0,
 and what `denoise` and `score` take and return are in the network's units.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import PNDMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import MAX_LEVELS, check_choice, check_count, check_number
+from .checks import check_choice, check_count, check_number
 from .denoiser import Denoiser, Guided, Product
-from .foreign_configs import check_scheduler, is_langevin
+from .foreign_configs import check_scheduler
 from .inputs import ClassLabels, read_data
 from .pipeline_network import NetworkPipeline
 from .resampling import Particles, ResamplingReport, Weighted, make_weighted
+from .scheduler_chains import Chain, check_begins_anywhere, make_chain
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# These draw noise in their steps that cannot be given to them.
-_OWN_NOISE = (
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "SASolverScheduler",
-)
 logger = logging.get_logger(__name__)
 
 
@@ -201,7 +191,7 @@ class UploadedNCSNPipeline(NetworkPipeline):
         """
         if image is not None:
             check_number("strength", strength, above=0, at_most=1)
-            self._check_begins_anywhere("image")
+            check_begins_anywhere(self.scheduler, "image")
             image = self._read_data("image", image)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image)
         self._check_call(batch_size, generator, latents, output_type)
@@ -210,12 +200,12 @@ class UploadedNCSNPipeline(NetworkPipeline):
         denoiser = self._prepare_denoiser(class_labels, batch_size, guidance_scale, guidance_max_sigma)
         self._check_weights(denoiser, resample, reward, image)
         weighted = None if resample is False else self._weigh(denoiser, batch_size, generator, resample, reward)
-        chain = (num_inference_steps, num_langevin_steps, sigmas, 1.0 if image is None else strength, denoiser)
-        timesteps = self._set_timesteps(self.scheduler, *chain)
+        strength = 1.0 if image is None else strength
+        chain = self._make_chain(denoiser, num_inference_steps, num_langevin_steps, sigmas, strength)
         samples = self._sample(
             weighted or denoiser,
-            self._prepare_latents(batch_size, timesteps, image, latents, generator),
-            timesteps,
+            chain,
+            self._prepare_latents(batch_size, chain, image, latents, generator),
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -276,8 +266,8 @@ class UploadedNCSNPipeline(NetworkPipeline):
         _, class_labels = self._check_batch(num_images, class_labels, name="num_images")
         self._check_call(num_images, None, None, output_type)
         denoiser = self._prepare_denoiser(class_labels, num_images, guidance_scale, guidance_max_sigma)
-        timesteps = self._set_timesteps(self.scheduler, num_inference_steps, num_langevin_steps, denoiser=denoiser)
-        draws_noise = self._draws_noise(len(timesteps))
+        chain = self._make_chain(denoiser, num_inference_steps, num_langevin_steps)
+        draws_noise = chain.draws_noise()
 
         device = self._execution_device
         angles = torch.linspace(0, math.pi / 2, num_images, dtype=torch.float64)
@@ -293,8 +283,8 @@ class UploadedNCSNPipeline(NetworkPipeline):
 
         samples = self._sample(
             denoiser,
-            self._scale_start(mixed_noise()),
-            timesteps,
+            chain,
+            chain.start(mixed_noise(), self._middle),
             None,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -348,89 +338,45 @@ class UploadedNCSNPipeline(NetworkPipeline):
             labels.append(torch.multinomial(here, count, replacement=True, generator=one).to(self._execution_device))
         return torch.cat(labels)
 
-    def _set_timesteps(
+    def _make_chain(
         self,
-        scheduler: SchedulerMixin,
+        denoiser: Callable,
         num_inference_steps: int | None,
         num_langevin_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         strength: float = 1.0,
-        denoiser: Callable | None = None,
-    ) -> torch.Tensor:
-        """The timesteps of the last `strength` of the chain, or of one from noise, which `scheduler` is set to."""
+    ) -> Chain:
+        """The chain that a call with these arguments steps through."""
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        device = self._execution_device
         settings = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": sigmas}
         if num_langevin_steps is not None:
             settings["num_langevin_steps"] = num_langevin_steps
         total = denoiser.total if isinstance(denoiser, Product) else 1.0
-        if not is_langevin(scheduler):
-            self._check_stock_chain(scheduler, settings, total)
-        scheduler.set_timesteps(device=device, **settings)
-        if abs(total - 1) > 1e-6:
-            levels = scheduler.sigmas[:-1] / total**0.5  # those at which the networks are told their own ladder
-            scheduler.set_timesteps(sigmas=levels, device=device, num_langevin_steps=num_langevin_steps)
-        order = scheduler.order  # a scheduler of order 2 takes its timesteps in pairs, which stay together
-        num_steps = math.ceil(len(scheduler.timesteps) / order)
-        begin = order * (num_steps - max(1, round(num_steps * strength)))
-        timesteps = scheduler.timesteps[begin:]
-        if strength == 1 and not is_langevin(scheduler):
-            self._check_first_level(scheduler, timesteps, num_inference_steps)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)  # spares the schedulers a search on the device, too
-        return timesteps
+        network = Denoiser.of(self.unet, self.scheduler)
+        return make_chain(self.scheduler, network, self._execution_device, settings, total, strength)
 
-    def _draws_noise(self, num_steps: int) -> list[bool]:
-        """
-        Whether each of the last `num_steps` steps of the chain draws noise, which [`interpolate`] mixes.
-
-        Raises:
-            ValueError: the scheduler draws noise that cannot be given to it.
-        """
-        scheduler, name = self.scheduler, type(self.scheduler).__name__
-        if is_langevin(scheduler):
-            return [row.c > 0 for row in scheduler.table[-num_steps:]]
-        stochastic = str(scheduler.config.get("algorithm_type")).startswith("sde")
-        takes_noise = "variance_noise" in inspect.signature(scheduler.step).parameters
-        if name in _OWN_NOISE or (stochastic and not takes_noise):
-            raise ValueError(
-                f"{name} draws noise in its steps that cannot be mixed: interpolate with AnnealedLangevinScheduler or "
-                "a deterministic scheduler, such as DDIMScheduler."
-            )
-        return [stochastic] * num_steps
-
-    def _prepare_latents(self, batch_size, timesteps, image, latents, generator) -> torch.Tensor:
-        """The sample at the first of `timesteps`: noise, or the noised `image`."""
+    def _prepare_latents(self, batch_size, chain, image, latents, generator) -> torch.Tensor:
+        """The sample that `chain` begins with: noise, or the noised `image`."""
         shape, device = (batch_size, *self.sample_shape), self._execution_device
         # It stays in float32, whatever the network's dtype: at sigma = 50 half precision loses the image.
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         if image is None:
-            return self._scale_start(latents)
-        return self.scheduler.add_noise(image.to(device).expand(shape), latents, timesteps[:1])
-
-    def _scale_start(self, noise: torch.Tensor) -> torch.Tensor:
-        """The first sample of a chain from noise: around the middle of the data, where sigma_1 is not much larger."""
-        middle = 0.0
-        if is_langevin(self.scheduler):  # the others scale the data
-            middle = self._center
-            if self.units.value_range is not None:
-                middle = self.units.to_network(torch.full_like(noise[:1], sum(self.units.value_range) / 2))
-        return middle + noise * self.scheduler.init_noise_sigma
+            return chain.start(latents, self._middle)
+        return chain.start_from(image.to(device).expand(shape), latents)
 
     # The loop and what surrounds it
 
     def _sample(
         self,
         denoiser: Callable[[torch.Tensor, float], torch.Tensor],
+        chain: Chain,
         sample: torch.Tensor,
-        timesteps: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable | None = None,
         callback_tensors: Sequence[str] | None = ("latents",),
-        scheduler: SchedulerMixin | None = None,
         variance_noise: Callable[[int], torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """
@@ -439,30 +385,19 @@ class UploadedNCSNPipeline(NetworkPipeline):
         A denoiser with a method `settle(x, sigma)` may exchange the sample before each step. `variance_noise(i)` is the
         noise of step i.
         """
-        scheduler = scheduler or self.scheduler
         names = self._check_callback(callback, callback_tensors)
-        network = Denoiser.of(self.unet, scheduler)
-        langevin = is_langevin(scheduler)
-        if langevin:
-            sigmas = scheduler.sigmas[-len(timesteps) - 1 : -1].tolist()
-        else:
-            sigmas = [network.ladder.sigma_at(t) for t in timesteps.tolist()]
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
         settles = hasattr(denoiser, "settle")
-        level_tensors = torch.tensor(sigmas, device=sample.device, dtype=sample.dtype)
+        level_tensors = torch.tensor(chain.sigmas, device=sample.device, dtype=sample.dtype)
         totals = torch.zeros_like(level_tensors)  # not finite from where the sample is not
 
-        self._interrupt, self._num_timesteps = False, len(timesteps)
-        for i, (t, sigma) in enumerate(zip(self.progress_bar(timesteps), sigmas, strict=True)):
-            if settles and i % scheduler.order == 0:  # steps of a pair stay together
-                sample = self._settle(denoiser, sample, sigma, scheduler, t)
-            x = sample if langevin else (1 + sigma**2) ** 0.5 * scheduler.scale_model_input(sample, t)
-            denoised = denoiser(x, sigma)
-            if variance_noise is not None:
-                extra["variance_noise"] = variance_noise(i)
-            # the output has no name, which would keep it in memory during the next evaluation
-            sample = scheduler.step(network.to_output(denoised, x, sigma), t, sample, return_dict=False, **extra)[0]
+        self._interrupt, self._num_timesteps = False, len(chain.timesteps)
+        for i, t in enumerate(self.progress_bar(chain.timesteps)):
+            if settles:
+                sample = chain.settle(denoiser, sample, i)
+            x = chain.to_x(sample, i)
+            denoised = denoiser(x, chain.sigmas[i])
+            noise = None if variance_noise is None else variance_noise(i)
+            sample = chain.step(denoised, x, i, sample, generator, noise)
             if callback is not None:
                 tensors = {"latents": sample, "sigma": level_tensors[i], "denoised": denoised}
                 sample = self._call_back(callback, i, t, {name: tensors[name] for name in names}, sample)
@@ -470,16 +405,8 @@ class UploadedNCSNPipeline(NetworkPipeline):
             if self._interrupt:
                 sample = denoised
                 break
-        self._check_sample(sample, totals[: i + 1], sigmas)
+        self._check_sample(sample, totals[: i + 1], chain.sigmas)
         return sample
-
-    def _settle(self, denoiser, sample, sigma, scheduler, t) -> torch.Tensor:
-        """The sample that the denoiser puts in its place, both as the scheduler scales them."""
-        unit = 1.0
-        if not is_langevin(scheduler):  # its sample is x or x/√(1 + sigma²)
-            one = torch.ones((), dtype=sample.dtype)
-            unit = (1 + sigma**2) ** 0.5 * float(scheduler.scale_model_input(one, t))
-        return denoiser.settle(unit * sample, sigma) / unit
 
     def _call_back(self, callback, i, t, tensors, sample) -> torch.Tensor:
         """The sample after the callback, which may have changed it and the guidance."""
@@ -548,19 +475,20 @@ class UploadedNCSNPipeline(NetworkPipeline):
         is_map = isinstance(mean, torch.Tensor) and tuple(mean.shape) == self.sample_shape
         return mean.float() if is_map else torch.zeros((), device=self._execution_device)
 
+    @property
+    def _middle(self) -> torch.Tensor:
+        """The middle of what data can be, in the network's units; what they lie around where there are no bounds."""
+        if self.units.value_range is None:
+            return self._center
+        middle = torch.full((1, *self.sample_shape), sum(self.units.value_range) / 2, device=self._execution_device)
+        return self.units.to_network(middle)
+
     # What is given, in the network's units and checked: a ValueError for what cannot work
 
     def _read_data(self, name: str, data, missing: bool = False) -> torch.Tensor:
         """See [`read_data`]."""
         processor = self.image_processor if self.draws_images else None
         return read_data(name, data, self.sample_shape, self.units, processor, missing, self._center.cpu())
-
-    def _check_begins_anywhere(self, name: str) -> None:
-        if isinstance(self.scheduler, PNDMScheduler):
-            raise ValueError(
-                f"`{name}` needs a scheduler that can begin in the middle of its chain; PNDMScheduler, whose first "
-                "steps differ from the others, cannot: take DDIMScheduler, for example."
-            )
 
     def _check_call(self, batch_size, generator, latents, output_type) -> None:
         """What every call shares."""
@@ -595,39 +523,6 @@ class UploadedNCSNPipeline(NetworkPipeline):
             logger.warning(
                 "A class with a negative weight, without `resample`: the shares of the modes come out wrong, by up "
                 "to 0.48 in an example of two dimensions that is exact otherwise."
-            )
-
-    @staticmethod
-    def _check_stock_chain(scheduler: SchedulerMixin, settings: dict, total: float) -> None:
-        """Whether a scheduler of diffusers takes what a call asks of its chain; `total` is the sum of the weights."""
-        name = type(scheduler).__name__
-        for key in settings.keys() - {"num_inference_steps"}:
-            raise ValueError(
-                f"`{key}`={settings[key]} is for AnnealedLangevinScheduler; {name} takes one step at each of its own "
-                "levels."
-            )
-        num_inference_steps = settings["num_inference_steps"]
-        check_count("num_inference_steps", num_inference_steps, at_most=MAX_LEVELS)
-        if abs(total - 1) > 1e-6:
-            raise ValueError(
-                f"`class_labels` with weights whose sum is {total:g} need AnnealedLangevinScheduler, since {name} "
-                "cannot have its levels divided by the root of that sum. A sum of 1 works with every scheduler."
-            )
-        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
-            raise ValueError(
-                f"`num_inference_steps`={num_inference_steps} is too few for {name}, whose first, Runge-Kutta "
-                "steps need 4 levels: take at least 4, or DDIMScheduler, or "
-                f"{name}.from_config(pipe.scheduler.config, skip_prk_steps=True)."
-            )
-
-    def _check_first_level(self, scheduler, timesteps: torch.Tensor, num_inference_steps: int) -> None:
-        """With one level, diffusers' spacings "linspace" and "leading" begin at the smallest, on noise alone."""
-        ladder = Denoiser.of(self.unet, scheduler).ladder
-        first = ladder.sigma_at(timesteps[0].item())
-        if first < 0.5 * min(1.0, ladder.largest):
-            raise ValueError(
-                f"`num_inference_steps`={num_inference_steps} is too few for {type(scheduler).__name__}, which "
-                f"would begin at sigma={first:.2g} and return noise: take more, or set timestep_spacing='trailing'."
             )
 
     def _check_callback(self, callback: Callable | None, names: Sequence[str] | None) -> Sequence[str]:

@@ -37,7 +37,6 @@ which is step 3 of that module, in closed form. Its step 2, a second evaluation 
 mends lambda as well, and besides repairs what the scheduler does to the variance.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -49,11 +48,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from .checks import check_count, check_number
-from .denoiser import Denoiser
-from .foreign_configs import is_langevin
 from .hub.loading import NCSNPipeline
 from .image_files import read_mask
 from .inputs import ClassLabels, check_shape, read_images
+from .scheduler_chains import check_begins_anywhere
 
 
 class KnownPixels:
@@ -169,18 +167,17 @@ class NCSNInpaintPipeline(NCSNPipeline):
         """
         check_count("num_resamplings", num_resamplings, at_least=0)
         if num_resamplings:
-            self._check_begins_anywhere("num_resamplings")
+            check_begins_anywhere(self.scheduler, "num_resamplings")
         check_number("strength", strength, above=0, at_most=1)
         if strength < 1:
-            self._check_begins_anywhere("strength")
+            check_begins_anywhere(self.scheduler, "strength")
         image, mask = self._read_known(image, mask_image)
         batch_size, class_labels = self._check_batch(batch_size, class_labels, image=image, mask_image=mask)
         self._check_call(batch_size, generator, latents, output_type)
         if strength < 1 and image.isnan().any():
             raise ValueError(f"`strength`={strength} begins at what `image` holds, and it holds NaN: leave it out.")
         denoiser = self._prepare_denoiser(class_labels, batch_size, guidance_scale, guidance_max_sigma)
-        chain = (num_inference_steps, num_langevin_steps, sigmas, strength, denoiser)
-        timesteps = self._set_timesteps(self.scheduler, *chain)
+        chain = self._make_chain(denoiser, num_inference_steps, num_langevin_steps, sigmas, strength)
         device = self._execution_device
         image, mask = image.nan_to_num().to(device), mask.to(device)
         known = KnownPixels(
@@ -188,17 +185,16 @@ class NCSNInpaintPipeline(NCSNPipeline):
             image.expand(batch_size, *self.sample_shape),
             mask,
             num_resamplings,
-            self._first_level(),
+            chain.first_sigma,
             generator,
         )
         samples = self._sample(
             known,
-            self._prepare_latents(batch_size, timesteps, image if strength < 1 else None, latents, generator),
-            timesteps,
+            chain.without_memory() if num_resamplings else chain,
+            self._prepare_latents(batch_size, chain, image if strength < 1 else None, latents, generator),
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-            self._forgetful_scheduler(chain, len(timesteps)) if num_resamplings else None,
         )
         return self._finish(torch.where(mask, samples, image), output_type, return_dict)
 
@@ -220,24 +216,6 @@ class NCSNInpaintPipeline(NCSNPipeline):
         device, shape = self._execution_device, (batch_size, *self.sample_shape)
         denoiser = self.make_denoiser(class_labels, batch_size=batch_size)
         return KnownPixels(denoiser, image.nan_to_num().to(device).expand(shape), mask.to(device))
-
-    def _first_level(self) -> float:
-        """The level that the whole chain begins at."""
-        if is_langevin(self.scheduler):
-            return self.scheduler.sigmas[0].item()
-        ladder = Denoiser.of(self.unet, self.scheduler).ladder
-        return ladder.sigma_at(self.scheduler.timesteps[0].item())
-
-    def _forgetful_scheduler(self, chain: tuple, num_steps: int):
-        """
-        A scheduler for the last `num_steps` steps of the chain with the settings `chain` that remembers no step: what a
-        multistep scheduler remembers is of another sample than the one that the passes left.
-        """
-        if is_langevin(self.scheduler):  # of first order, whose rate is another, it remembers nothing
-            scheduler = type(self.scheduler).from_config(self.scheduler.config, solver_order=1)
-            self._set_timesteps(scheduler, *chain)
-            return scheduler
-        return _Restarting(self.scheduler, len(self.scheduler.timesteps) - num_steps)
 
     def _read_known(self, image, mask_image) -> tuple[torch.Tensor, torch.Tensor]:
         """The data in the network's units, `(n, *sample_shape)`, and the mask, True where they are to be drawn."""
@@ -288,36 +266,6 @@ class NCSNInpaintPipeline(NCSNPipeline):
                 )
             masks.append(mask)
         return torch.cat(masks)
-
-
-class _Restarting:
-    """
-    A scheduler of diffusers that begins anew at each step, from the row `begin` of its chain on. Steps of one
-    evaluation each begin anew together where the scheduler takes them in pairs.
-    """
-
-    def __init__(self, scheduler, begin: int):
-        self._scheduler, self._begin, self._row, self._current = scheduler, begin, begin, None
-
-    def __getattr__(self, name: str):
-        return getattr(self._scheduler, name)
-
-    def _scheduler_of_this_row(self):
-        if self._current is None:
-            self._current = copy.deepcopy(self._scheduler)
-            if hasattr(self._current, "set_begin_index"):
-                self._current.set_begin_index(self._row)
-        return self._current
-
-    def scale_model_input(self, sample, timestep):
-        return self._scheduler_of_this_row().scale_model_input(sample, timestep)
-
-    def step(self, *args, **kwargs):
-        result = self._scheduler_of_this_row().step(*args, **kwargs)
-        self._row += 1
-        if (self._row - self._begin) % self._scheduler.order == 0:
-            self._current = None
-        return result
 
 
 def _to_unit_range(mask):

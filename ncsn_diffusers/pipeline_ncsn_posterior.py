@@ -110,16 +110,15 @@ class NCSNPosteriorPipeline(NCSNPipeline):
         self._check_call(batch_size, generator, latents, output_type)
         denoiser = self._prepare_denoiser(class_labels, batch_size, guidance_scale, guidance_max_sigma)
         measured = self._measure(denoiser, measurement, operator, noise_std, units, batch_size)
-        chain = (num_inference_steps, num_langevin_steps, sigmas, 1.0, denoiser)
-        timesteps = self._set_timesteps(self.scheduler, *chain)
+        chain = self._make_chain(denoiser, num_inference_steps, num_langevin_steps, sigmas)
         if measured.noise_std > 0:
-            measured.to_come, measured.generator = len(timesteps), generator
+            measured.to_come, measured.generator = len(chain.timesteps), generator
         if resample is not False:
-            measured = self._twist(measured, len(timesteps), generator, resample)
+            measured = self._twist(measured, len(chain.timesteps), generator, resample)
         samples = self._sample(
             measured,
-            self._prepare_latents(batch_size, timesteps, None, latents, generator),
-            timesteps,
+            chain,
+            self._prepare_latents(batch_size, chain, None, latents, generator),
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,

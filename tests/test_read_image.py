@@ -148,9 +148,9 @@ def four_readings(path, channels, monkeypatch, side=SIDE):
     pipe, seen = pipeline(NCSNPipeline, channels, side), []
     prepare = pipe._prepare_latents
 
-    def spy(shape, timesteps, image, *arguments):
+    def spy(batch_size, chain, image, *arguments):
         seen.append(image)
-        return prepare(shape, timesteps, image, *arguments)
+        return prepare(batch_size, chain, image, *arguments)
 
     monkeypatch.setattr(pipe, "_prepare_latents", spy)
     pipe(image=Image.open(path), num_inference_steps=2, strength=0.5)

@@ -473,15 +473,15 @@ class UploadedNCSNPipeline(NetworkPipeline):
         """What the data lie around, in the network's units: 0, or the mean map of a [`GaussianResidualModel`]."""
         mean = getattr(self._network, "mean", None)
         is_map = isinstance(mean, torch.Tensor) and tuple(mean.shape) == self.sample_shape
-        return mean.float() if is_map else torch.zeros((), device=self._execution_device)
+        return mean.float() if is_map else torch.zeros((), device=self._execution_device, dtype=torch.float32)
 
     @property
     def _middle(self) -> torch.Tensor:
         """The middle of what data can be, in the network's units; what they lie around where there are no bounds."""
         if self.units.value_range is None:
             return self._center
-        middle = torch.full((1, *self.sample_shape), sum(self.units.value_range) / 2, device=self._execution_device)
-        return self.units.to_network(middle)
+        middle = torch.tensor(sum(self.units.value_range) / 2, device=self._execution_device, dtype=torch.float32)
+        return self.units.to_network(middle.expand(1, *self.sample_shape))
 
     # What is given, in the network's units and checked: a ValueError for what cannot work
 

@@ -245,7 +245,7 @@ def posterior(
     num_search_images: int = 4,
     num_search_samples: int = 2,
     evaluations: int = 50,
-    noise_std: float = 0.05,
+    noise_std: float = 0.025,
     batch_size: int = 64,
     seed: int = 0,
     classifier: str | None = None,
@@ -323,7 +323,7 @@ def posterior(
 
     def measure(task, images, count, noise_seed):
         """The measurements, `count` times each, of digits."""
-        std = 0.0 if task == NOISELESS else noise_std * 2 * pipe.units.data_std
+        std = 0.0 if task == NOISELESS else noise_std
         make_physics = make_task(task, seed, pipe.device)
         y = make_physics(std).A(images.to(pipe.device))
         generator = torch.Generator().manual_seed(NOISE_SEED + noise_seed)

@@ -764,7 +764,7 @@ def test_noise_of_measurements_is_apart_from_that_of_samples(tmp_path, posterior
         return drawn[-1]
 
     monkeypatch.setitem(posterior_benchmark.POSTERIOR_METHODS, "ours", (draw, [{}]))
-    for noise_std in (0.2, 0.4):
+    for noise_std in (0.1, 0.2):
         settings = {"num_images": 8, "num_search_images": 1, "noise_std": noise_std, "output": str(tmp_path / "all")}
         posterior_benchmark.posterior(str(folders[0]), str(folders[1]), ("blur",), ("ours",), num_samples=2, **settings)
     noise = measurements[1] - measurements[0]  # of deviation 0.1 in units of [0, 1]

@@ -50,7 +50,8 @@ def ancestral_variance(levels):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "PNDMScheduler"])
 def test_noised_data_are_x0_plus_sigma_z(name, strength):
     chain = chain_of(name, strength=strength)
-    data, noise = torch.rand(2, 1, 4), torch.randn(2, 1, 4)
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.rand(2, 1, 4, generator=generator), torch.randn(2, 1, 4, generator=generator)
     x = chain.to_x(chain.start_from(data, noise), 0)
     # diffusers keeps some levels in float32, from differences of numbers near 1
     torch.testing.assert_close(x, data + chain.sigmas[0] * noise, rtol=2e-3, atol=2e-3)
@@ -113,7 +114,7 @@ def test_steps_of_a_pair_stay_together():
 
 
 def test_without_memory_a_multistep_scheduler_is_ddim():
-    start = torch.randn(8, 1, 1)
+    start = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0))
     settings = {"final_sigmas_type": "zero", "timestep_spacing": "linspace"}
     drawn = run(chain_of("DPMSolverMultistepScheduler", 8, settings).without_memory(), start, gaussian)
     multistep = chain_of("DPMSolverMultistepScheduler", 8, settings)
